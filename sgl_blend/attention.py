@@ -1,0 +1,216 @@
+"""Attention of gapped rows by true token position, over KV that is partly reused.
+
+Two objects take the place of the model's attention during a blend prefill. ``BatchAttention``
+serves the batch's rows and, layer by layer, first writes the reused tokens' re-rotated KV into
+the request's own slots. ``QuestionAttention`` serves scratch rows (the question) whose KV never
+enters the pool, and sums how much they attend to each reused token. Tensors only; no SGLang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sgl_blend import ops
+from sgl_blend.ops import Rope
+
+
+class AttentionSpec(NamedTuple):
+    """What a layer's attention needs beside q, k and v.
+
+    window: sliding window in tokens, a row sees keys at positions >= its own - window (-1: none).
+    logit_cap: tanh soft cap (0: none).
+    """
+
+    layer: int
+    scale: float
+    window: int = -1
+    logit_cap: float = 0.0
+
+
+class PoolView(Protocol):
+    """The KV pool, layer by layer."""
+
+    def k(self, layer: int) -> torch.Tensor:
+        """[num_slots, Hk, D]"""
+
+    def v(self, layer: int) -> torch.Tensor:
+        """[num_slots, Hk, Dv]"""
+
+    def rope(self, layer: int) -> Rope | None:
+        """The layer's rotation; None for a layer without positions in its keys."""
+
+
+@dataclass(frozen=True)
+class RowSegment:
+    """One request's rows in the current pass: rows [first, last), their positions (int64,
+    ascending), and the slots of its tokens at positions 0.. (int64 [S])."""
+
+    first: int
+    last: int
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+
+
+@dataclass
+class KvCopy:
+    """Reused tokens to bring into a request's slots: int64 [n] each, on the pool's device."""
+
+    src_slots: torch.Tensor
+    dst_slots: torch.Tensor
+    src_pos: torch.Tensor
+    dst_pos: torch.Tensor
+    _rotations: dict[int, ops.Rotation] = field(default_factory=dict)
+
+    @classmethod
+    def cat(cls, parts: list[KvCopy]) -> KvCopy | None:
+        parts = [p for p in parts if p.src_slots.numel()]
+        if not parts:
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([p.src_slots for p in parts]),
+            torch.cat([p.dst_slots for p in parts]),
+            torch.cat([p.src_pos for p in parts]),
+            torch.cat([p.dst_pos for p in parts]),
+        )
+
+    def take(self, index: torch.Tensor) -> KvCopy:
+        return KvCopy(
+            self.src_slots[index], self.dst_slots[index], self.src_pos[index], self.dst_pos[index]
+        )
+
+    def run(self, pool: PoolView, layer: int) -> None:
+        """Copy V, and K rotated by the position difference, within ``layer``'s pool."""
+        rope = pool.rope(layer)
+        k, v = pool.k(layer), pool.v(layer)
+        if rope is None:
+            k[self.dst_slots] = k[self.src_slots]
+            v[self.dst_slots] = v[self.src_slots]
+            return
+        turn = self._rotations.get(id(rope))
+        if turn is None:
+            turn = self._rotations[id(rope)] = rope.delta(self.src_pos, self.dst_pos)
+        ops.rotate_copy(
+            k, v, self.src_slots, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
+        )
+
+
+class BatchAttention:
+    """Attention for the rows of the batch. ``stage`` is called whenever the rows change."""
+
+    scratch = False
+
+    def __init__(self, pool: PoolView) -> None:
+        self.pool = pool
+        self.segments: list[RowSegment] = []
+        self.copies: list[tuple[int, KvCopy]] = []
+        self._device_rows = None
+
+    def stage(self, segments: list[RowSegment], copies: list[tuple[int, KvCopy]]) -> None:
+        """``copies``: (first layer, tokens): each is brought in at that layer and all later ones."""
+        self.segments = segments
+        self.copies = copies
+        self._device_rows = None
+        if segments and segments[0].kv_slots.is_cuda:
+            from sgl_blend.attention_flashinfer import FlashInferRows
+
+            self._device_rows = FlashInferRows(segments)
+
+    def bring_in(self, layer: int) -> None:
+        for first, copy in self.copies:
+            if layer >= first:
+                copy.run(self.pool, layer)
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q [R, Hq, D] -> [R, Hq, Dv]. The rows' own K and V lie in the pool already."""
+        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        if self._device_rows is not None:
+            return self._device_rows.run(spec, q, k_cache, v_cache)
+        parts = [
+            ops.row_attention(
+                q[s.first : s.last],
+                k_cache,
+                v_cache,
+                s.kv_slots,
+                s.positions,
+                scale=spec.scale,
+                window=spec.window,
+                logit_cap=spec.logit_cap,
+            )
+            for s in self.segments
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass
+class Scratch:
+    """One request's question rows: rows [first, last) of the scratch pass.
+
+    key_slots / key_pos (int64 [S]): the cached keys it looks at; reused: slice of those keys that
+    are reused tokens; mass: fp32, one per reused token, filled by the pass.
+    """
+
+    first: int
+    last: int
+    positions: torch.Tensor
+    key_slots: torch.Tensor
+    key_pos: torch.Tensor
+    reused: slice
+    mass: torch.Tensor
+
+
+class QuestionAttention:
+    """Scratch rows over cached keys and over themselves; sums attention mass per reused token."""
+
+    scratch = True
+
+    def __init__(self, pool: PoolView, rows: list[Scratch], copy: KvCopy | None) -> None:
+        self.pool = pool
+        self.rows = rows
+        self.copy = copy
+
+    def bring_in(self, layer: int) -> None:
+        if self.copy is not None:
+            self.copy.run(self.pool, layer)
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q [R, Hq, D], k [R, Hk, D], v [R, Hk, Dv] -> [R, Hq, Dv]."""
+        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        parts = []
+        for s in self.rows:
+            slots, seen = s.key_slots, None
+            if spec.window >= 0:
+                # The keys are a subset of positions; drop those no question row can see.
+                seen = s.key_pos >= s.positions[0] - spec.window
+                slots = slots[seen]
+            # Every cached key precedes the question: keys are numbered 0.. and the question
+            # follows them, which keeps the causal order among the question's own rows.
+            turn = s.positions - s.positions[0] + slots.numel()
+            out = ops.row_attention_with_mass(
+                q[s.first : s.last],
+                k_cache,
+                v_cache,
+                slots,
+                turn,
+                scale=spec.scale,
+                logit_cap=spec.logit_cap,
+                k_extra=k[s.first : s.last],
+                v_extra=v[s.first : s.last],
+                extra_pos=turn,
+            )
+            parts.append(out.out)
+            if seen is None:
+                s.mass += out.mass[s.reused]
+            else:
+                full = s.mass.new_zeros(s.key_slots.numel())
+                full[seen] = out.mass
+                s.mass += full[s.reused]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

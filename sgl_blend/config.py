@@ -1,0 +1,259 @@
+"""One frozen configuration, read once. Precedence: flag > environment > file > default.
+
+Every option is one field of :class:`BlendConfig`; its flag (``--blend-recompute-ratio``), its
+environment variable (``SGL_BLEND_RECOMPUTE_RATIO``) and its key in the YAML file
+(``recompute_ratio``) follow from its name. Unknown keys are refused with the nearest known one.
+Imports neither torch nor sglang.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sgl_blend.errors import ConfigError, unknown_name
+
+ENV_PREFIX = "SGL_BLEND_"
+ENV_ENABLE = "SGL_BLEND_ENABLE"
+ENV_CONFIG = "SGL_BLEND_CONFIG"
+#: variables with the prefix that are no options: the switch and the file's path
+_ENV_RESERVED = {ENV_ENABLE, ENV_CONFIG}
+
+CONTINUATIONS = ("same", "extend")
+KERNELS = ("auto", "torch")
+TIERS = ("device",)
+
+
+def _option(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
+@dataclass(frozen=True)
+class BlendConfig:
+    """All options of blending. Raises :class:`ConfigError` when a value is out of range."""
+
+    policy: str = _option(
+        "query", "which reused tokens are recomputed: query, hkvd, leading, random, all, none"
+    )
+    recompute_ratio: float = _option(
+        0.15, "share of the reused tokens that is recomputed, 0 to 1 (policies all, none ignore it)"
+    )
+    check_layers: tuple[int, ...] = _option(
+        (1,), "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first"
+    )
+    check_multipliers: tuple[float, ...] = _option(
+        (), "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)"
+    )
+    query_layers: float = _option(
+        1.0, "query: share of the layers whose attention is averaged, counted from the first, 0 to 1"
+    )
+    leading_tokens: int = _option(
+        0, "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it"
+    )
+    min_reused_tokens: int = _option(
+        64, "a request is blended only when at least this many of its tokens can be reused"
+    )
+    min_span_tokens: int = _option(16, "shortest run of tokens that is worth reusing")
+    min_suffix_tokens: int = _option(
+        32, "at least this many tokens at the prompt's end (the question) are always computed"
+    )
+    max_suffix_tokens: int = _option(
+        512, "how far from the prompt's end the start of the question is searched for"
+    )
+    chunk_min_tokens: int = _option(8, "content-defined chunks: smallest size in tokens")
+    chunk_mean_tokens: int = _option(17, "content-defined chunks: mean size in tokens")
+    chunk_max_tokens: int = _option(64, "content-defined chunks: largest size in tokens")
+    separators: tuple[str, ...] = _option(
+        ("\n\n",), "texts at which a chunk always ends (tokens that contain one); no separator is needed"
+    )
+    continuation: str = _option(
+        "same",
+        "who may reuse blended KV as a prefix: 'same' (the identical prompt) or 'extend' (also its next turn)",
+    )
+    max_generation: int = _option(
+        4, "how often KV computed over blended context may serve as a source again; 0: exact sources only"
+    )
+    max_copies: int = _option(4, "copies of one chunk that the index remembers")
+    tiers: tuple[str, ...] = _option(("device",), "where reusable chunks are looked for, in order")
+    kernel: str = _option("auto", "'auto': the fastest kernels there are; 'torch': the reference")
+    report: bool = _option(True, "put blend counts into each response's meta_info")
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, want: str) -> None:
+            if not ok:
+                raise ConfigError(f"blend option {name} is {getattr(self, name)!r}: {want}")
+
+        check(bool(self.policy), "policy", "must name a selection policy")
+        check(0.0 <= self.recompute_ratio <= 1.0, "recompute_ratio", "must lie in 0..1")
+        check(
+            len(self.check_layers) > 0
+            and all(a < b for a, b in zip(self.check_layers, self.check_layers[1:], strict=False))
+            and self.check_layers[0] >= 0,
+            "check_layers",
+            "must be ascending layer indices, at least one",
+        )
+        m = self.check_multipliers
+        check(
+            not m
+            or (
+                len(m) == len(self.check_layers)
+                and m[-1] == 1.0
+                and all(a >= b for a, b in zip(m, m[1:], strict=False))
+            ),
+            "check_multipliers",
+            "must be one number for each check layer, not rising, the last 1.0",
+        )
+        check(0.0 < self.query_layers <= 1.0, "query_layers", "must lie in (0, 1]")
+        for name in ("leading_tokens", "min_reused_tokens", "max_generation"):
+            check(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("min_span_tokens", "min_suffix_tokens", "chunk_min_tokens", "max_copies"):
+            check(getattr(self, name) >= 1, name, "must be at least 1")
+        check(
+            self.max_suffix_tokens >= self.min_suffix_tokens,
+            "max_suffix_tokens",
+            f"must be at least min_suffix_tokens ({self.min_suffix_tokens})",
+        )
+        check(
+            self.chunk_mean_tokens >= 2 * self.chunk_min_tokens - 1,
+            "chunk_mean_tokens",
+            f"must be at least 2 * chunk_min_tokens - 1 ({2 * self.chunk_min_tokens - 1})",
+        )
+        check(
+            self.chunk_max_tokens >= self.chunk_mean_tokens,
+            "chunk_max_tokens",
+            f"must be at least chunk_mean_tokens ({self.chunk_mean_tokens})",
+        )
+        check(all(self.separators), "separators", "must not contain an empty text")
+        check(self.continuation in CONTINUATIONS, "continuation", f"must be one of {CONTINUATIONS}")
+        check(self.kernel in KERNELS, "kernel", f"must be one of {KERNELS}")
+        check(
+            bool(self.tiers) and self.tiers[0] == "device" and set(self.tiers) <= set(TIERS),
+            "tiers",
+            f"must begin with 'device' and name only {TIERS}",
+        )
+
+    def multipliers(self) -> tuple[float, ...]:
+        """One multiplier of the recompute ratio per check layer, falling to 1.0."""
+        if self.check_multipliers:
+            return self.check_multipliers
+        n = len(self.check_layers)
+        return tuple(1.0 + 0.5 * (n - 1 - i) / max(1, n - 1) for i in range(n))
+
+    def describe(self) -> str:
+        """One line with every option, for the log at start."""
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+
+
+def option_fields() -> tuple[dataclasses.Field, ...]:
+    """The options in declaration order (name, default and ``metadata['help']``)."""
+    return fields(BlendConfig)
+
+
+def parse_text(name: str, text: str) -> Any:
+    """Turn a flag's or variable's text into the option's type. Lists are comma-separated."""
+    default = {f.name: f.default for f in fields(BlendConfig)}[name]
+    try:
+        if isinstance(default, bool):
+            low = text.strip().lower()
+            if low in ("1", "true", "yes", "on"):
+                return True
+            if low in ("0", "false", "no", "off"):
+                return False
+            raise ValueError("not a truth value")
+        if isinstance(default, int):
+            return int(text)
+        if isinstance(default, float):
+            return float(text)
+        if isinstance(default, tuple):
+            items = [t for t in text.split(",") if t != ""]
+            if name == "separators":
+                return tuple(t.encode().decode("unicode_escape") for t in items)
+            kind = {"check_layers": int, "check_multipliers": float}.get(name, str)
+            return tuple(kind(t.strip()) for t in items)
+    except ValueError as e:
+        raise ConfigError(
+            f"blend option {name}: cannot read {text!r} as {type(default).__name__}: {e}"
+        ) from None
+    return text
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"blend config {path!r} cannot be read: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"blend config {path!r} is not valid YAML: {e}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"blend config {path!r} must be a mapping, not {type(data).__name__}")
+    return {str(k): v for k, v in data.items()}
+
+
+def _coerce(name: str, value: Any, where: str) -> Any:
+    """Check a YAML value's type against the option's default; ints pass for floats."""
+    default = {f.name: f.default for f in fields(BlendConfig)}[name]
+    bad = ConfigError(
+        f"blend option {name} ({where}) is {value!r}: expected {type(default).__name__}"
+    )
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise bad
+        return value
+    if isinstance(default, tuple):
+        items = value if isinstance(value, list | tuple) else [value]
+        kind = {"check_layers": int, "check_multipliers": float}.get(name, str)
+        out = []
+        for item in items:
+            if kind is float and type(item) is int:
+                item = float(item)
+            if type(item) is not kind:
+                raise bad
+            out.append(item)
+        return tuple(out)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise bad
+    return value
+
+
+def load_config(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    path: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> BlendConfig:
+    """Build the configuration: ``flags`` (already typed) over environment over file over default.
+
+    Raises :class:`ConfigError` for an unknown key, an unreadable file or a wrong value.
+    """
+    environ = os.environ if environ is None else environ
+    names = [f.name for f in fields(BlendConfig)]
+    merged: dict[str, Any] = {}
+
+    path = path or environ.get(ENV_CONFIG)
+    if path:
+        for key, value in _from_file(path).items():
+            if key not in names:
+                raise ConfigError(f"{path}: {unknown_name('blend option', key, names)}")
+            merged[key] = _coerce(key, value, path)
+    for var, text in environ.items():
+        if var.startswith(ENV_PREFIX) and var not in _ENV_RESERVED:
+            key = var[len(ENV_PREFIX) :].lower()
+            if key not in names:
+                raise ConfigError(f"{var}: {unknown_name('blend option', key, names)}")
+            merged[key] = parse_text(key, text)
+    for key, value in (flags or {}).items():
+        if key not in names:
+            raise ConfigError(unknown_name("blend option", key, names))
+        if value is not None:
+            merged[key] = _coerce(key, value, "flag")
+    return BlendConfig(**merged)

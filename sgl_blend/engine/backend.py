@@ -1,0 +1,150 @@
+"""Builds the tree in a scheduler process and installs the forward hooks there.
+
+Called through ``register_radix_cache_backend`` after the model is loaded and graphs are captured
+(``managers/scheduler.py:568,575``, SGLang 0.5.23); hooks registered at plugin load would import
+the model runner in every process.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from sgl_blend import prefill
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine import report, seams
+from sgl_blend.engine.checks import check_model
+from sgl_blend.engine.fingerprint import model_fingerprint
+from sgl_blend.engine.flags import CONFIG_ATTR
+from sgl_blend.engine.metrics import Metrics
+from sgl_blend.engine.planner import ATTR, Planner, PlannerContext
+from sgl_blend.engine.pool import ModelPool
+from sgl_blend.engine.separators import strong_tokens
+from sgl_blend.engine.state import namespace_of, state_of
+from sgl_blend.errors import ConfigError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+
+class TensorRanks:
+    """Fills ``prefill.Ranks`` with SGLang's tensor-parallel group (``GroupCoordinator``)."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def sum(self, score: torch.Tensor) -> torch.Tensor:
+        return self._group.all_reduce(score)
+
+    def agree(self, index: torch.Tensor) -> torch.Tensor:
+        return self._group.broadcast(index, 0)
+
+
+class OneRank:
+    """A single rank agrees with itself."""
+
+    def sum(self, score: torch.Tensor) -> torch.Tensor:
+        return score
+
+    def agree(self, index: torch.Tensor) -> torch.Tensor:
+        return index
+
+
+def build_tree(ctx: Any) -> Any:
+    """Factory of the radix cache backend ``blend``. Raises a :class:`BlendError` subclass when
+    the model or its configuration is not served; SGLang then ends the launch."""
+    from sgl_blend.chunking import ChunkingConfig
+    from sgl_blend.radix import BlendRadixCache, RadixConfig
+
+    config = getattr(ctx.server_args, CONFIG_ATTR, None)
+    if config is None:
+        raise ConfigError("radix cache backend 'blend' needs --enable-blend")
+    model_runner = ctx.tp_worker.model_runner
+    model = model_runner.model
+    check_model(model, ctx)
+    num_layers = ctx.model_config.num_hidden_layers
+    if config.check_layers[-1] >= num_layers - 1:
+        raise ConfigError(
+            f"blend option check_layers is {config.check_layers}: the model has {num_layers} "
+            f"layers, so a check layer must be below {num_layers - 1}"
+        )
+    pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
+    strong = strong_tokens(ctx.server_args, config)
+    tree = BlendRadixCache(
+        ctx.params,
+        RadixConfig(
+            chunking=ChunkingConfig(
+                config.chunk_min_tokens, config.chunk_mean_tokens, config.chunk_max_tokens
+            ),
+            min_span=config.min_span_tokens,
+            max_copies=config.max_copies,
+            max_generation=config.max_generation,
+            continuation=config.continuation,
+            min_suffix=config.min_suffix_tokens,
+            max_suffix=config.max_suffix_tokens,
+        ),
+        strong=strong,
+        namespace_of=lambda req, upto: namespace_of(req, upto, config),
+        fingerprint=model_fingerprint(model_runner, ctx.model_config),
+        boundaries_of=lambda req: state_of(req, config).options.boundaries,
+    )
+    group = ctx.tp_worker.model_runner.tp_group
+    ranks = TensorRanks(group) if ctx.tp_size > 1 else OneRank()
+    planner = Planner(
+        PlannerContext(
+            tree=tree,
+            config=config,
+            num_layers=num_layers,
+            max_positions=pool.max_positions,
+            metrics=Metrics(_metric_labels(ctx)),
+        )
+    )
+    _install(model, planner, pool, ranks, num_layers, config)
+    if ctx.tp_rank == 0:
+        logger.info("sgl-blend is on: %s", config.describe())
+    return tree
+
+
+def _metric_labels(ctx: Any) -> dict[str, str] | None:
+    from sglang.srt.runtime_context import get_observability
+
+    if not get_observability().enable_metrics:
+        return None
+    name = getattr(ctx.server_args, "served_model_name", None) or ctx.server_args.model_path
+    return {"model_name": str(name), "tp_rank": str(ctx.tp_rank)}
+
+
+def _install(
+    model: Any, planner: Planner, pool: ModelPool, ranks: Any, num_layers: int, config: BlendConfig
+) -> None:
+    from sgl_blend.engine.slices import ModelSlices
+
+    kind = type(model)
+    forward = f"{kind.__module__}.{kind.__qualname__}.forward"
+    if "forward" not in vars(kind):
+        raise UnsupportedError(f"{kind.__name__} inherits forward; it cannot be hooked on its own")
+
+    def blended_forward(original, self, input_ids, positions, forward_batch, *args, **kwargs):
+        pieces = getattr(forward_batch, ATTR, None)
+        if pieces is None or self is not model:
+            return original(self, input_ids, positions, forward_batch, *args, **kwargs)
+        with torch.no_grad():
+            slices = ModelSlices(self, forward_batch, num_layers)
+            return prefill.run(pieces, slices, pool, ranks, config)
+
+    def keep_pieces(result, runner, forward_batch, *args, **kwargs):
+        pieces = getattr(forward_batch, ATTR, None)
+        if pieces is not None:
+            setattr(result, ATTR, pieces)
+        return result
+
+    def no_graph(result, runner, forward_batch, *args, **kwargs):
+        return False if getattr(forward_batch, ATTR, None) is not None else result
+
+    seams.install(forward, blended_forward, "around")
+    seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
+    seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
+    seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
+    if config.report:
+        seams.install(seams.REQUEST_LEVEL_INFO, report.is_request_level, "after")

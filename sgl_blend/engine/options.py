@@ -1,0 +1,95 @@
+"""What a request may say about blending, in ``sampling_params.custom_params``.
+
+``blend`` (bool), ``blend_ratio`` (number, 0 to 1), ``blend_policy`` (a policy's name),
+``blend_boundaries`` (flat ascending list of token offsets into the prompt).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_blend.errors import RequestError, unknown_name
+
+KEYS = ("blend", "blend_ratio", "blend_policy", "blend_boundaries")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """One request's wishes; ``None`` leaves a choice to the configuration."""
+
+    enabled: bool = True
+    ratio: float | None = None
+    policy: str | None = None
+    boundaries: tuple[int, ...] | None = None
+
+
+def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptions:
+    """Read the blend keys of ``custom_params``; other keys belong to others and are ignored,
+    but a misspelt ``blend...`` key is refused.
+
+    ``prompt_tokens``: length of the prompt, to check the boundaries against; None skips that.
+    Raises :class:`RequestError`.
+    """
+    if not isinstance(custom_params, dict):
+        return RequestOptions()
+    for key in custom_params:
+        if isinstance(key, str) and key.startswith("blend") and key not in KEYS:
+            raise RequestError("custom_params: " + unknown_name("key", key, KEYS))
+
+    enabled = custom_params.get("blend", True)
+    if not isinstance(enabled, bool):
+        raise RequestError(f"custom_params.blend is {enabled!r}: expected true or false")
+
+    ratio = custom_params.get("blend_ratio")
+    if ratio is not None:
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            raise RequestError(
+                f"custom_params.blend_ratio is {ratio!r}: expected a number from 0 to 1"
+            )
+        ratio = float(ratio)
+
+    policy = custom_params.get("blend_policy")
+    if policy is not None:
+        from sgl_blend.selection import POLICIES
+
+        if not isinstance(policy, str) or policy not in POLICIES:
+            raise RequestError(
+                "custom_params.blend_policy: "
+                + unknown_name("policy", str(policy), POLICIES.names())
+            )
+
+    return RequestOptions(enabled, ratio, policy, _boundaries(custom_params, prompt_tokens))
+
+
+def _boundaries(custom_params: dict, prompt_tokens: int | None) -> tuple[int, ...] | None:
+    value = custom_params.get("blend_boundaries")
+    if value is None:
+        return None
+    where = "custom_params.blend_boundaries"
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{where} is a {type(value).__name__}: expected a flat list of offsets")
+    last = -1
+    for i, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise RequestError(f"{where}[{i}] is {item!r}: expected an integer token offset")
+        if item < 0:
+            raise RequestError(f"{where}[{i}] is {item}: offsets start at 0")
+        if item <= last:
+            raise RequestError(f"{where}[{i}] is {item} after {last}: offsets must ascend")
+        if prompt_tokens is not None and item > prompt_tokens:
+            raise RequestError(
+                f"{where}[{i}] is {item}, past the prompt's end ({prompt_tokens} tokens)"
+            )
+        last = item
+    return tuple(value)
+
+
+def validate_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
+    """AFTER ``TokenizerManager._validate_one_request`` (SGLang 0.5.23): a malformed request is
+    refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one)."""
+    params = getattr(obj, "sampling_params", None)
+    if isinstance(params, dict):
+        parse_options(
+            params.get("custom_params"), None if input_ids is None else len(input_ids)
+        )

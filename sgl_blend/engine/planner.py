@@ -1,0 +1,272 @@
+"""From an SGLang batch to pieces: which tokens of each request are reused, and from where.
+
+Seam (SGLang 0.5.23): AFTER ``ForwardBatch.init_new``. There, slots are allocated and evictions
+are over, so KV that the tree still owns cannot be an output of this batch; a later batch that
+evicts and overwrites it runs behind this one on the same stream. ``req_to_token`` is read here,
+because overlap scheduling may give the row to another request before the forward runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.state import RequestState, namespace_of, state_of, unservable
+from sgl_blend.plan import BLENDED, EXACT, MAX_GENERATION, BlendPlan, BlendRecord, ReuseSpan
+from sgl_blend.prefill import Piece, PieceBlend, token_layers
+from sgl_blend.selection import Need, ReusedTokens
+
+logger = logging.getLogger(__name__)
+
+ATTR = "_blend_pieces"
+
+
+@dataclass(frozen=True)
+class PlannerContext:
+    """What planning needs beside the batch. max_positions: what the rotation tables cover."""
+
+    tree: Any
+    config: BlendConfig
+    num_layers: int
+    max_positions: int
+    metrics: Any
+
+
+class Planner:
+    """Builds the pieces of a prefill batch and keeps each request's record and counts."""
+
+    def __init__(self, context: PlannerContext) -> None:
+        self.c = context
+
+    def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
+        """AFTER ``ForwardBatch.init_new``: attach the pieces when any request is blended."""
+        mode = forward_batch.forward_mode
+        if not mode.is_extend() or mode.is_target_verify() or batch.tree_cache is not self.c.tree:
+            return
+        decoding = {id(r) for r in (batch.decoding_reqs or ())}
+        full_capture = _captures_all(forward_batch)
+        row, pieces, planned = 0, [], False
+        for i, req in enumerate(batch.reqs):
+            begin, rows = int(batch.prefix_lens[i]), int(batch.extend_lens[i])
+            blend = None
+            if id(req) not in decoding:
+                blend = self._plan(req, begin, rows, forward_batch, full_capture)
+            slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : begin + rows]
+            piece = Piece(row, rows, begin, slots.to(torch.int64), blend)
+            if id(req) not in decoding:
+                self._count(req, piece)
+            pieces.append(piece)
+            planned = planned or blend is not None
+            row += rows
+        if planned:
+            setattr(forward_batch, ATTR, pieces)
+
+    def _plan(
+        self, req: Any, begin: int, rows: int, fb: Any, full_capture: bool
+    ) -> PieceBlend | None:
+        state = state_of(req, self.c.config)
+        tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
+        end = begin + rows
+        if state.next_begin != begin:
+            self._restart(req, state, begin, tokens)
+        state.next_begin = end
+        spans = self._spans(req, state, begin, end, tokens, full_capture)
+        state.decided = True
+        blend = self._piece(state, begin, end, tokens, spans, fb.input_ids.device) if spans else None
+        self._label(req, state, begin, end, spans)
+        return blend
+
+    def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
+        """First piece of a prefill (again, after a retraction)."""
+        n_prompt = len(req.origin_input_ids)
+        state.decided = False
+        state.generation = 0
+        state.record = req._blend = None
+        state.suffix_start = self.c.tree.suffix_start(
+            tokens[:n_prompt], n_prompt, state.options.boundaries
+        )
+        if state.counts.prefix + state.counts.computed + state.counts.recomputed > 0:
+            state.counts_closed = True  # the report tells of the first prefill
+        else:
+            state.counts.prefix = begin
+        matched = getattr(req, "_blend_prefix", None)
+        if matched is not None and matched[0] < begin:
+            record = self._record(req, state)
+            record.labels = np.full(begin, BLENDED, dtype=np.int8)
+            record.labels[: matched[0]] = EXACT
+            record.tail_label = state.generation = MAX_GENERATION
+
+    def _spans(
+        self,
+        req: Any,
+        state: RequestState,
+        begin: int,
+        end: int,
+        tokens: np.ndarray,
+        full_capture: bool,
+    ) -> list[ReuseSpan]:
+        """What of [begin, end) is reused; empty when the request falls back."""
+        if state.fallback is not None:
+            return []
+        reason = unservable(req)
+        if reason is None and full_capture:
+            reason = "hidden states captured"
+        if (
+            reason is None
+            and req.return_logprob
+            and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
+        ):
+            reason = "input logprobs"
+        if reason is None and len(tokens) > self.c.max_positions:
+            reason = "longer than the rotation table"
+        if reason is not None:
+            self._fall_back(state, reason)
+            return []
+        limit = min(end - 1, state.suffix_start)
+        # Whether to blend at all is decided once, on the whole prompt; each piece then finds
+        # its spans anew, since sources may have come or gone in between.
+        reach = limit if state.decided else state.suffix_start
+        if reach - begin < self.c.config.min_span_tokens:
+            return []
+        spans = self.c.tree.find_spans(
+            req.full_untruncated_fill_ids,
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            begin=begin,
+            end=reach,
+            boundaries=state.options.boundaries,
+        )
+        if not state.decided:
+            found = sum(s.length for s in spans)
+            if found < self.c.config.min_reused_tokens:
+                if found:
+                    self._fall_back(state, "fewer reusable tokens than min_reused_tokens")
+                return []
+        return [s for s in (_cut(s, limit) for s in spans) if s is not None]
+
+    def _fall_back(self, state: RequestState, reason: str) -> None:
+        state.fallback = reason
+        self.c.metrics.fallback(reason)
+
+    def _piece(
+        self,
+        state: RequestState,
+        begin: int,
+        end: int,
+        tokens: np.ndarray,
+        spans: list[ReuseSpan],
+        device: torch.device,
+    ) -> PieceBlend:
+        cfg = self.c.config
+        positions = np.concatenate([np.arange(s.start, s.end) for s in spans])
+        src_pos = np.concatenate(
+            [np.arange(s.source_start, s.source_start + s.length) for s in spans]
+        )
+        reused = ReusedTokens(
+            torch.from_numpy(positions),
+            torch.from_numpy(np.concatenate([np.arange(s.length) for s in spans])),
+            torch.from_numpy(np.concatenate([np.full(s.length, s.length) for s in spans])),
+            state.policy.budget(len(positions), state.ratio),
+            seed=_seed(tokens, begin, end),
+        )
+        plan = BlendPlan(
+            begin, end, state.suffix_start, tuple(spans), state.policy.name, state.ratio
+        )
+        blend = PieceBlend(
+            plan,
+            state.policy,
+            reused,
+            reused=torch.from_numpy(positions - begin).to(device, non_blocking=True),
+            src_slots=torch.cat([s.slots for s in spans]).to(torch.int64),
+            src_pos=torch.from_numpy(src_pos).to(device, non_blocking=True),
+        )
+        if state.policy.need is Need.NOTHING:
+            blend.fixed = state.policy.select(reused, None, cfg)
+        elif state.policy.need is Need.QUERY:
+            # The question may lie in a later piece; its rows are scratch rows, so every piece
+            # asks the same question.
+            stop = min(len(tokens), state.suffix_start + cfg.max_suffix_tokens)
+            ask = np.arange(state.suffix_start, stop)
+            blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
+            blend.question_pos = torch.from_numpy(ask).to(device)
+        return blend
+
+    def _label(
+        self, req: Any, state: RequestState, begin: int, end: int, spans: list[ReuseSpan]
+    ) -> None:
+        """Record how each token of [begin, end) comes to be (see ``plan.py``)."""
+        blended = bool(spans) and not state.exact
+        if not blended and state.record is None:
+            return
+        record = state.record or self._record(req, state)
+        labels = np.full(end, state.generation, dtype=np.int8)
+        known = record.labels
+        if state.generation == EXACT:
+            labels[: len(known)] = known
+        else:
+            labels[: min(begin, len(known))] = known[:begin]
+        if blended:
+            state.generation = min(
+                MAX_GENERATION, max([state.generation, *(s.generation + 1 for s in spans)])
+            )
+            labels[spans[0].start : end] = state.generation
+            for s in spans:
+                labels[s.start : s.end] = BLENDED
+        record.labels = labels
+        record.tail_label = state.generation
+
+    def _record(self, req: Any, state: RequestState) -> BlendRecord:
+        name = namespace_of(req, len(req.origin_input_ids), self.c.config)
+        record = BlendRecord(namespace=name or "", source_limit=state.suffix_start)
+        state.record = req._blend = record
+        return record
+
+    def _count(self, req: Any, piece: Piece) -> None:
+        state = state_of(req, self.c.config)
+        if state.counts_closed:
+            return
+        c, b = state.counts, piece.blend
+        n = 0 if b is None else b.tokens.count
+        again = 0 if b is None else b.recomputed()
+        c.reused += n - again
+        c.recomputed += again
+        c.computed += piece.rows - n
+        c.token_layers += token_layers(piece, self.c.num_layers, self.c.config)
+        c.full_token_layers += piece.rows * self.c.num_layers
+        if b is not None:
+            for s in b.plan.spans:
+                c.sources[s.tier] += s.length
+        self.c.metrics.piece(piece.rows - n, n - again, again)
+        if self.c.config.report:
+            from sgl_blend.engine.report import attach
+
+            attach(req, state)
+
+
+def _cut(span: ReuseSpan, limit: int) -> ReuseSpan | None:
+    """``span`` without what lies at or beyond ``limit``."""
+    if span.end <= limit:
+        return span
+    length = limit - span.start
+    if length <= 0:
+        return None
+    return ReuseSpan(
+        span.start, length, span.source_start, span.slots[:length], span.tier, span.generation
+    )
+
+
+def _seed(tokens: np.ndarray, begin: int, end: int) -> int:
+    import hashlib
+
+    digest = hashlib.blake2b(tokens[begin:end].tobytes(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _captures_all(forward_batch: Any) -> bool:
+    mode = forward_batch.capture_hidden_mode
+    return mode is not None and mode.is_full()

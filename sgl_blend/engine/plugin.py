@@ -1,0 +1,33 @@
+"""Entry point of the plugin group ``sglang.srt.plugins`` (SGLang 0.5.23).
+
+Seams touched in every process: ``ServerArgs.add_cli_args`` and ``from_cli_args`` (our flags),
+``register_radix_cache_backend`` (the name ``blend``). Nothing else, unless ``--enable-blend`` is
+given: then ``flags.py`` hooks request validation in the HTTP process, and ``backend.py`` hooks
+the forward path in each scheduler process.
+"""
+
+from __future__ import annotations
+
+BACKEND = "blend"
+
+
+def register() -> None:
+    """Called by SGLang's ``load_plugins()`` in each of its processes."""
+    from sglang.srt.mem_cache.registry import (
+        register_radix_cache_backend,
+        registered_radix_cache_backends,
+    )
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sgl_blend.engine import flags, seams
+
+    HookRegistry.register(seams.SERVER_ARGS_ADD, flags.add_cli_args, HookType.AFTER)
+    HookRegistry.register(seams.SERVER_ARGS_FROM, flags.from_cli_args, HookType.AROUND)
+    if BACKEND not in registered_radix_cache_backends():
+        register_radix_cache_backend(BACKEND, _build_tree)
+
+
+def _build_tree(ctx):
+    from sgl_blend.engine.backend import build_tree
+
+    return build_tree(ctx)

@@ -1,0 +1,95 @@
+"""Every SGLang symbol that sgl-blend hooks or relies on, checked once at launch.
+
+SGLang logs and swallows exceptions that plugins raise, and skips hooks whose target is gone.
+A silent no-op would serve wrong expectations, so :func:`verify` resolves each target itself.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib.metadata import PackageNotFoundError, version
+
+from sgl_blend.errors import SeamError
+
+SGLANG_VERSION = "0.5.23"
+
+SERVER_ARGS_ADD = "sglang.srt.server_args.ServerArgs.add_cli_args"
+SERVER_ARGS_FROM = "sglang.srt.server_args.ServerArgs.from_cli_args"
+SERVER_ARGS_RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
+VALIDATE_REQUEST = (
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+)
+UPDATE_META_INFO = (
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
+)
+FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+EAGER_LOAD_BATCH = "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch"
+PREFILL_GRAPH_CAN_RUN = (
+    "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
+    ".PrefillCudaGraphRunner.can_run_graph"
+)
+REQUEST_LEVEL_INFO = (
+    "sglang.srt.managers.scheduler_components.output_streamer"
+    ".SchedulerOutputStreamer.is_request_level_customized_info_key"
+)
+
+#: hooked, or called by name; the model's own ``forward`` is hooked on its concrete class
+TARGETS = (
+    SERVER_ARGS_ADD,
+    SERVER_ARGS_FROM,
+    SERVER_ARGS_RESOLVE,
+    VALIDATE_REQUEST,
+    UPDATE_META_INFO,
+    FORWARD_BATCH_INIT,
+    EAGER_LOAD_BATCH,
+    PREFILL_GRAPH_CAN_RUN,
+    REQUEST_LEVEL_INFO,
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend",
+    "sglang.srt.mem_cache.radix_cache.RadixCache._split_node",
+    "sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf",
+    "sglang.srt.mem_cache.radix_cache.RadixCache._insert_cache",
+    "sglang.srt.mem_cache.radix_cache.RadixCache.checkpoint",
+    "sglang.srt.mem_cache.radix_cache.RadixCache.path_device_indices",
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
+    "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
+    "sglang.srt.model_executor.forward_context.forward_context",
+    "sglang.srt.model_executor.forward_context.get_forward_context",
+    "sglang.srt.layers.layer_boundary.residual.batch.complete_output",
+    "sglang.srt.layers.layer_boundary.residual.batch.export_replay_handoff",
+    "sglang.srt.layers.layer_boundary.residual.batch.import_replay_handoff",
+    "sglang.srt.layers.layer_boundary.residual.batch.clear",
+)
+
+
+def verify() -> None:
+    """Raise :class:`SeamError` naming the SGLang version or the symbol that does not fit."""
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        raise SeamError("sglang is not installed; sgl-blend needs sglang==" + SGLANG_VERSION) from None
+    if found != SGLANG_VERSION:
+        raise SeamError(
+            f"sgl-blend is built for sglang {SGLANG_VERSION}, found {found}: install "
+            f"sglang=={SGLANG_VERSION} or a matching sgl-blend"
+        )
+    for target in TARGETS:
+        try:
+            pkgutil.resolve_name(target)
+        except (ImportError, AttributeError, ValueError) as e:
+            raise SeamError(f"sglang {found} lacks {target} ({e}); sgl-blend cannot hook it") from None
+
+
+def install(target: str, hook, kind: str) -> None:
+    """Register and apply one hook; raise :class:`SeamError` when SGLang did not apply it.
+
+    ``kind``: ``"before"``, ``"after"`` or ``"around"`` (``plugins/hook_registry.py``, 0.5.23).
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    # The registry skips targets it has patched before; a second hook there would be lost.
+    if target in HookRegistry._patched:
+        raise SeamError(f"{target} is already hooked; another plugin holds it")
+    HookRegistry.register(target, hook, HookType(kind))
+    HookRegistry.apply_hooks()
+    if target not in HookRegistry._patched:
+        raise SeamError(f"SGLang could not apply the hook on {target}; its log says why")

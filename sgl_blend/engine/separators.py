@@ -1,0 +1,57 @@
+"""Strong boundaries: tokens behind which a chunk always ends."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from sgl_blend.config import BlendConfig
+
+logger = logging.getLogger(__name__)
+
+
+def strong_tokens(server_args: Any, config: BlendConfig) -> np.ndarray:
+    """Token ids (int64, ascending): special tokens, and tokens whose text has a separator in it.
+
+    Without a tokenizer (``--skip-tokenizer-init``) there are none; content-defined chunking
+    needs none.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    view = resolving_view(server_args)
+    if view.skip_tokenizer_init:
+        return np.zeros(0, dtype=np.int64)
+    tokenizer = get_tokenizer(
+        view.tokenizer_path or view.model_path,
+        tokenizer_mode=view.tokenizer_mode,
+        trust_remote_code=view.trust_remote_code,
+        tokenizer_revision=view.revision,
+    )
+    return strong_tokens_of(tokenizer, config.separators)
+
+
+def strong_tokens_of(tokenizer: Any, separators: tuple[str, ...]) -> np.ndarray:
+    """As above, for a Hugging Face tokenizer."""
+    strong = set(getattr(tokenizer, "all_special_ids", []))
+    strong |= {
+        i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
+    }
+    found = dict.fromkeys(separators, 0)
+    if separators:
+        ids = list(range(len(tokenizer)))
+        for i, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True):
+            for sep in separators:
+                if sep in text:
+                    found[sep] += 1
+                    strong.add(i)
+    for sep, n in found.items():
+        if n == 0:
+            logger.warning(
+                "sgl-blend: no token contains the separator %r, so it cuts nothing; chunks are "
+                "found by content all the same",
+                sep,
+            )
+    return np.array(sorted(strong), dtype=np.int64)

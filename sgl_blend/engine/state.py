@@ -1,0 +1,113 @@
+"""What one request carries about blending, from its first prefill piece to its response."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.options import RequestOptions, parse_options
+from sgl_blend.errors import RequestError
+from sgl_blend.plan import BlendRecord
+from sgl_blend.selection import POLICIES, Policy
+
+
+@dataclass
+class Counts:
+    """Prompt tokens by how their KV came to be. ``prefix + reused + recomputed + computed`` is
+    the prompt's length; ``reused`` are those not recomputed."""
+
+    prefix: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    computed: int = 0
+    token_layers: int = 0
+    full_token_layers: int = 0
+    sources: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class RequestState:
+    """Lives on SGLang's ``Req`` as ``_blend_state``; ``record`` also as ``_blend``."""
+
+    options: RequestOptions
+    policy: Policy
+    ratio: float
+    fallback: str | None = None
+    next_begin: int | None = None
+    generation: int = 0
+    decided: bool = False
+    counts: Counts = field(default_factory=Counts)
+    counts_closed: bool = False
+    record: BlendRecord | None = None
+    suffix_start: int = 0
+
+    @property
+    def wants_blend(self) -> bool:
+        return self.options.enabled and not self.exact
+
+    @property
+    def exact(self) -> bool:
+        """Every reused token will be recomputed: nothing approximate comes of it."""
+        return self.policy.exact or self.ratio >= 1.0
+
+
+def state_of(req: Any, config: BlendConfig) -> RequestState:
+    """The request's state, made at first sight. Never raises: what the HTTP process let
+    through and is malformed all the same falls back to full prefill."""
+    state = getattr(req, "_blend_state", None)
+    if state is None:
+        fallback = None
+        try:
+            options = parse_options(req.sampling_params.custom_params, len(req.origin_input_ids))
+        except RequestError:
+            options, fallback = RequestOptions(enabled=False), "malformed blend options"
+        policy = POLICIES.get(options.policy or config.policy)
+        ratio = config.recompute_ratio if options.ratio is None else options.ratio
+        state = req._blend_state = RequestState(options, policy, ratio, fallback)
+        if fallback is None and not options.enabled:
+            state.fallback = "disabled by the request"
+    return state
+
+
+def namespace_of(req: Any, upto: int, config: BlendConfig) -> str | None:
+    """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
+    the request must never see approximate KV.
+
+    A digest over tenant, policy, ratio and tokens: KV repaired for another question, by another
+    policy or for another tenant has another name.
+    """
+    state = state_of(req, config)
+    if not state.wants_blend or unservable(req) is not None:
+        return None
+    tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
+    h = hashlib.blake2b(digest_size=16)
+    head = (req.extra_key, req.cache_salt, state.policy.name, round(state.ratio, 9), upto)
+    h.update(repr(head).encode())
+    h.update(tokens.tobytes())
+    return h.hexdigest()
+
+
+def unservable(req: Any) -> str | None:
+    """Why this request needs full prefill, or None. Attributes are ``Req``'s (SGLang 0.5.23)."""
+    if req.multimodal_inputs is not None:
+        return "multimodal input"
+    if req.input_embeds is not None or req.positional_embed_overrides is not None:
+        return "input embeddings"
+    if req.lora_id is not None:
+        return "LoRA adapter"
+    if req.session is not None:
+        return "session"
+    if req.return_hidden_states:
+        return "hidden states requested"
+    if getattr(req, "return_routed_experts", False):
+        return "routed experts requested"
+    if getattr(req, "is_prefill_only", False) or req.sampling_params.max_new_tokens == 0:
+        # n > 1 sends such a request first to fill the cache; it is blended like its siblings.
+        if req.return_logprob:
+            return "scoring request"
+    return None

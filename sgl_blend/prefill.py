@@ -1,0 +1,307 @@
+"""The blend prefill: which rows run through which layers, over the model's own layers.
+
+One batch may mix blended and ordinary pieces. Ordinary pieces keep all their rows in every
+layer; blended ones run
+
+* all rows through the check layers, then the selected ones (``Need.DEVIATION``; CacheBlend,
+  arXiv:2405.16444, section 4.3), or
+* the selected rows only, from layer 0 on (other needs); for ``Need.QUERY`` the question's rows
+  run first, as scratch rows that leave nothing in the KV pool.
+
+Rows that must be computed (holes, the suffix, each piece's last row) always run. Knows no
+SGLang: layers, the pool and collectives come in through protocols.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from sgl_blend.attention import (
+    BatchAttention,
+    KvCopy,
+    PoolView,
+    QuestionAttention,
+    RowSegment,
+    Scratch,
+)
+from sgl_blend.config import BlendConfig
+from sgl_blend.plan import BlendPlan
+from sgl_blend.selection import Need, Policy, ReusedTokens, budget_of
+
+
+@dataclass
+class Piece:
+    """One request's rows in a prefill batch.
+
+    row0, rows: its segment of the batch's rows. begin: position of its first row.
+    kv_slots: int64 [begin + rows], pool slots of all its tokens so far, own rows included.
+    blend: None for an ordinary request.
+    """
+
+    row0: int
+    rows: int
+    begin: int
+    kv_slots: torch.Tensor
+    blend: PieceBlend | None = None
+
+
+@dataclass
+class PieceBlend:
+    """What is blended in one piece. All tensors lie on the pool's device.
+
+    reused: int64 [n], ascending local rows of the reused tokens; never the piece's last row, so
+    that row counts are known without reading the device. src_slots, src_pos: int64 [n].
+    question_ids, question_pos: int64 [m], for ``Need.QUERY``. fixed: indices into ``reused``
+    chosen ahead, for ``Need.NOTHING``.
+    """
+
+    plan: BlendPlan
+    policy: Policy
+    tokens: ReusedTokens
+    reused: torch.Tensor
+    src_slots: torch.Tensor
+    src_pos: torch.Tensor
+    question_ids: torch.Tensor | None = None
+    question_pos: torch.Tensor | None = None
+    fixed: torch.Tensor | None = None
+
+    def recomputed(self) -> int:
+        """How many of the reused tokens are recomputed through all layers."""
+        return self.tokens.budget if self.fixed is None else int(self.fixed.numel())
+
+
+class Layers(Protocol):
+    """The model as slices of layers over a set of rows (``engine/slices.py`` fills it)."""
+
+    num_layers: int
+
+    def start(self, rows: torch.Tensor | None, counts: list[int]) -> None:
+        """Begin a pass over batch rows ``rows`` (ascending; None: all), ``counts`` per piece."""
+
+    def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Begin a pass over rows that are not the batch's and must leave no KV behind."""
+
+    def run(self, first: int, last: int, attention: Any) -> Any:
+        """Run layers [first, last); returns the logits when ``last == num_layers``."""
+
+    def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
+        """Keep ``keep`` (indices into the current rows); ``rows`` are the batch rows left."""
+
+    def stop(self) -> None:
+        """Drop the state of an unfinished pass."""
+
+
+class Ranks(Protocol):
+    """Agreement among tensor-parallel ranks; each sees its own heads only."""
+
+    def sum(self, score: torch.Tensor) -> torch.Tensor:
+        """Sum ``score`` over ranks."""
+
+    def agree(self, index: torch.Tensor) -> torch.Tensor:
+        """Rank 0's ``index`` on every rank (the same shape everywhere)."""
+
+
+def query_depth(num_layers: int, config: BlendConfig) -> int:
+    """Layers that the question pass runs. The last layer is never needed: running it would
+    end in the model's head, and its attention adds one term of many."""
+    return max(1, min(num_layers - 1, math.ceil(config.query_layers * num_layers)))
+
+
+def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
+    """Token-layers that prefilling ``piece`` computes, check layers and question pass included.
+
+    Full prefill of the piece is ``piece.rows * num_layers``.
+    """
+    b = piece.blend
+    if b is None:
+        return piece.rows * num_layers
+    n = b.tokens.count
+    must = piece.rows - n
+    if b.policy.need is not Need.DEVIATION:
+        asked = 0
+        if b.question_ids is not None:
+            asked = int(b.question_ids.numel()) * query_depth(num_layers, config)
+        return (must + b.recomputed()) * num_layers + asked
+    total, rows, done = 0, piece.rows, 0
+    for layer, k in _filters(b, config):
+        total += rows * (layer + 1 - done)
+        rows, done = must + k, layer + 1
+    return total + rows * (num_layers - done)
+
+
+def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
+    """(check layer, tokens kept after it) for a ``Need.DEVIATION`` piece; the last is the budget."""
+    n, ratio = b.tokens.count, b.plan.ratio
+    kept = [budget_of(n, min(1.0, ratio * m)) for m in config.multipliers()]
+    kept[-1] = b.tokens.budget
+    return list(zip(config.check_layers, kept, strict=True))
+
+
+def run(
+    pieces: list[Piece], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+) -> Any:
+    """Prefill the batch; returns what the model's last slice returns (the logits)."""
+    passes = [_PiecePass(p, config) for p in pieces]
+    asking = [s for s in passes if s.need is Need.QUERY]
+    if asking:
+        _question_pass(asking, layers, pool, ranks, config)
+    return _main_pass(passes, layers, pool, ranks, config)
+
+
+class _PiecePass:
+    """A piece while it is being prefilled: its current rows and what is still to be copied."""
+
+    def __init__(self, piece: Piece, config: BlendConfig) -> None:
+        self.piece = piece
+        self.blend = piece.blend
+        self.config = config
+        self.need = self.blend.policy.need if self.blend else None
+        self.device = piece.kv_slots.device
+        self.copy_from = 0  # first layer whose reused KV the question pass has not brought in
+        #: local rows that run now, ascending; None: all of them
+        self.rows: torch.Tensor | None = None
+        #: indices into ``reused`` that are (still) computed; None: all
+        self.alive: torch.Tensor | None = None
+        if self.blend is not None:
+            is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
+            is_reused[self.blend.reused] = True
+            # A stable sort instead of nonzero(): the count is known, the device is not awaited.
+            self.must = torch.sort(is_reused.int(), stable=True).indices[
+                : piece.rows - self.blend.tokens.count
+            ]
+            if self.need is Need.NOTHING:
+                self.keep(self.blend.fixed.to(self.device))
+
+    @property
+    def count(self) -> int:
+        return self.piece.rows if self.rows is None else self.rows.numel()
+
+    def keep(self, chosen: torch.Tensor) -> None:
+        """From now on only ``chosen`` (ascending indices into ``reused``) and ``must`` run."""
+        self.alive = chosen
+        self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
+
+    def local_rows(self) -> torch.Tensor:
+        if self.rows is None:
+            return torch.arange(self.piece.rows, device=self.device)
+        return self.rows
+
+    def batch_rows(self) -> torch.Tensor:
+        return self.local_rows() + self.piece.row0
+
+    def copy_all(self) -> KvCopy:
+        """Every reused token, from its source into the request's own slots."""
+        b = self.blend
+        dst_pos = b.reused + self.piece.begin
+        return KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos)
+
+    def copy_rest(self) -> KvCopy | None:
+        """The reused tokens that do not run; None while all of them do."""
+        if self.blend is None or self.alive is None:
+            return None
+        n = self.blend.tokens.count
+        runs = torch.zeros(n, dtype=torch.bool, device=self.device)
+        runs[self.alive] = True
+        rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
+        return self.copy_all().take(rest) if rest.numel() else None
+
+
+def _question_pass(
+    asking: list[_PiecePass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+) -> None:
+    """Run the questions over the cached KV and choose each piece's rows by attention mass."""
+    depth = query_depth(layers.num_layers, config)
+    scratch, ids, positions, row = [], [], [], 0
+    for s in asking:
+        b, begin = s.blend, s.piece.begin
+        m = b.question_ids.numel()
+        at = b.reused + begin
+        prefix = torch.arange(begin, device=s.device)
+        scratch.append(
+            Scratch(
+                row,
+                row + m,
+                b.question_pos,
+                torch.cat([s.piece.kv_slots[:begin], s.piece.kv_slots[at]]),
+                torch.cat([prefix, at]),
+                slice(begin, begin + b.tokens.count),
+                torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
+            )
+        )
+        ids.append(b.question_ids)
+        positions.append(b.question_pos)
+        row += m
+    copy = KvCopy.cat([s.copy_all() for s in asking])
+    layers.start_scratch(torch.cat(ids), torch.cat(positions))
+    try:
+        layers.run(0, depth, QuestionAttention(pool, scratch, copy))
+    finally:
+        layers.stop()
+    masses = ranks.sum(torch.cat([q.mass for q in scratch]))
+    for s, mass in zip(asking, masses.split([q.mass.numel() for q in scratch]), strict=True):
+        s.keep(ranks.agree(s.blend.policy.select(s.blend.tokens, mass, config)))
+        s.copy_from = depth
+
+
+def _main_pass(
+    passes: list[_PiecePass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+) -> Any:
+    attention = BatchAttention(pool)
+    checking = [s for s in passes if s.need is Need.DEVIATION]
+    filters = {id(s): _filters(s.blend, config) for s in checking}
+
+    pruned = any(s.rows is not None for s in passes)
+    counts = [s.count for s in passes]
+    layers.start(torch.cat([s.batch_rows() for s in passes]) if pruned else None, counts)
+    _stage(attention, passes)
+    done = 0
+    try:
+        for step, layer in enumerate(config.check_layers if checking else ()):
+            layers.run(done, layer + 1, attention)
+            done = layer + 1
+            before = torch.cat([s.batch_rows() for s in passes])
+            for s in checking:
+                _check(s, layer, filters[id(s)][step][1], pool, ranks, config)
+                s.copy_from = done
+            after = torch.cat([s.batch_rows() for s in passes])
+            counts = [s.count for s in passes]
+            layers.prune(torch.searchsorted(before, after), after, counts)
+            _stage(attention, passes)
+        return layers.run(done, layers.num_layers, attention)
+    except BaseException:
+        layers.stop()
+        raise
+
+
+def _check(
+    s: _PiecePass, layer: int, kept: int, pool: PoolView, ranks: Ranks, config: BlendConfig
+) -> None:
+    """Keep the tokens whose fresh V at ``layer`` is farthest from the cached V."""
+    from sgl_blend import ops
+
+    b = s.blend
+    alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
+    fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]
+    score = ranks.sum(ops.v_deviation(pool.v(layer), fresh, b.src_slots[alive]))
+    chosen = b.policy.select(replace(b.tokens, budget=kept), score, config)
+    s.keep(alive[ranks.agree(chosen)])
+
+
+def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
+    segments, row = [], 0
+    groups: dict[int, list[KvCopy]] = {}
+    for s in passes:
+        n = s.count
+        segments.append(
+            RowSegment(row, row + n, s.local_rows() + s.piece.begin, s.piece.kv_slots)
+        )
+        row += n
+        rest = s.copy_rest()
+        if rest is not None:
+            groups.setdefault(s.copy_from, []).append(rest)
+    copies = [(first, KvCopy.cat(parts)) for first, parts in sorted(groups.items())]
+    attention.stage(segments, copies)

@@ -1,0 +1,17 @@
+"""Which reused tokens are recomputed: one file a policy, one registry.
+
+A policy turns scores into rows and says which pass it needs (:class:`Need`). To add one, write
+a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
+"""
+
+from sgl_blend.registry import Registry
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of
+from sgl_blend.selection.fixed import All, Leading, None_, Random
+from sgl_blend.selection.hkvd import Hkvd
+from sgl_blend.selection.query import Query
+
+POLICIES: Registry[Policy] = Registry("blend policy")
+for _policy in (Query(), Hkvd(), Leading(), Random(), All(), None_()):
+    POLICIES.register(_policy.name, _policy)
+
+__all__ = ["POLICIES", "Need", "Policy", "ReusedTokens", "budget_of"]

@@ -1,0 +1,73 @@
+"""The contract of a selection policy."""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from sgl_blend.config import BlendConfig
+
+
+class Need(enum.Enum):
+    """The pass whose result a policy selects by."""
+
+    NOTHING = "nothing"
+    #: the question's rows run over the re-rotated cached KV; score = attention mass per token
+    QUERY = "query"
+    #: all rows run through the check layers; score = squared V deviation per token
+    DEVIATION = "deviation"
+
+
+@dataclass(frozen=True)
+class ReusedTokens:
+    """The reused tokens of one request's prefill piece, as a policy sees them.
+
+    positions: int64 [n], ascending prompt positions. offsets: int64 [n], each token's offset
+    within its span. span_lengths: int64 [n], the length of each token's span. All on CPU.
+    budget: how many of the ``n`` tokens to recompute. seed: the same for the same prompt.
+    """
+
+    positions: torch.Tensor
+    offsets: torch.Tensor
+    span_lengths: torch.Tensor
+    budget: int
+    seed: int
+
+    @property
+    def count(self) -> int:
+        return int(self.positions.numel())
+
+
+class Policy(ABC):
+    """Chooses the reused tokens to recompute. Stateless; one instance serves all requests."""
+
+    name: ClassVar[str]
+    need: ClassVar[Need] = Need.NOTHING
+    #: True when every reused token is recomputed, so that the result is exact
+    exact: ClassVar[bool] = False
+
+    def budget(self, count: int, ratio: float) -> int:
+        """Tokens to recompute out of ``count`` reused ones."""
+        return budget_of(count, ratio)
+
+    @abstractmethod
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
+        """Indices (int64, ascending, on ``score``'s device or CPU) into the ``n`` reused tokens.
+
+        ``score`` is fp32 [n], summed over tensor-parallel ranks; ``None`` for ``Need.NOTHING``.
+        Ties go to the lower position. The number of indices must not depend on the score's
+        values: counts are reported, and labels set, without waiting for the device.
+        """
+
+
+def budget_of(count: int, ratio: float) -> int:
+    """``ceil(ratio * count)``, clamped to 0..count; float fuzz does not add a token."""
+    return max(0, min(count, math.ceil(ratio * count - 1e-9)))

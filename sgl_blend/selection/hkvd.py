@@ -1,0 +1,28 @@
+"""High-KV-deviation tokens: CacheBlend (arXiv:2405.16444, section 4.3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sgl_blend.ops import top_rows
+from sgl_blend.selection.base import Need, Policy, ReusedTokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from sgl_blend.config import BlendConfig
+
+
+class Hkvd(Policy):
+    """The tokens whose fresh V at the check layer is farthest from the cached V.
+
+    Score: ``|V_fresh - V_cached|^2`` summed over heads and dimensions. With several check
+    layers the choice narrows gradually (section 4.3, gradual filtering): the engine calls
+    ``select`` once per check layer, each time with the survivors and a smaller budget.
+    """
+
+    name = "hkvd"
+    need = Need.DEVIATION
+
+    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
+        return top_rows(score, reused.budget)
