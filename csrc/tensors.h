@@ -1,0 +1,75 @@
+// What every launcher checks once more on this side of the boundary, and dispatch by dtype.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+
+#include "simd.h"
+
+namespace blend {
+
+using tvm::ffi::TensorView;
+
+inline void expect(bool condition, const char* message) {
+  if (!condition) TVM_FFI_THROW(ValueError) << message;
+}
+
+inline bool is(const TensorView& t, uint8_t code, uint8_t bits) {
+  return t.dtype().code == code && t.dtype().bits == bits && t.dtype().lanes == 1;
+}
+
+// int64 [n] on the CPU, dense.
+inline const int64_t* indices(const TensorView& t, int64_t n, const char* message) {
+  expect(t.device().device_type == kDLCPU && is(t, kDLInt, 64) && t.ndim() == 1 && t.size(0) == n &&
+             (n < 2 || t.stride(0) == 1),
+         message);
+  return static_cast<const int64_t*>(t.data_ptr());
+}
+
+// float32 [n] or [n, m] on the CPU, dense.
+inline float* floats(const TensorView& t, int64_t numel, const char* message) {
+  expect(t.device().device_type == kDLCPU && is(t, kDLFloat, 32) && t.numel() == numel, message);
+  return static_cast<float*>(t.data_ptr());
+}
+
+// [n, heads, dim] on the CPU, dense in its last dimension; strides in elements.
+struct Cache {
+  void* data;
+  int64_t tokens, heads, dim, token_stride, head_stride;
+
+  explicit Cache(const TensorView& t, const char* message)
+      : data(t.data_ptr()), tokens(0), heads(0), dim(0), token_stride(0), head_stride(0) {
+    expect(t.device().device_type == kDLCPU && t.ndim() == 3, message);
+    tokens = t.size(0), heads = t.size(1), dim = t.size(2);
+    expect(t.numel() == 0 || dim == 1 || t.stride(2) == 1, message);
+    token_stride = t.stride(0), head_stride = t.stride(1);
+  }
+
+  template <typename T>
+  typename T::type* at(int64_t token, int64_t head) const {
+    return static_cast<typename T::type*>(data) + token * token_stride + head * head_stride;
+  }
+};
+
+inline void expect_inside(const int64_t* slots, int64_t n, int64_t limit, const char* message) {
+  bool inside = true;
+  for (int64_t i = 0; i < n; ++i) inside &= slots[i] >= 0 && slots[i] < limit;
+  expect(inside, message);
+}
+
+// Calls body(T{}) with the element type of `t`.
+template <typename Body>
+void by_dtype(const TensorView& t, Body&& body) {
+  if (is(t, kDLFloat, 32)) {
+    body(F32{});
+  } else if (is(t, kDLBfloat, 16)) {
+    body(BF16{});
+  } else if (is(t, kDLFloat, 16)) {
+    body(F16{});
+  } else {
+    TVM_FFI_THROW(ValueError) << "the dtype must be float32, bfloat16 or float16";
+  }
+}
+
+}  // namespace blend

@@ -1,0 +1,43 @@
+"""The compute primitives of the blend prefill. Knows tensors; no SGLang, no plans, no policies.
+
+====================  =========================================================
+``rotation.py``       ``Rope``; copies of KV whose K is rotated to new positions
+``attention.py``      attention of gapped rows by true position; attention mass
+``deviation.py``      squared distance of cached from fresh K and V, per token
+``rows.py``           scores to row indices
+``checks.py``         what every launcher checks before a pointer leaves Python
+``build.py``          finds and compiles ``csrc/`` at first use
+``reference.py``      the same functions in plain torch
+====================  =========================================================
+
+Imports run downward in this table (``attention.py`` may import ``build.py``, never the other
+way round). Dispatch is by ``tensor.device``: CPU tensors go to the C++ kernels, or to the torch
+reference where no compiler is installed; all other devices go to the reference.
+
+A KV pool is, per layer, ``k_cache [num_slots, Hk, D]`` and ``v_cache [num_slots, Hk, Dv]`` in
+float32, bfloat16 or float16. Bad arguments raise ``KernelError``.
+"""
+
+from sgl_blend.ops.attention import (
+    AttentionWithMass,
+    attention_mass,
+    row_attention,
+    row_attention_with_mass,
+)
+from sgl_blend.ops.deviation import k_deviation, v_deviation
+from sgl_blend.ops.rotation import Rope, Rotation, rotate_copy, rotate_from
+from sgl_blend.ops.rows import top_rows
+
+__all__ = [
+    "AttentionWithMass",
+    "Rope",
+    "Rotation",
+    "attention_mass",
+    "k_deviation",
+    "rotate_copy",
+    "rotate_from",
+    "row_attention",
+    "row_attention_with_mass",
+    "top_rows",
+    "v_deviation",
+]

@@ -1,0 +1,77 @@
+"""What every launcher checks before a pointer leaves Python. All failures are ``KernelError``."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_blend.errors import KernelError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int64, torch.int32)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise KernelError(message)
+
+
+def floats(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None = None) -> None:
+    """``tensor`` is float32/bfloat16/float16 of ``ndim`` dims whose last one is dense."""
+    _tensor(name, tensor, ndim, device)
+    require(
+        tensor.dtype in FLOATS,
+        f"{name} is {tensor.dtype}; the kernels take float32, bfloat16 and float16",
+    )
+    require(
+        tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1,
+        f"{name} has stride {tensor.stride()}; its last dimension must be contiguous",
+    )
+
+
+def index(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` as contiguous int64 [n]; int32 is widened (SGLang's slot tables are int32)."""
+    _tensor(name, tensor, 1, device)
+    require(tensor.dtype in INDICES, f"{name} is {tensor.dtype}; indices are int64 or int32")
+    return tensor.to(torch.int64).contiguous()
+
+
+def in_range(name: str, values: torch.Tensor, limit: int) -> None:
+    """Every value lies in [0, limit). Skipped off the CPU, where it would stall the stream."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(values))
+    require(
+        low >= 0 and high < limit, f"{name} spans [{low}, {high}]; it must lie inside [0, {limit})"
+    )
+
+
+def pool(k_cache: torch.Tensor, v_cache: torch.Tensor, names: tuple[str, str]) -> None:
+    """K and V of one layer: same tokens, heads, dtype and device."""
+    floats(names[0], k_cache, 3)
+    floats(names[1], v_cache, 3, k_cache.device)
+    require(
+        k_cache.shape[:2] == v_cache.shape[:2],
+        f"{names[0]} {list(k_cache.shape)} and {names[1]} {list(v_cache.shape)} differ in tokens or heads",
+    )
+    require(
+        k_cache.dtype == v_cache.dtype,
+        f"{names[0]} is {k_cache.dtype} but {names[1]} is {v_cache.dtype}",
+    )
+
+
+def same_layout(name: str, tensor: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+    """Same heads, head size and dtype as ``like``."""
+    require(
+        tensor.shape[1:] == like.shape[1:] and tensor.dtype == like.dtype,
+        f"{name} {list(tensor.shape)} {tensor.dtype} does not fit {like_name} "
+        f"{list(like.shape)} {like.dtype}",
+    )
+
+
+def _tensor(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None) -> None:
+    require(isinstance(tensor, torch.Tensor), f"{name} is {type(tensor).__name__}, not a tensor")
+    require(tensor.dim() == ndim, f"{name} has shape {list(tensor.shape)}; expected {ndim} dims")
+    require(
+        device is None or tensor.device == device,
+        f"{name} is on {tensor.device}; expected {device}",
+    )

@@ -1,0 +1,106 @@
+"""The compute primitives in plain torch: what the kernels are tested against, on any device.
+
+Also what runs where there is no kernel (CUDA tensors, machines without a compiler), hence one
+key/value head at a time, which bounds the score matrix to [R * group, S + E].
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotate(
+    k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int, neox: bool
+) -> torch.Tensor:
+    """``k`` [n, H, D] with its first ``rotary_dim`` dims turned by (cos, sin) fp32 [n, rotary_dim/2].
+
+    Computed in fp32 and rounded once. ``neox``: dim i pairs with i + rotary_dim/2; else 2i with
+    2i + 1 (GPT-J).
+    """
+    half = rotary_dim // 2
+    turned = k[..., :rotary_dim].float()
+    x, y = (
+        (turned[..., :half], turned[..., half:]) if neox else (turned[..., 0::2], turned[..., 1::2])
+    )
+    c, s = cos[:, None, :], sin[:, None, :]
+    a, b = x * c - y * s, y * c + x * s
+    head = torch.cat((a, b), dim=-1) if neox else torch.stack((a, b), dim=-1).flatten(-2)
+    return torch.cat((head.to(k.dtype), k[..., rotary_dim:]), dim=-1)
+
+
+def rotate_from(
+    k_src: torch.Tensor,
+    v_src: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    dst_slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotary_dim: int,
+    neox: bool,
+) -> None:
+    k_cache[dst_slots] = rotate(k_src, cos, sin, rotary_dim, neox)
+    v_cache[dst_slots] = v_src
+
+
+def visible(q_pos: torch.Tensor, key_pos: torch.Tensor, window: int) -> torch.Tensor:
+    """bool [R, S]: key position <= row position, and within ``window`` before it when >= 0."""
+    seen = key_pos[None, :] <= q_pos[:, None]
+    if window >= 0:
+        seen &= key_pos[None, :] >= q_pos[:, None] - window
+    return seen
+
+
+def row_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    kv_slots: torch.Tensor,
+    q_pos: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    logit_cap: float,
+    kv_pos0: int,
+    k_extra: torch.Tensor | None,
+    v_extra: torch.Tensor | None,
+    extra_pos: torch.Tensor | None,
+    with_mass: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(out [R, Hq, Dv] or None without ``v_cache``, mass fp32 [S] or None): masked softmax, fp32."""
+    rows, q_heads, _ = q.shape
+    kv_heads, keys = k_cache.shape[1], kv_slots.shape[0]
+    group = q_heads // kv_heads
+    key_pos = torch.arange(kv_pos0, kv_pos0 + keys, device=q.device)
+    if extra_pos is not None:
+        key_pos = torch.cat((key_pos, extra_pos))
+    hidden = ~visible(q_pos, key_pos, window).repeat_interleave(group, dim=0)
+    blind = hidden.all(dim=1)
+    out = None
+    if v_cache is not None:
+        out = torch.zeros(rows, q_heads, v_cache.shape[2], dtype=q.dtype, device=q.device)
+    mass = torch.zeros(keys, dtype=torch.float32, device=q.device) if with_mass else None
+
+    def gather(cache: torch.Tensor, extra: torch.Tensor | None, head: int) -> torch.Tensor:
+        part = cache[kv_slots, head].float()
+        return part if extra is None else torch.cat((part, extra[:, head].float()))
+
+    for head in range(kv_heads):
+        part = slice(head * group, (head + 1) * group)
+        scores = q[:, part].float().flatten(0, 1) @ gather(k_cache, k_extra, head).T * scale
+        if logit_cap > 0:
+            scores = logit_cap * torch.tanh(scores / logit_cap)
+        probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        probs[blind] = 0
+        if out is not None:
+            out[:, part] = (
+                (probs @ gather(v_cache, v_extra, head)).view(rows, group, -1).to(q.dtype)
+            )
+        if mass is not None:
+            mass += probs[:, :keys].sum(dim=0)
+    return out, mass
+
+
+def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """fp32 [n]: sum of (a - b)^2 over all but the first dimension."""
+    return (a.float() - b.float()).square().flatten(1).sum(dim=1)

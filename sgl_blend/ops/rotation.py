@@ -1,0 +1,227 @@
+"""Moving cached K to new positions: one fp32 rotation by the difference, fused with the copy.
+
+RoPE makes K at position p equal R(p) k. Moving it from p to p' is one rotation R(p' - p), and
+undoing R(p) before applying R(p') would round twice. The rotation is the quotient of the two
+entries of SGLang's own table, so that it serves every frequency scheme (plain, linear, llama3,
+YaRN, long-rope short/long factors) and cancels a folded attention factor (YaRN's mscale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sgl_blend.errors import KernelError
+from sgl_blend.ops import checks, reference
+from sgl_blend.ops.build import cpu_module, launch
+from sgl_blend.ops.checks import require
+
+
+class Rotation(NamedTuple):
+    """What turns K from old to new positions: ``cos``, ``sin`` fp32 [n, rotary_dim / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """A layer's rotary table, as SGLang's ``RotaryEmbedding`` holds it.
+
+    cos_sin: fp32 [max_pos, rotary_dim], cos half then sin half. neox: halves (True) or GPT-J
+    pairs (False). All layers with the same rotary module share one ``Rope`` and one ``delta``.
+    """
+
+    cos_sin: torch.Tensor
+    rotary_dim: int
+    neox: bool
+
+    def __post_init__(self) -> None:
+        checks.floats("cos_sin", self.cos_sin, 2)
+        require(
+            self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
+            f"rotary_dim is {self.rotary_dim}; it must be even and positive",
+        )
+        require(
+            self.cos_sin.shape[1] == self.rotary_dim,
+            f"cos_sin has {self.cos_sin.shape[1]} columns; rotary_dim is {self.rotary_dim}",
+        )
+
+    @classmethod
+    def from_module(cls, rotary_emb: object) -> Rope:
+        """From an SGLang rotary module's ``cos_sin_cache``, ``rotary_dim`` and ``is_neox_style``.
+
+        The table is read as it is now: a module that grows its table needs a new ``Rope``. On a
+        CPU SGLang keeps the table in the model's dtype; the quotient undoes exactly the rounded
+        rotation that was applied.
+
+        Raises:
+            KernelError: the module lacks one of the three attributes.
+        """
+        try:
+            table = rotary_emb.cos_sin_cache
+            return cls(table.float(), int(rotary_emb.rotary_dim), bool(rotary_emb.is_neox_style))
+        except AttributeError as error:
+            raise KernelError(
+                f"{type(rotary_emb).__name__} is no rotary module that can be undone: {error}"
+            ) from error
+
+    @property
+    def max_positions(self) -> int:
+        return self.cos_sin.shape[0]
+
+    def delta(self, old_pos: torch.Tensor, new_pos: torch.Tensor) -> Rotation:
+        """Rotation that carries K computed at ``old_pos`` [n] to ``new_pos`` [n] (int64).
+
+        With (c, s) the old and (C, S) the new entry: ((C c + S s) / m2, (S c - C s) / m2),
+        m2 = c^2 + s^2.
+
+        Raises:
+            KernelError: shapes differ, or a position lies outside the table.
+        """
+        device = self.cos_sin.device
+        old = checks.index("old_pos", old_pos, device)
+        new = checks.index("new_pos", new_pos, device)
+        require(
+            old.shape == new.shape,
+            f"old_pos has {old.shape[0]} positions, new_pos {new.shape[0]}",
+        )
+        for name, pos in (("old_pos", old), ("new_pos", new)):
+            checks.in_range(name, pos, self.max_positions)
+        half = self.rotary_dim // 2
+        table = self.cos_sin if self.cos_sin.dtype == torch.float32 else self.cos_sin.float()
+        before, after = table[old], table[new]
+        c, s, cc, ss = before[:, :half], before[:, half:], after[:, :half], after[:, half:]
+        inverse = (c * c + s * s).reciprocal_()
+        return Rotation((cc * c + ss * s) * inverse, (ss * c - cc * s) * inverse)
+
+
+def rotate_copy(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    src_slots: torch.Tensor,
+    dst_slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotary_dim: int,
+    neox: bool,
+) -> None:
+    """Copy tokens inside one layer's pool: V as it is, K rotated. Writes ``dst_slots`` only.
+
+    k_cache [num_slots, Hk, D], v_cache [num_slots, Hk, Dv]; src_slots, dst_slots int64 [n];
+    cos, sin fp32 [n, rotary_dim / 2] from ``Rope.delta``. K beyond ``rotary_dim`` is copied.
+    ``dst_slots`` must be free of repeats and share no slot with ``src_slots``: tokens are copied
+    in parallel.
+
+    Raises:
+        KernelError: arguments that do not fit, or overlapping slots (checked on the CPU).
+    """
+    checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
+    src = checks.index("src_slots", src_slots, k_cache.device)
+    dst = checks.index("dst_slots", dst_slots, k_cache.device)
+    require(
+        src.shape == dst.shape, f"src_slots has {src.shape[0]} tokens, dst_slots {dst.shape[0]}"
+    )
+    cos, sin = checked_rotation(k_cache, dst.shape[0], cos, sin, rotary_dim)
+    if dst.shape[0] == 0:
+        return
+    checks.in_range("src_slots", src, k_cache.shape[0])
+    checks.in_range("dst_slots", dst, k_cache.shape[0])
+    _require_disjoint(k_cache.shape[0], dst, src)
+    module = cpu_module(k_cache.device)
+    if module is None:
+        reference.rotate_from(
+            k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox
+        )
+    else:
+        _launch(module, k_cache, v_cache, src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
+
+
+def rotate_from(
+    k_src: torch.Tensor,
+    v_src: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    dst_slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotary_dim: int,
+    neox: bool,
+) -> None:
+    """``rotate_copy`` from tensors outside the pool (a chunk loaded from a tier).
+
+    k_src [n, Hk, D], v_src [n, Hk, Dv] in the pool's dtype, token i going to ``dst_slots[i]``.
+
+    Raises:
+        KernelError: arguments that do not fit, or repeats in ``dst_slots`` (checked on the CPU).
+    """
+    checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
+    checks.pool(k_src, v_src, ("k_src", "v_src"))
+    checks.same_layout("k_src", k_src, k_cache, "k_cache")
+    checks.same_layout("v_src", v_src, v_cache, "v_cache")
+    require(k_src.device == k_cache.device, f"k_src is on {k_src.device}, not {k_cache.device}")
+    dst = checks.index("dst_slots", dst_slots, k_cache.device)
+    tokens = dst.shape[0]
+    require(k_src.shape[0] == tokens, f"k_src has {k_src.shape[0]} tokens, dst_slots {tokens}")
+    cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
+    if tokens == 0:
+        return
+    checks.in_range("dst_slots", dst, k_cache.shape[0])
+    _require_disjoint(k_cache.shape[0], dst, None)
+    module = cpu_module(k_cache.device)
+    if module is None:
+        reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
+    else:
+        src = torch.arange(tokens)
+        _launch(module, k_src, v_src, src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
+
+
+def checked_rotation(
+    k_cache: torch.Tensor, tokens: int, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int
+) -> Rotation:
+    """``cos`` and ``sin`` checked against the pool, contiguous."""
+    head = k_cache.shape[2]
+    require(
+        0 < rotary_dim <= head and rotary_dim % 2 == 0,
+        f"rotary_dim is {rotary_dim}; it must be even and within the head size {head}",
+    )
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        checks.floats(name, tensor, 2, k_cache.device)
+        require(
+            tensor.dtype == torch.float32 and tensor.shape == (tokens, rotary_dim // 2),
+            f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 {[tokens, rotary_dim // 2]}",
+        )
+    return Rotation(cos.contiguous(), sin.contiguous())
+
+
+def _require_disjoint(num_slots: int, dst: torch.Tensor, src: torch.Tensor | None) -> None:
+    """One byte a slot: cheap beside the copy, and a race would corrupt KV without a trace."""
+    if dst.device.type != "cpu":
+        return
+    written = torch.zeros(num_slots, dtype=torch.bool)
+    written[dst] = True
+    require(int(written.sum()) == dst.shape[0], "dst_slots names a slot twice")
+    if src is not None:
+        require(not bool(written[src].any()), "src_slots and dst_slots share a slot")
+
+
+def _launch(
+    module: object,
+    k_src: torch.Tensor,
+    v_src: torch.Tensor,
+    src: torch.Tensor,
+    k_dst: torch.Tensor,
+    v_dst: torch.Tensor,
+    dst: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotary_dim: int,
+    neox: bool,
+) -> None:
+    launch(
+        module.rotate_copy,
+        (k_src, v_src, src, k_dst, v_dst, dst, cos, sin),
+        (rotary_dim, int(neox), torch.get_num_threads()),
+    )
