@@ -54,6 +54,8 @@ class OneRank:
 def build_tree(ctx: Any) -> Any:
     """Factory of the radix cache backend ``blend``. Raises a :class:`BlendError` subclass when
     the model or its configuration is not served; SGLang then ends the launch."""
+    from sglang.srt.runtime_context import get_parallel
+
     from sgl_blend.chunking import ChunkingConfig
     from sgl_blend.radix import BlendRadixCache, RadixConfig
 
@@ -89,8 +91,7 @@ def build_tree(ctx: Any) -> Any:
         fingerprint=model_fingerprint(model_runner, ctx.model_config),
         boundaries_of=lambda req: state_of(req, config).options.boundaries,
     )
-    group = ctx.tp_worker.model_runner.tp_group
-    ranks = TensorRanks(group) if ctx.tp_size > 1 else OneRank()
+    ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
     planner = Planner(
         PlannerContext(
             tree=tree,

@@ -1,0 +1,1 @@
+"""Benchmarks and the demo: real servers, real requests, ours beside plain SGLang in one run."""
