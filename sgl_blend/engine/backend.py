@@ -24,6 +24,7 @@ from sgl_blend.engine.pool import ModelPool
 from sgl_blend.engine.separators import strong_tokens
 from sgl_blend.engine.state import namespace_of, state_of
 from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.ops.build import cpu_module
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ def build_tree(ctx: Any) -> Any:
             metrics=Metrics(_metric_labels(ctx)),
         )
     )
+    # Kernels are built at launch, not in the first blended request.
+    cpu_module(pool.k(0).device)
     _install(model, planner, pool, ranks, num_layers, config)
     if ctx.tp_rank == 0:
         logger.info("sgl-blend is on: %s", config.describe())

@@ -1,0 +1,71 @@
+"""``sgl-blend bench``: TTFT and throughput beside plain SGLang."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+HEAD = ("workload", "setting", "tokens", "reused", "again", "token-layers", "TTFT s", "req/s", "speed-up", "of allowed")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    from sgl_blend.bench.run import BenchOptions
+
+    p = subparsers.add_parser("bench", help="TTFT and throughput beside plain SGLang, in one run")
+    defaults = BenchOptions()
+    for f in fields(BenchOptions):
+        value = getattr(defaults, f.name)
+        flag = "--" + f.name.replace("_", "-")
+        if isinstance(value, tuple):
+            p.add_argument(flag, type=lambda t: tuple(x for x in t.split(",") if x), default=value)
+        else:
+            kind = str if value is None else type(value)
+            p.add_argument(flag, type=kind, default=value, help=f"default: {value}")
+    p.add_argument("--json", type=Path, default=None, help="write all figures to this file")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from sgl_blend.bench.run import BenchOptions, bench
+    from sgl_blend.cli.table import Progress, table
+
+    options = BenchOptions(**{f.name: getattr(args, f.name) for f in fields(BenchOptions)})
+    progress = Progress()
+    rows = bench(options, progress)
+    progress.done()
+
+    def show(value, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    print(
+        table(
+            HEAD,
+            [
+                (
+                    r["workload"],
+                    r["setting"],
+                    str(r["prompt_tokens"]),
+                    str(r["reused"]),
+                    str(r["recomputed"]),
+                    show(r["token_layers_fraction"], "{:.1%}"),
+                    show(r["ttft_median"], "{:.3f}"),
+                    show(r["requests_per_second"], "{:.2f}"),
+                    show(r["speedup_median"], "{:.2f}x"),
+                    show(r.get("share_of_allowed"), "{:.0%}"),
+                )
+                for r in rows
+            ],
+        )
+    )
+    print(
+        "\nspeed-up: median over pairs of plain / blended TTFT (stream: of the throughputs); of "
+        "allowed: that speed-up\nover what the share of token-layers computed would allow."
+    )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        command = "sgl-blend " + " ".join(sys.argv[1:])
+        args.json.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    return 0

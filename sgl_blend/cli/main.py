@@ -1,0 +1,31 @@
+"""The ``sgl-blend`` command: finds its subcommands by name, imports only the one that runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = ("bench",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="sgl-blend", description="Non-prefix KV-cache reuse for SGLang."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"sgl_blend.cli.{name}").add_parser(subparsers)
+    args = parser.parse_args(argv)
+    from sgl_blend.errors import BlendError
+
+    try:
+        return args.run(args)
+    except BlendError as e:
+        print(f"sgl-blend: error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
