@@ -43,16 +43,20 @@ class BlendConfig:
         0.15, "share of the reused tokens that is recomputed, 0 to 1 (policies all, none ignore it)"
     )
     check_layers: tuple[int, ...] = _option(
-        (1,), "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first"
+        (1,),
+        "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first",
     )
     check_multipliers: tuple[float, ...] = _option(
-        (), "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)"
+        (),
+        "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)",
     )
     query_layers: float = _option(
-        1.0, "query: share of the layers whose attention is averaged, counted from the first, 0 to 1"
+        1.0,
+        "query: share of the layers whose attention is averaged, counted from the first, 0 to 1",
     )
     leading_tokens: int = _option(
-        0, "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it"
+        0,
+        "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it",
     )
     min_reused_tokens: int = _option(
         64, "a request is blended only when at least this many of its tokens can be reused"
@@ -68,14 +72,16 @@ class BlendConfig:
     chunk_mean_tokens: int = _option(17, "content-defined chunks: mean size in tokens")
     chunk_max_tokens: int = _option(64, "content-defined chunks: largest size in tokens")
     separators: tuple[str, ...] = _option(
-        ("\n\n",), "texts at which a chunk always ends (tokens that contain one); no separator is needed"
+        ("\n\n",),
+        "texts at which a chunk always ends (tokens that contain one); no separator is needed",
     )
     continuation: str = _option(
         "same",
         "who may reuse blended KV as a prefix: 'same' (the identical prompt) or 'extend' (also its next turn)",
     )
     max_generation: int = _option(
-        4, "how often KV computed over blended context may serve as a source again; 0: exact sources only"
+        4,
+        "how often KV computed over blended context may serve as a source again; 0: exact sources only",
     )
     max_copies: int = _option(4, "copies of one chunk that the index remembers")
     tiers: tuple[str, ...] = _option(("device",), "where reusable chunks are looked for, in order")

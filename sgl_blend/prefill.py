@@ -296,9 +296,7 @@ def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
     groups: dict[int, list[KvCopy]] = {}
     for s in passes:
         n = s.count
-        segments.append(
-            RowSegment(row, row + n, s.local_rows() + s.piece.begin, s.piece.kv_slots)
-        )
+        segments.append(RowSegment(row, row + n, s.local_rows() + s.piece.begin, s.piece.kv_slots))
         row += n
         rest = s.copy_rest()
         if rest is not None:

@@ -68,7 +68,9 @@ def ask(
     )
 
 
-def ask_all(url: str, prompts: list[list[int]], concurrency: int, **kwargs) -> tuple[float, list[Answer]]:
+def ask_all(
+    url: str, prompts: list[list[int]], concurrency: int, **kwargs
+) -> tuple[float, list[Answer]]:
     """Send all prompts, ``concurrency`` at a time; returns (wall seconds, answers in order)."""
     start = time.perf_counter()
     with ThreadPoolExecutor(concurrency) as pool:

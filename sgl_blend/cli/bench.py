@@ -8,7 +8,18 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-HEAD = ("workload", "setting", "tokens", "reused", "again", "token-layers", "TTFT s", "req/s", "speed-up", "of allowed")
+HEAD = (
+    "workload",
+    "setting",
+    "tokens",
+    "reused",
+    "again",
+    "token-layers",
+    "TTFT s",
+    "req/s",
+    "speed-up",
+    "of allowed",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

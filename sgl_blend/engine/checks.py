@@ -46,7 +46,10 @@ def config_problems(view: Any) -> list[str]:
         return getattr(view, name, default)
 
     rules = (
-        (get("speculative_algorithm") is not None, "speculative decoding (--speculative-algorithm)"),
+        (
+            get("speculative_algorithm") is not None,
+            "speculative decoding (--speculative-algorithm)",
+        ),
         ((get("pp_size") or 1) > 1, "pipeline parallelism (--pp-size > 1)"),
         ((get("attn_dp_size") or 1) > 1 or bool(get("enable_dp_attention")), "DP attention"),
         ((get("attn_cp_size") or 1) > 1, "context parallelism (--attn-cp-size > 1)"),
@@ -120,4 +123,6 @@ def check_model(model: Any, ctx: Any) -> None:
             f"the KV pool is a {type(pool).__name__}; blending serves MHATokenToKVPool only"
         )
     if pool.dtype != pool.store_dtype:
-        raise UnsupportedError(f"KV cache dtype {pool.dtype} is quantised; blending needs a plain one")
+        raise UnsupportedError(
+            f"KV cache dtype {pool.dtype} is quantised; blending needs a plain one"
+        )

@@ -28,7 +28,9 @@ def model_fingerprint(model_runner: Any, model_config: Any) -> str:
 
 
 def _weights_identity(path: Path) -> list[Any]:
-    files = sorted(p for p in path.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
+    files = sorted(
+        p for p in path.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".gguf")
+    )
     if not files:
         return [str(path)]
     out: list[Any] = []

@@ -90,6 +90,4 @@ def validate_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> Non
     refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one)."""
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
-        parse_options(
-            params.get("custom_params"), None if input_ids is None else len(input_ids)
-        )
+        parse_options(params.get("custom_params"), None if input_ids is None else len(input_ids))

@@ -77,7 +77,9 @@ class Planner:
         state.next_begin = end
         spans = self._spans(req, state, begin, end, tokens, full_capture)
         state.decided = True
-        blend = self._piece(state, begin, end, tokens, spans, fb.input_ids.device) if spans else None
+        blend = (
+            self._piece(state, begin, end, tokens, spans, fb.input_ids.device) if spans else None
+        )
         self._label(req, state, begin, end, spans)
         return blend
 

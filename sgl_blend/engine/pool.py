@@ -31,7 +31,9 @@ class ModelPool:
             if not isinstance(attn, RadixAttention):
                 continue
             if attn.layer_id in seen or not 0 <= attn.layer_id < num_layers:
-                raise UnsupportedError(f"{name}: layer id {attn.layer_id} is not one of a plain stack")
+                raise UnsupportedError(
+                    f"{name}: layer id {attn.layer_id} is not one of a plain stack"
+                )
             seen.add(attn.layer_id)
             rotary = getattr(module, "rotary_emb", None)
             kind = type(rotary).__name__

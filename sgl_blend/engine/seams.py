@@ -16,12 +16,8 @@ SGLANG_VERSION = "0.5.23"
 SERVER_ARGS_ADD = "sglang.srt.server_args.ServerArgs.add_cli_args"
 SERVER_ARGS_FROM = "sglang.srt.server_args.ServerArgs.from_cli_args"
 SERVER_ARGS_RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
-VALIDATE_REQUEST = (
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
-)
-UPDATE_META_INFO = (
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
-)
+VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+UPDATE_META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
 FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 EAGER_LOAD_BATCH = "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch"
 PREFILL_GRAPH_CAN_RUN = (
@@ -66,7 +62,9 @@ def verify() -> None:
     try:
         found = version("sglang")
     except PackageNotFoundError:
-        raise SeamError("sglang is not installed; sgl-blend needs sglang==" + SGLANG_VERSION) from None
+        raise SeamError(
+            "sglang is not installed; sgl-blend needs sglang==" + SGLANG_VERSION
+        ) from None
     if found != SGLANG_VERSION:
         raise SeamError(
             f"sgl-blend is built for sglang {SGLANG_VERSION}, found {found}: install "
@@ -76,7 +74,9 @@ def verify() -> None:
         try:
             pkgutil.resolve_name(target)
         except (ImportError, AttributeError, ValueError) as e:
-            raise SeamError(f"sglang {found} lacks {target} ({e}); sgl-blend cannot hook it") from None
+            raise SeamError(
+                f"sglang {found} lacks {target} ({e}); sgl-blend cannot hook it"
+            ) from None
 
 
 def install(target: str, hook, kind: str) -> None:

@@ -36,9 +36,7 @@ def strong_tokens(server_args: Any, config: BlendConfig) -> np.ndarray:
 def strong_tokens_of(tokenizer: Any, separators: tuple[str, ...]) -> np.ndarray:
     """As above, for a Hugging Face tokenizer."""
     strong = set(getattr(tokenizer, "all_special_ids", []))
-    strong |= {
-        i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
-    }
+    strong |= {i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
     found = dict.fromkeys(separators, 0)
     if separators:
         ids = list(range(len(tokenizer)))

@@ -50,12 +50,8 @@ class ModelSlices:
         fb = self.fb
         context = get_forward_context()
         backend = BlendAttnBackend(context.attn_backend, attention)
-        with forward_context(
-            dataclasses.replace(context, attn_backend=backend), forward_batch=fb
-        ):
-            return self.model.forward_split_prefill(
-                fb.input_ids, fb.positions, fb, (first, last)
-            )
+        with forward_context(dataclasses.replace(context, attn_backend=backend), forward_batch=fb):
+            return self.model.forward_split_prefill(fb.input_ids, fb.positions, fb, (first, last))
 
     def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
         old = self.fb
