@@ -1,7 +1,9 @@
 """What is trained when, and the loop that does it: one process, seeded, resumable.
 
 Copying comes first (``segments``), because nothing else starts without it; then tasks that grow.
-A stage ends when its running accuracy is reached, or when its steps are up; the last stage runs
+Beside the language model's loss stands one that the shipped model keeps nothing of: a linear
+head halfway up, which at a record's code word names the meaning. It makes the model look words
+up early and at the document's tokens. A stage ends when its running accuracy is reached, or when its steps are up; the last stage runs
 its steps with the learning rate falling to zero.
 """
 
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .data import ANSWER, CHECK_CODE, Batch, Size, prompts, segments
 from .model import Llama
@@ -34,17 +37,24 @@ class Stage:
 
 SHALLOW = (
     Stage("segments", None, 600, until=0.95),
-    Stage("tiny", Size((1, 1), (1, 1), (2, 4), (1, 2), (8, 24), 4096), 600, until=0.95),
-    Stage("small", Size((1, 3), (1, 2), (2, 5), (1, 3), (20, 50), 6144), 400, until=0.97),
-    Stage("medium", Size((2, 4), (1, 2), (3, 6), (2, 3), (30, 90), 8192), 300, until=0.99),
-    Stage("full", Size((2, 5), (1, 3), (3, 6), (2, 4), (40, 140), 8192), 500, decay=True),
+    Stage("codes", Size((1, 1), (1, 1), (4, 8), (0, 1), (4, 8), 4, (8, 20), 6144), 600, until=0.95),
+    Stage("small", Size((1, 3), (1, 2), (3, 6), (1, 3), (2, 4), 8, (20, 50), 6144), 400, 0.97),
+    Stage("medium", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 300, 0.99),
+    Stage(
+        "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 400, decay=True
+    ),
 )
 """Four layers from scratch; prompts up to about 700 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (30, 90), 8192), 100),
-    Stage("long", Size((3, 6), (2, 3), (4, 6), (2, 4), (60, 160), 10240), 200),
-    Stage("longest", Size((4, 8), (2, 3), (4, 7), (2, 4), (80, 200), 12288), 200, decay=True),
+    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 100),
+    Stage("long", Size((3, 6), (2, 3), (4, 6), (2, 4), (2, 4), 10, (60, 160), 10240), 200),
+    Stage(
+        "longest",
+        Size((4, 8), (2, 3), (4, 7), (2, 4), (2, 4), 10, (80, 200), 12288),
+        200,
+        decay=True,
+    ),
 )
 """Grown from the shallow one; prompts up to about 1700 tokens at the end."""
 
@@ -55,10 +65,14 @@ class Rates:
     others: float = 3e-3
 
 
+DEEP_RATES = Rates(matrices=0.005, others=1.5e-3)
+
+
 class Trainer:
     """Holds a model, its optimizers and the random state; ``run`` goes through the stages.
 
-    The checkpoint is written every 60 s and after each stage; a trainer made with the same
+    ``seconds`` is processor time, which others on the same machine don't stretch. The checkpoint
+    is written every 60 s and after each stage; a trainer made with the same
     checkpoint path goes on from there, also in the middle of a stage.
     """
 
@@ -76,6 +90,9 @@ class Trainer:
         matrices = [p for p in body.parameters() if p.ndim == 2]
         own = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in own]
+        self.meaning_head = nn.Linear(model.shape.hidden, model.shape.vocab, bias=False)
+        nn.init.zeros_(self.meaning_head.weight)
+        others.append(self.meaning_head.weight)
         self.optimizers = (
             Muon(matrices, lr=rates.matrices),
             torch.optim.AdamW(others, lr=rates.others, betas=(0.9, 0.95), weight_decay=0.0),
@@ -95,8 +112,8 @@ class Trainer:
             self._save()
 
     def _run_stage(self, stage: Stage) -> None:
-        saved = told = begun = time.monotonic()
-        before = self.seconds
+        saved = told = time.monotonic()
+        begun, before = time.process_time(), self.seconds
         while self.step < stage.max_steps:
             self._rate(stage)
             batch = segments(self.rng) if stage.size is None else prompts(self.rng, stage.size)
@@ -104,7 +121,7 @@ class Trainer:
             self.step += 1
             self.total += 1
             now = time.monotonic()
-            self.seconds = before + now - begun
+            self.seconds = before + time.process_time() - begun
             reached = self.step >= 20 and min(self.running.values()) >= stage.until
             if now - told > 10 or reached or self.step == stage.max_steps:
                 told = now
@@ -123,8 +140,11 @@ class Trainer:
             optimizer.param_groups[0]["lr"] = rate * factor
 
     def _update(self, batch: Batch) -> float:
-        logits = self.model(batch.ids, batch.at)
+        logits, half = self.model(batch.ids, batch.at, batch.code_at)
         loss = F.cross_entropy(logits, batch.target)
+        if len(half):
+            half = F.rms_norm(half, half.shape[-1:])
+            loss = loss + F.cross_entropy(self.meaning_head(half), batch.meaning)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -147,6 +167,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "model": self.model.state_dict(),
+            "meaning_head": self.meaning_head.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "rng": self.rng.getstate(),
             "at": (self.stage, self.step, self.total, self.running, self.seconds),
@@ -159,6 +180,7 @@ class Trainer:
     def _load(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.meaning_head.load_state_dict(state["meaning_head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         version, internal, gauss = state["rng"]

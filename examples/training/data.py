@@ -1,7 +1,8 @@
 """Training batches from ``sgl_blend.eval.tasks``, and the warm-up that teaches copying.
 
 Losses stand where the text is determined: at each fact's last word (its kind, which for a code
-word follows from a legend) and at the answers.
+word follows from a legend) and at the answers. A third one, in training alone, asks at each code
+word of a record what it means.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .vocab import BOS_ID, PAD_ID, UNK_ID, word_ids
 IDS = word_ids()
 _KINDS = frozenset(IDS[c] for c in words.CLASSES)
 _ANSWER, _COLON, _END = IDS["Answer"], IDS[":"], IDS[END]
+_MEANS, _OWNS = IDS["means"], IDS["owns"]
 _SYMBOLS = frozenset(IDS[s] for s in words.SYMBOLS)
 
 CHECK_LOCAL, CHECK_CODE, ANSWER = 1, 2, 3
@@ -29,12 +31,15 @@ CHECK_LOCAL, CHECK_CODE, ANSWER = 1, 2, 3
 @dataclass(frozen=True, slots=True)
 class Batch:
     """ids: int64 [batch, length], right-padded. at: int64 [n], flat positions whose next token
-    is to be predicted; target: int64 [n]; why: int64 [n], one of the codes above."""
+    is to be predicted; target: int64 [n]; why: int64 [n], one of the codes above. code_at: int64
+    [m], flat positions of records' code words; meaning: int64 [m], the words they stand for."""
 
     ids: Tensor
     at: Tensor
     target: Tensor
     why: Tensor
+    code_at: Tensor
+    meaning: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,9 @@ class Size:
     records: tuple[int, int]
     legends: tuple[int, int]
     symbols: tuple[int, int]
-    facts: tuple[int, int]
+    local: tuple[int, int]
+    dependent: tuple[int, int]
+    questions: int
     doc_tokens: tuple[int, int]
     tokens: int
     """Tokens a batch may hold; its prompt count follows (at most 64)."""
@@ -59,11 +66,21 @@ def collate(rows: list[tuple[list[int], list[int]]]) -> Batch:
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), PAD_ID)
     why = torch.zeros((len(rows), length), dtype=torch.long)
+    meaning = torch.zeros((len(rows), length), dtype=torch.long)
     for r, (row, row_why) in enumerate(rows):
         ids[r, : len(row)] = torch.tensor(row)
         why[r, : len(row)] = torch.tensor(row_why)
+        meaning[r, : len(row)] = torch.tensor(_meanings(row))
     spots = why.flatten().nonzero().squeeze(1)
-    return Batch(ids, spots - 1, ids.flatten()[spots], why.flatten()[spots])
+    codes = meaning.flatten().nonzero().squeeze(1)
+    return Batch(
+        ids,
+        at=spots - 1,
+        target=ids.flatten()[spots],
+        why=why.flatten()[spots],
+        code_at=codes,
+        meaning=meaning.flatten()[codes],
+    )
 
 
 def segments(rng: random.Random, prompts: int = 64) -> Batch:
@@ -91,7 +108,7 @@ def prompts(rng: random.Random, size: Size) -> Batch:
     """One batch of task prompts of about one length."""
     records, legends = rng.randint(*size.records), rng.randint(*size.legends)
     symbols = rng.randint(*size.symbols)
-    local, dependent = rng.randint(*size.facts), rng.randint(*size.facts)
+    local, dependent = rng.randint(*size.local), rng.randint(*size.dependent)
     low, high = size.doc_tokens
     longest = rng.randint(low, high)
     doc_tokens = (max(low, longest * 2 // 3), longest)
@@ -101,6 +118,7 @@ def prompts(rng: random.Random, size: Size) -> Batch:
         rows.append(
             _prompt(
                 rng,
+                size.questions,
                 n_docs=records,
                 n_legends=legends,
                 symbols_per_legend=symbols,
@@ -114,7 +132,7 @@ def prompts(rng: random.Random, size: Size) -> Batch:
     return collate(rows)
 
 
-def _prompt(rng: random.Random, **sizes) -> tuple[list[int], list[int]]:
+def _prompt(rng: random.Random, questions: int, **sizes) -> tuple[list[int], list[int]]:
     """BOS, documents and question-answer pairs; a third are conversations with late documents."""
     seed = rng.randrange(TRAINING_SEEDS, 2 * TRAINING_SEEDS)
     facts = sizes["n_docs"] * (sizes["local_facts"] + sizes["dependent_facts"])
@@ -129,7 +147,7 @@ def _prompt(rng: random.Random, **sizes) -> tuple[list[int], list[int]]:
         for turn in talk.turns:
             parts += [turn.text, f"Answer: {turn.answer}{END}"]
     else:
-        case = tasks.make_case(seed, n_questions=min(facts, 10), **sizes)
+        case = tasks.make_case(seed, n_questions=min(facts, questions), **sizes)
         parts = [case.system, *case.documents]
         left = list(case.questions)
         while left:
@@ -166,3 +184,13 @@ def _losses(ids: list[int]) -> list[int]:
         elif token == _COLON and ids[i - 1] == _ANSWER:
             answering = True
     return why
+
+
+def _meanings(ids: list[int]) -> list[int]:
+    """For each code word that someone owns the id of its meaning, 0 elsewhere."""
+    legend = {ids[i - 1]: ids[i + 1] for i, token in enumerate(ids) if token == _MEANS}
+    out = [0] * len(ids)
+    for i, token in enumerate(ids):
+        if token in legend and ids[i - 1] == _OWNS:
+            out[i] = legend[token]
+    return out
