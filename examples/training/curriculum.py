@@ -1,9 +1,7 @@
 """What is trained when, and the loop that does it: one process, seeded, resumable.
 
 Copying comes first (``segments``), because nothing else starts without it; then tasks that grow.
-Beside the language model's loss stands one that the shipped model keeps nothing of: a linear
-head halfway up, which at a record's code word names the meaning. It makes the model look words
-up early and at the document's tokens. A stage ends when its running accuracy is reached, or when its steps are up; the last stage runs
+A stage ends when its running accuracy is reached, or when its steps are up; the last stage runs
 its steps with the learning rate falling to zero.
 """
 
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .data import ANSWER, CHECK_CODE, Batch, Size, prompts, segments
 from .model import Llama
@@ -90,9 +87,6 @@ class Trainer:
         matrices = [p for p in body.parameters() if p.ndim == 2]
         own = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in own]
-        self.meaning_head = nn.Linear(model.shape.hidden, model.shape.vocab, bias=False)
-        nn.init.zeros_(self.meaning_head.weight)
-        others.append(self.meaning_head.weight)
         self.optimizers = (
             Muon(matrices, lr=rates.matrices),
             torch.optim.AdamW(others, lr=rates.others, betas=(0.9, 0.95), weight_decay=0.0),
@@ -140,11 +134,8 @@ class Trainer:
             optimizer.param_groups[0]["lr"] = rate * factor
 
     def _update(self, batch: Batch) -> float:
-        logits, half = self.model(batch.ids, batch.at, batch.code_at)
+        logits = self.model(batch.ids, batch.at)
         loss = F.cross_entropy(logits, batch.target)
-        if len(half):
-            half = F.rms_norm(half, half.shape[-1:])
-            loss = loss + F.cross_entropy(self.meaning_head(half), batch.meaning)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -167,7 +158,6 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "meaning_head": self.meaning_head.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "rng": self.rng.getstate(),
             "at": (self.stage, self.step, self.total, self.running, self.seconds),
@@ -180,7 +170,6 @@ class Trainer:
     def _load(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.meaning_head.load_state_dict(state["meaning_head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         version, internal, gauss = state["rng"]

@@ -1,8 +1,7 @@
 """Training batches from ``sgl_blend.eval.tasks``, and the warm-up that teaches copying.
 
 Losses stand where the text is determined: at each fact's last word (its kind, which for a code
-word follows from a legend) and at the answers. A third one, in training alone, asks at each code
-word of a record what it means.
+word follows from a legend) and at the answers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from .vocab import BOS_ID, PAD_ID, UNK_ID, word_ids
 IDS = word_ids()
 _KINDS = frozenset(IDS[c] for c in words.CLASSES)
 _ANSWER, _COLON, _END = IDS["Answer"], IDS[":"], IDS[END]
-_MEANS, _OWNS = IDS["means"], IDS["owns"]
 _SYMBOLS = frozenset(IDS[s] for s in words.SYMBOLS)
 
 CHECK_LOCAL, CHECK_CODE, ANSWER = 1, 2, 3
@@ -31,15 +29,12 @@ CHECK_LOCAL, CHECK_CODE, ANSWER = 1, 2, 3
 @dataclass(frozen=True, slots=True)
 class Batch:
     """ids: int64 [batch, length], right-padded. at: int64 [n], flat positions whose next token
-    is to be predicted; target: int64 [n]; why: int64 [n], one of the codes above. code_at: int64
-    [m], flat positions of records' code words; meaning: int64 [m], the words they stand for."""
+    is to be predicted; target: int64 [n]; why: int64 [n], one of the codes above."""
 
     ids: Tensor
     at: Tensor
     target: Tensor
     why: Tensor
-    code_at: Tensor
-    meaning: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +61,11 @@ def collate(rows: list[tuple[list[int], list[int]]]) -> Batch:
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), PAD_ID)
     why = torch.zeros((len(rows), length), dtype=torch.long)
-    meaning = torch.zeros((len(rows), length), dtype=torch.long)
     for r, (row, row_why) in enumerate(rows):
         ids[r, : len(row)] = torch.tensor(row)
         why[r, : len(row)] = torch.tensor(row_why)
-        meaning[r, : len(row)] = torch.tensor(_meanings(row))
     spots = why.flatten().nonzero().squeeze(1)
-    codes = meaning.flatten().nonzero().squeeze(1)
-    return Batch(
-        ids,
-        at=spots - 1,
-        target=ids.flatten()[spots],
-        why=why.flatten()[spots],
-        code_at=codes,
-        meaning=meaning.flatten()[codes],
-    )
+    return Batch(ids, spots - 1, ids.flatten()[spots], why.flatten()[spots])
 
 
 def segments(rng: random.Random, prompts: int = 64) -> Batch:
@@ -184,13 +169,3 @@ def _losses(ids: list[int]) -> list[int]:
         elif token == _COLON and ids[i - 1] == _ANSWER:
             answering = True
     return why
-
-
-def _meanings(ids: list[int]) -> list[int]:
-    """For each code word that someone owns the id of its meaning, 0 elsewhere."""
-    legend = {ids[i - 1]: ids[i + 1] for i, token in enumerate(ids) if token == _MEANS}
-    out = [0] * len(ids)
-    for i, token in enumerate(ids):
-        if token in legend and ids[i - 1] == _OWNS:
-            out[i] = legend[token]
-    return out

@@ -111,19 +111,14 @@ class Llama(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids: Tensor, at: Tensor, half_at: Tensor) -> tuple[Tensor, Tensor]:
-        """ids: int64 [batch, length]; at: int64 [n], half_at: int64 [m], flat positions.
-
-        Logits [n, vocab] at ``at``, and the hidden states [m, hidden] halfway up at ``half_at``.
-        """
-        length, layers = ids.shape[1], self.model.layers
+    def forward(self, ids: Tensor, at: Tensor) -> Tensor:
+        """ids: int64 [batch, length]; at: int64 [n], flat positions. Logits [n, vocab]."""
+        length = ids.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.model.embed_tokens(ids)
-        for i, layer in enumerate(layers):
-            if i == len(layers) // 2:
-                half = x.flatten(0, 1)[half_at]
+        for layer in self.model.layers:
             x = layer(x, cos, sin)
-        return self.lm_head(self.model.norm(x.flatten(0, 1)[at])), half
+        return self.lm_head(self.model.norm(x.flatten(0, 1)[at]))
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
