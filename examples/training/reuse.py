@@ -1,0 +1,266 @@
+"""What full KV reuse does to a model, measured on ``transformers``' Llama. No server.
+
+A document's KV is computed elsewhere, its K rotated by the difference of positions, and put into
+the prompt. Then chosen rows (tokens) run through all layers; each writes its fresh K and V over
+the cached one, and sees exactly the keys at its own and smaller positions. With all rows chosen
+this is full prefill.
+
+Elsewhere is one of two places: ``alone``, behind BOS and the system prompt; ``other``, in the
+same documents' prompt with the records before the legends.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgl_blend.eval import tasks
+from sgl_blend.eval.tasks import Case, Question
+
+from .model import rotate
+
+Place = Literal["alone", "other"]
+
+
+class KV(NamedTuple):
+    """Keys (rotated) and values of consecutive tokens: [layers, kv_heads, tokens, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Span(NamedTuple):
+    """Tokens [start, end) of a prompt."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A prompt's tokens, int64 [n], and where each document lies. ``head``: BOS and system."""
+
+    ids: Tensor
+    head: int
+    documents: tuple[Span, ...]
+
+    @property
+    def suffix(self) -> int:
+        """Position of the first token after the last document."""
+        return self.documents[-1].end
+
+
+class Subject:
+    """A Hugging Face Llama and its tokenizer, loaded from ``folder`` in fp32."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.tokenizer.bos_token_id, *ids] if bos else ids
+
+    def layout(self, case: Case, tail: str) -> Layout:
+        """The case's documents, then ``tail`` (questions)."""
+        ids = self.encode(case.system, bos=True)
+        head, spans = len(ids), []
+        for document in case.documents:
+            tokens = self.encode(document)
+            spans.append(Span(len(ids), len(ids) + len(tokens)))
+            ids += tokens
+        return Layout(torch.tensor(ids + self.encode(tail)), head, tuple(spans))
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> tuple[Tensor, KV]:
+        """``transformers``' own forward. Logits of all positions [n, vocab], and the KV."""
+        out = self.model(ids[None], use_cache=True)
+        layers = out.past_key_values.layers
+        k = torch.stack([layer.keys[0] for layer in layers])
+        v = torch.stack([layer.values[0] for layer in layers])
+        return out.logits[0], KV(k, v)
+
+    @torch.no_grad()
+    def answer(self, prompt: str, most: int = 8) -> str:
+        """Greedy text up to the end token; ``prompt`` is without BOS."""
+        ids = torch.tensor([self.encode(prompt, bos=True)])
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False
+        )
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [n, head_dim], for (possibly negative) positions."""
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1), positions[None])
+        return cos[0], sin[0]
+
+    def elsewhere(self, case: Case, layout: Layout, place: Place) -> KV:
+        """KV of the whole prompt with the documents' part computed at ``place``.
+
+        The head is exact; the suffix is zero and must be recomputed.
+        """
+        head = layout.ids[: layout.head]
+        _, kv = self.prefill(head)
+        shape = (*kv.k.shape[:2], len(layout.ids), kv.k.shape[3])
+        out = KV(torch.zeros(shape), torch.zeros(shape))
+        out.k[:, :, : layout.head], out.v[:, :, : layout.head] = kv
+        order = range(len(layout.documents))
+        if place == "alone":
+            groups = [[d] for d in order]
+        else:
+            groups = [sorted(order, key=lambda d: case.documents[d].startswith("Legend"))]
+        for group in groups:
+            pieces = [
+                layout.ids[layout.documents[d].start : layout.documents[d].end] for d in group
+            ]
+            _, kv = self.prefill(torch.cat([head, *pieces]))
+            source = layout.head
+            for d, piece in zip(group, pieces, strict=True):
+                span, end = layout.documents[d], source + len(piece)
+                cos, sin = self.tables(torch.full((len(piece),), span.start - source))
+                out.k[:, :, span.start : span.end] = rotate(kv.k[:, :, source:end], cos, sin)
+                out.v[:, :, span.start : span.end] = kv.v[:, :, source:end]
+                source = end
+        return out
+
+    @torch.no_grad()
+    def recompute(self, ids: Tensor, cached: KV, rows: Tensor) -> Tensor:
+        """Run ``rows`` (sorted positions, int64 [r]) through all layers over ``cached``.
+
+        Returns the rows' logits [r, vocab]; ``cached`` is left as it is.
+        """
+        body = self.model.model
+        x = body.embed_tokens(ids[rows])
+        cos, sin = self.tables(rows)
+        visible = torch.arange(len(ids))[None] <= rows[:, None]
+        for i, layer in enumerate(body.layers):
+            attention = layer.self_attn
+            hidden = layer.input_layernorm(x)
+            dim = attention.head_dim
+
+            def heads(projection, hidden=hidden, dim=dim) -> Tensor:
+                return projection(hidden).view(len(hidden), -1, dim).transpose(0, 1)
+
+            k, v = cached.k[i].clone(), cached.v[i].clone()
+            k[:, rows] = rotate(heads(attention.k_proj), cos, sin)
+            v[:, rows] = heads(attention.v_proj)
+            q = rotate(heads(attention.q_proj), cos, sin)
+            group = q.shape[0] // k.shape[0]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), attn_mask=visible
+            )
+            x = x + attention.o_proj(out.transpose(0, 1).reshape(len(rows), -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.model.lm_head(body.norm(x))
+
+
+class Score(NamedTuple):
+    """Right answers of ``asked``, as fractions, by kind of question."""
+
+    local: float
+    dependent: float
+    asked: int
+
+
+class Tally:
+    """Counts right answers by kind."""
+
+    def __init__(self) -> None:
+        self.counts = {"local": [0, 0], "dependent": [0, 0]}
+
+    def add(self, kind: str, right: bool) -> None:
+        self.counts[kind][0] += right
+        self.counts[kind][1] += 1
+
+    def score(self) -> Score:
+        rate = {k: right / max(1, n) for k, (right, n) in self.counts.items()}
+        return Score(rate["local"], rate["dependent"], sum(n for _, n in self.counts.values()))
+
+
+def reuse_scores(
+    subject: Subject,
+    cases: Sequence[Case],
+    place: Place,
+    ratios: Sequence[float],
+    seed: int = 0,
+) -> dict[float, Score]:
+    """First-token accuracy for each share of document tokens that is recomputed, at random.
+
+    Each question is asked alone. 0 is full reuse, 1 recomputes all; the question's own tokens
+    are always computed.
+    """
+    rng = random.Random(seed)
+    tallies = {ratio: Tally() for ratio in ratios}
+    for case in cases:
+        for question in case.questions:
+            layout = subject.layout(case, tasks.ask([question]))
+            cached = subject.elsewhere(case, layout, place)
+            documents = range(layout.head, layout.suffix)
+            suffix = list(range(layout.suffix, len(layout.ids)))
+            for ratio, tally in tallies.items():
+                chosen = rng.sample(documents, round(ratio * len(documents)))
+                rows = torch.tensor(sorted(chosen) + suffix)
+                word = subject.recompute(layout.ids, cached, rows)[-1].argmax()
+                tally.add(question.kind, _is(subject, word, question))
+    return {ratio: tally.score() for ratio, tally in tallies.items()}
+
+
+def exact_scores(subject: Subject, cases: Sequence[Case]) -> Score:
+    """First-token accuracy of full prefill, each question asked alone."""
+    tally = Tally()
+    for case in cases:
+        for question in case.questions:
+            logits, _ = subject.prefill(subject.layout(case, tasks.ask([question])).ids)
+            tally.add(question.kind, _is(subject, logits[-1].argmax(), question))
+    return tally.score()
+
+
+def follow_up_scores(subject: Subject, cases: Sequence[Case]) -> Score:
+    """Full prefill's accuracy on each case's questions asked one after the other in one prompt."""
+    tally = Tally()
+    for case in cases:
+        tail = "\n".join(f"{tasks.ask([q])} {q.answer}{tasks.END}" for q in case.questions)
+        layout = subject.layout(case, tail)
+        logits, _ = subject.prefill(layout.ids)
+        end = subject.tokenizer.eos_token_id
+        ends = (layout.ids == end).nonzero().squeeze(1)
+        for question, at in zip(case.questions, ends.tolist(), strict=True):
+            tally.add(question.kind, _is(subject, logits[at - 2].argmax(), question))
+    return tally.score()
+
+
+def joint_score(subject: Subject, cases: Sequence[Case]) -> float:
+    """Share of exact greedy answers to joint questions of two and of three."""
+    right = asked = 0
+    for case in cases:
+        for count in (2, 3):
+            some = case.questions[:count]
+            right += subject.answer(case.prompt(*some)) == tasks.expected(some)
+            asked += 1
+    return right / asked
+
+
+def talk_score(subject: Subject, talks: Sequence[tasks.Conversation]) -> float:
+    """Share of turns answered exactly, through the chat template, over the true history."""
+    right = asked = 0
+    for talk in talks:
+        for turn in range(len(talk.turns)):
+            prompt = subject.tokenizer.apply_chat_template(
+                talk.messages(turn), tokenize=False, add_generation_prompt=True
+            )
+            bare = prompt.removeprefix(subject.tokenizer.bos_token)
+            right += subject.answer(bare) == talk.turns[turn].answer
+            asked += 1
+    return right / asked
+
+
+def _is(subject: Subject, word: Tensor, question: Question) -> bool:
+    return subject.tokenizer.decode([int(word)]).strip() == question.answer

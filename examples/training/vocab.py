@@ -1,0 +1,55 @@
+"""A word-level tokenizer over the tasks' fixed words, saved so that AutoTokenizer loads it.
+
+Words and marks are split as ``tasks.split_words`` splits them, so a document's tokens don't
+depend on what stands before it. Line breaks carry no token. Unknown words become ``<unk>``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sgl_blend.eval import words
+from sgl_blend.eval.tasks import END
+
+BOS, PAD, UNK = "<s>", "<pad>", "<unk>"
+SPECIALS = (PAD, BOS, END, UNK)
+PAD_ID, BOS_ID, END_ID, UNK_ID = range(4)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Answer: {{ message['content'] }}{{ eos_token }}\n"
+    "{% else %}{{ message['content'] }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
+)
+"""``Conversation.prompt`` in Jinja: the roles are told apart by position and by ``Answer:``."""
+
+
+def word_ids() -> dict[str, int]:
+    """Word -> token id; the special tokens come first."""
+    return {word: i for i, word in enumerate((*SPECIALS, *words.vocabulary()))}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` (with the chat template inside)."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(word_ids(), unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIALS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        unk_token=UNK,
+        pad_token=PAD,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
