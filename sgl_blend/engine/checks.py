@@ -82,7 +82,7 @@ def after_resolve(result: Any, server_args: Any) -> None:
     """AFTER ``ServerArgs.resolve_once``: refuse, in the launching process, what cannot work."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    from sgl_blend.engine.flags import CONFIG_ATTR
+    from sgl_blend.engine.flags import CONFIG_ATTR, SERVES_HTTP_ATTR
 
     if getattr(server_args, CONFIG_ATTR, None) is None:
         return
@@ -96,6 +96,10 @@ def after_resolve(result: Any, server_args: Any) -> None:
             flush=True,
         )
         sys.exit(2)
+    if getattr(server_args, SERVES_HTTP_ATTR, False):
+        from sgl_blend.engine.routes import add_routes
+
+        add_routes()
 
 
 def check_model(model: Any, ctx: Any) -> None:

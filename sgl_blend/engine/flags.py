@@ -14,6 +14,8 @@ from sgl_blend.errors import BlendError, ConfigError
 #: attribute under which the configuration travels to the scheduler processes; the underscore
 #: passes ServerArgs' seal on public names (``server_args.py``, 0.5.23)
 CONFIG_ATTR = "_blend_config"
+#: set where the launching process serves HTTP (``launch_server``, not ``Engine``)
+SERVES_HTTP_ATTR = "_blend_serves_http"
 
 
 def _flag(name: str) -> str:
@@ -76,6 +78,7 @@ def from_cli_args(original, cls, args: argparse.Namespace):
         args.radix_cache_backend = "blend"
         server_args = original(cls, args)
         attach(server_args, config)
+        setattr(server_args, SERVES_HTTP_ATTR, True)
     except BlendError as e:
         _refuse(e)
     return server_args
