@@ -1,6 +1,7 @@
 """Speed of the compute primitives on this CPU, beside torch and the machine's own limits.
 
     python examples/benchmarks/kernels.py [--threads 2] [--repeats 7] [--keys 4096] [--quick]
+                                           [--cpu-time]
 
 Ours and torch's calls are taken in turns, so that a busy neighbour slows both. "ms" and "ratio"
 are medians of the repeats; "best" is the ratio of the fastest runs, which neighbours disturb
@@ -43,24 +44,25 @@ class Timing(NamedTuple):
     best: float
 
 
-def timings(repeats: int, *calls: Callable[[], object]) -> list[Timing]:
+def timings(args: argparse.Namespace, *calls: Callable[[], object]) -> list[Timing]:
     """Each call's times, run in turns after one warm-up each."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    for _ in range(args.repeats):
         for call, own in zip(calls, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             call()
-            own.append((time.perf_counter() - start) * 1e3)
+            own.append((clock() - start) * 1e3)
     return [Timing(statistics.median(own), min(own)) for own in times]
 
 
-def measure_limits(repeats: int) -> Limits:
+def measure_limits(args: argparse.Namespace) -> Limits:
     square = torch.randn(2048, 2048)
     source = torch.randn(1 << 25)
     target = torch.empty_like(source)
-    gemm, copy = timings(repeats, lambda: square @ square, lambda: target.copy_(source))
+    gemm, copy = timings(args, lambda: square @ square, lambda: target.copy_(source))
     return Limits(2 * 2048**3 / gemm.best / 1e6, 2 * source.nbytes / copy.best / 1e6)
 
 
@@ -134,7 +136,7 @@ def _attention_line(
 
     mask = torch.arange(keys)[None] <= pos[:, None]
     ours, theirs = timings(
-        args.repeats, lambda: ops.row_attention(q, k, v, slots, pos, scale=dim**-0.5), sdpa
+        args, lambda: ops.row_attention(q, k, v, slots, pos, scale=dim**-0.5), sdpa
     )
     work = 4 * dim * heads * int((pos + 1).sum())
     name = f"{SHORT[q.dtype]} D={dim} heads {heads}/{kv_heads} R={rows}"
@@ -175,7 +177,7 @@ def _mass_lines(
         )
 
     only, both, plain, theirs = timings(
-        args.repeats,
+        args,
         lambda: ops.attention_mass(q, k, slots, pos, scale=scale),
         lambda: ops.row_attention_with_mass(q, k, v, slots, pos, scale=scale),
         lambda: ops.row_attention(q, k, v, slots, pos, scale=scale),
@@ -194,7 +196,7 @@ def bench_rotation(args: argparse.Namespace, limits: Limits) -> None:
     header(f"rotation and deviation of {args.keys} tokens of one layer")
     rope = ops.Rope(torch.randn(2 * args.keys, 128), 128, True)
     ids = torch.arange(args.keys)
-    (once,) = timings(args.repeats, lambda: rope.delta(ids, ids + args.keys))
+    (once,) = timings(args, lambda: rope.delta(ids, ids + args.keys))
     print(f"    Rope.delta (once for all layers that share it): {once.best:.2f} ms")
     for dtype in (torch.float32, torch.bfloat16):
         for kv_heads, dim, neox in ((12, 64, True), (8, 128, True), (8, 128, False)):
@@ -220,7 +222,7 @@ def _rotation_lines(
         v[tokens:].copy_(v[:tokens])
 
     ours, theirs, plain, ours_v, theirs_v = timings(
-        4 * args.repeats,
+        args,
         lambda: ops.rotate_copy(k, v, src, dst, *turn, dim, neox),
         lambda: reference.rotate_from(k[src], v[src], k, v, dst, *turn, dim, neox),
         copy_plainly,
@@ -240,10 +242,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--keys", type=int, default=4096)
     parser.add_argument("--quick", action="store_true", help="fp32 attention only")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure processor time (use with --threads 1): honest on a machine that is shared",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    limits = measure_limits(args.repeats)
+    limits = measure_limits(args)
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} "
         f"threads; torch.mm {limits.gflops:.0f} GFLOP/s, copy_ {limits.gbytes:.1f} GB/s"
