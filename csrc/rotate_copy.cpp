@@ -1,6 +1,6 @@
 // Copy of tokens' KV with K rotated on the way: V is moved byte by byte, K is read once, turned in
-// fp32 and rounded once. Parallel over tokens. The caller guarantees that no slot is both read
-// and written, and none written twice.
+// fp32 and rounded once. Parallel over tokens, hence no slot may be both read and written, and none
+// written twice: one bit a slot tells.
 #include <omp.h>
 
 #include <algorithm>
@@ -49,6 +49,14 @@ void rotate_copy(TensorView k_src_t, TensorView v_src_t, TensorView src_t, Tenso
          "source and destination differ in heads or head size");
   expect_inside(src, n, std::min(k_src.tokens, v_src.tokens), "src_slots outside the source");
   expect_inside(dst, n, std::min(k_dst.tokens, v_dst.tokens), "dst_slots outside the pool");
+  std::vector<bool> written(k_dst.tokens);
+  for (int64_t i = 0; i < n; ++i) {
+    expect(!written[dst[i]], "dst_slots names a slot twice");
+    written[dst[i]] = true;
+  }
+  for (int64_t i = 0; i < n && k_src.data == k_dst.data; ++i) {
+    expect(!written[src[i]], "src_slots and dst_slots share a slot");
+  }
   by_dtype(k_src_t, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel num_threads(std::max<int64_t>(threads, 1))

@@ -69,8 +69,8 @@ struct Scratch {
     keys = allocate(BK * p.dim);
     values = allocate(BK * round_up(p.value_dim, NR));
     const int64_t pool_keys = p.runs[0].keys;
-    kept_blocks = p.with_mass ? (pool_keys + BK - 1) / BK + 1 : 0;
-    scores = allocate(p.with_mass ? kept_blocks * chunk * BK : TILE * BK);
+    kept_blocks = p.with_mass ? (pool_keys + BK - 1) / BK : 0;
+    scores = allocate((kept_blocks * chunk + TILE) * BK);
     peaks.resize(kept_blocks * chunk);
     if (p.with_mass) {
       mass = allocate(pool_keys);
@@ -209,7 +209,9 @@ void attend(const Problem& p, const Item& item, Scratch& s, int64_t chunk) {
         const int64_t size = std::min<int64_t>(TILE, count - first);
         const Span span = tile_span(p, item, run, first, size, block, keys);
         if (span.low >= span.high) continue;
-        float* scores = s.scores.get() + (keep ? (b * chunk + first) * BK : 0);
+        // What is not kept goes behind the last block.
+        const int64_t place = keep ? b * chunk + first : s.kept_blocks * chunk;
+        float* scores = s.scores.get() + place * BK;
         float* peaks = keep ? s.peaks.data() + b * chunk : nullptr;
         attend_tile(p, item, run, s, scores, peaks, first, size, block, span);
       }

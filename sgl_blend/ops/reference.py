@@ -94,7 +94,7 @@ def row_attention(
         probs[blind] = 0
         if out is not None:
             out[:, part] = (
-                (probs @ gather(v_cache, v_extra, head)).view(rows, group, -1).to(q.dtype)
+                (probs @ gather(v_cache, v_extra, head)).unflatten(0, (rows, group)).to(q.dtype)
             )
         if mass is not None:
             mass += probs[:, :keys].sum(dim=0)
