@@ -114,9 +114,9 @@ class BlendRadixCache(ChunkRadixCache):
             if node is None:
                 continue
             top = self._approximate_top(node)
+            start = top.blend.start  # Read it now: matching may split the node.
             total, last = self._match_below(top, key, result)
             if total > result.device_prefix_len:
-                start = top.blend.start
                 req._blend_prefix = (start, total - start)
                 return MatchResult(
                     device_prefix_len=total,

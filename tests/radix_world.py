@@ -170,7 +170,6 @@ class World:
     def _write(self, run: Running, begin: int, end: int, labels: np.ndarray) -> None:
         req = run.req
         row = self.rows.req_to_token[req.kv.req_pool_idx, begin:end].tolist()
-        tokens = req.full_untruncated_fill_ids + array("q")
         tokens = req.origin_input_ids + req.output_ids
         for i, slot in enumerate(row):
             position = begin + i
@@ -297,3 +296,16 @@ class World:
         owners += free
         first = self.page if self.page > 1 else 1
         assert sorted(owners) == list(range(first, first + self.slots))
+
+
+def doc(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(100, 5000, length).tolist()
+
+
+def find(world: World, tokens, begin=0, end=None, **kwargs):
+    """Checked spans of a prompt that nobody serves."""
+    return world.spans(world.request(tokens, **kwargs), begin, len(tokens) if end is None else end)
+
+
+def covered(spans) -> set[int]:
+    return {i for s in spans for i in range(s.start, s.end)}

@@ -35,13 +35,19 @@ def naive_cuts(tokens, config, strong=(), stated=()):
     h = _window_hash(np.asarray(tokens, dtype=np.int64)).tolist()
     forced = {b for b in stated if 0 < b < n}
     forced |= {
-        i + 1 for i in range(n) if tokens[i] in strong and not (i + 1 < n and tokens[i + 1] in strong)
+        i + 1
+        for i in range(n)
+        if tokens[i] in strong and not (i + 1 < n and tokens[i + 1] in strong)
     }
     natural = set()
     for i in range(n):
         around = h[max(0, i - r) : i] + h[i + 1 : i + 1 + r]
         if h[i] < 0xFFFFFFFF and all(h[i] < x for x in around):
-            if all(abs(i + 1 - f) >= config.min_len for f in forced | set(stated)):
+            after = [b for b in stated if b > i]
+            before = max(b for b in [0, *stated] if b <= i)
+            if after and min(after) - before <= config.max_len:
+                continue
+            if all(abs(i + 1 - f) >= config.min_len for f in forced | {0}):
                 natural.add(i + 1)
     cuts = [0]
     for c in sorted((natural | forced) - {0, n}) + [n]:
@@ -66,9 +72,7 @@ def test_cuts_do_not_depend_on_what_stands_around(seed, before, after):
     rng = np.random.default_rng(seed)
     document = rng.integers(0, 50000, 300)
     alone = cut_points(document, CONFIG, NONE)
-    text = np.concatenate(
-        [rng.integers(0, 50000, before), document, rng.integers(0, 50000, after)]
-    )
+    text = np.concatenate([rng.integers(0, 50000, before), document, rng.integers(0, 50000, after)])
     among = cut_points(text, CONFIG, NONE) - before
     edge = CONFIG.context + CONFIG.max_len
     inner = slice(edge, 300 - CONFIG.lookahead)
@@ -130,7 +134,12 @@ def test_strong_tokens_cut_behind_a_run_and_ids_beyond_the_table_are_weak():
 def test_token_sequences_of_every_kind_are_cut_alike():
     tokens = np.random.default_rng(3).integers(0, 50000, 500)
     want = cut_points(tokens, CONFIG, NONE).tolist()
-    for other in (tokens.tolist(), array("q", tokens.tolist()), array("i", tokens.tolist()), tokens.astype(np.int32)):
+    for other in (
+        tokens.tolist(),
+        array("q", tokens.tolist()),
+        array("i", tokens.tolist()),
+        tokens.astype(np.int32),
+    ):
         assert cut_points(other, CONFIG, NONE).tolist() == want
         assert as_tokens(other).dtype == np.int64
 
@@ -178,7 +187,10 @@ def test_namespaces_are_told_apart():
 def test_chunk_digest_depends_on_namespace_and_tokens():
     one, two = namespace_digest("m", "a", None), namespace_digest("m", "b", None)
     assert chunk_digest(one, [1, 2, 3]) == chunk_digest(one, np.array([1, 2, 3], dtype=np.int32))
-    assert len({chunk_digest(one, [1, 2, 3]), chunk_digest(two, [1, 2, 3]), chunk_digest(one, [1, 2])}) == 3
+    assert (
+        len({chunk_digest(one, [1, 2, 3]), chunk_digest(two, [1, 2, 3]), chunk_digest(one, [1, 2])})
+        == 3
+    )
     assert len(chunk_digest(one, [1])) >= 16
 
 
