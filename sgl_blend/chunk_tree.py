@@ -158,7 +158,8 @@ class ChunkRadixCache(RadixCache):
         """Spans of ``token_ids[begin:end]`` whose KV this tree holds, sorted and disjoint.
 
         token_ids: the whole prompt. cuts: of ``self.cuts``, where the caller has them already.
-        The slots stay valid until the next allocation or eviction.
+        The slots stay valid until the next allocation or eviction. Counts as an access of the
+        sources' nodes for the eviction policy.
         """
         tokens = token_ids
         if not (isinstance(tokens, array) and tokens.typecode == "q"):

@@ -149,10 +149,21 @@ def test_the_oldest_copy_is_taken_as_long_as_it_lives():
     while set(oldest) <= slots:
         world.cache.evict(EvictParams(num_tokens=10))
         world.check()
-        spans = find(world, tokens)
         slots = {s for n in tree_nodes(world.cache) for s in n.value.tolist()}
-        assert all(set(s.slots.tolist()) <= slots for s in spans)
+    spans = find(world, tokens)
+    assert not set(spans[0].slots.tolist()) & set(oldest)
     assert len(covered(spans)) == len(A)
+
+
+def test_sources_in_use_outlive_idle_ones():
+    world = World()
+    world.serve(SYSTEM + A + QUESTION)
+    world.serve(OTHER_SYSTEM + B + QUESTION)
+    assert find(world, doc(3, 9) + A + OTHER_QUESTION)
+    world.cache.evict(EvictParams(num_tokens=1))
+    assert find(world, doc(3, 9) + A + OTHER_QUESTION)
+    assert not covered(find(world, doc(3, 9) + B + OTHER_QUESTION)) >= set(range(9, 9 + len(B)))
+    world.check()
 
 
 def test_stated_and_strong_boundaries_make_short_documents_findable():

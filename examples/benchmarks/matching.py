@@ -48,16 +48,17 @@ def fill(cache: BlendRadixCache, rng, chunks: int, size: tuple[int, int]) -> lis
     """Insert prompts of about 8,000 tokens until ``chunks`` are stored; returns the documents."""
     stored: list[np.ndarray] = []
     while len(cache.index) < chunks:
-        docs = documents(rng, 8000, size)
-        tokens = np.concatenate(docs)
-        cache.insert(
-            InsertParams(
-                key=RadixKey(array("q", tokens.tobytes())),
-                value=torch.arange(len(tokens), dtype=torch.int64),
-            )
-        )
-        stored += docs
+        stored += fill_once(cache, rng, size)
     return stored
+
+
+def fill_once(cache: BlendRadixCache, rng, size: tuple[int, int]) -> list[np.ndarray]:
+    docs = documents(rng, 8000, size)
+    tokens = np.concatenate(docs)
+    key = RadixKey(array("q", tokens.tobytes()))
+    value = torch.arange(len(tokens), dtype=torch.int64)
+    cache.insert(InsertParams(key=key, value=value))
+    return docs
 
 
 def median_ms(call, runs: int) -> float:
@@ -130,8 +131,13 @@ def main() -> None:
         ms = median_ms(call, args.runs)
         reused = sum(s.length for s in found)
         print(f"{name}: {ms:.2f} ms, {len(found)} spans, {reused} of {len(tokens)} tokens")
+    plain = build(config)
+    plain._index = lambda *args: None
+    for name, target in (("with", build(config)), ("without", plain)):
+        insert = median_ms(lambda target=target: fill_once(target, rng, size), args.runs)
+        print(f"insert of about 8,000 tokens {name} indexing: {insert:.2f} ms")
     cut = median_ms(lambda: cache.cuts(tokens), args.runs)
-    print(f"of which cutting: {cut:.2f} ms")
+    print(f"cutting alone: {cut:.2f} ms")
 
 
 if __name__ == "__main__":
