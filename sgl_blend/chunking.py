@@ -170,8 +170,17 @@ def cut_points(
     view = tokens[base:]
     content = np.flatnonzero(_local_minima(_window_hash(view), config.radius)) + (base + 1)
     forced = _strong_ends(view, strong) + base
+    if base == 0:
+        # The sequence's begin is a boundary too: a document sent alone begins with a whole chunk.
+        forced = np.append(np.int64(0), forced)
     if boundaries is not None and len(boundaries):
-        forced = np.union1d(forced, np.asarray(boundaries, dtype=np.int64))
+        stated = np.union1d(0, np.asarray(boundaries, dtype=np.int64))
+        forced = np.union1d(forced, stated)
+        # Only long segments are cut further: a short one is a chunk, whatever stands around it.
+        right = np.searchsorted(stated, content)
+        inside = right < stated.size
+        ends = stated[np.minimum(right, stated.size - 1)]
+        content = content[~inside | (ends - stated[right - 1] > config.max_len)]
     if forced.size:
         right = np.searchsorted(forced, content)
         after = forced[np.minimum(right, forced.size - 1)]

@@ -7,6 +7,7 @@ with doubling windows and a binary search in the one that differs.
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -154,8 +155,17 @@ def _joined(left: list[Segment], right: list[Segment]) -> list[Segment]:
     return left + right
 
 
+def _touch(node) -> None:
+    """As a prefix match does: what serves as a source must not look idle to the eviction."""
+    now = time.monotonic()
+    while node is not None:
+        node.last_access_time = now
+        node = node.parent
+
+
 def _span(start: int, length: int, segments: list[Segment]) -> ReuseSpan:
     parts = [s.node.value[s.begin : s.end] for s in segments]
+    _touch(segments[-1].node)
     generation = EXACT
     for s in segments:
         labels = s.node.blend.labels
