@@ -24,7 +24,6 @@ ENV_CONFIG = "SGL_BLEND_CONFIG"
 _ENV_RESERVED = {ENV_ENABLE, ENV_CONFIG}
 
 CONTINUATIONS = ("same", "extend")
-KERNELS = ("auto", "torch")
 TIERS = ("device",)
 
 
@@ -85,7 +84,6 @@ class BlendConfig:
     )
     max_copies: int = _option(4, "copies of one chunk that the index remembers")
     tiers: tuple[str, ...] = _option(("device",), "where reusable chunks are looked for, in order")
-    kernel: str = _option("auto", "'auto': the fastest kernels there are; 'torch': the reference")
     report: bool = _option(True, "put blend counts into each response's meta_info")
 
     def __post_init__(self) -> None:
@@ -135,7 +133,6 @@ class BlendConfig:
         )
         check(all(self.separators), "separators", "must not contain an empty text")
         check(self.continuation in CONTINUATIONS, "continuation", f"must be one of {CONTINUATIONS}")
-        check(self.kernel in KERNELS, "kernel", f"must be one of {KERNELS}")
         check(
             bool(self.tiers) and self.tiers[0] == "device" and set(self.tiers) <= set(TIERS),
             "tiers",

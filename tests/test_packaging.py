@@ -10,9 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_package_is_listed():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     found = {
-        ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "sgl_blend").rglob("__init__.py")
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for p in (ROOT / "sgl_blend").rglob("__init__.py")
     }
     assert listed == found | {"sgl_blend.csrc"}
 
@@ -35,6 +38,8 @@ def test_wheel_carries_kernels_and_entry_points(tmp_path):
 
 
 def test_importing_the_package_is_light():
-    code = "import sgl_blend, sys; print([m for m in ('torch', 'sglang', 'zmq') if m in sys.modules])"
+    code = (
+        "import sgl_blend, sys; print([m for m in ('torch', 'sglang', 'zmq') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert out.stdout.strip() == "[]"

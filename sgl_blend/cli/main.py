@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("bench",)
+COMMANDS = ("demo", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:

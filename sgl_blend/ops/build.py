@@ -8,13 +8,15 @@ directory to a CPU that lacks an instruction. ``SGL_BLEND_CACHE_DIR`` moves the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +34,8 @@ FLAGS = (
     "-fno-trapping-math",
 )
 _PACKAGE = Path(__file__).resolve().parents[1]
+#: where pip puts ninja; not on PATH while its environment is not activated
+_SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def source_dir() -> Path:
@@ -68,7 +72,8 @@ def launch(
 @functools.cache
 def _load() -> object | None:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    if compiler is None or shutil.which("ninja") is None:
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(_SCRIPTS))
+    if compiler is None or ninja is None:
         logger.warning(
             "No C++ compiler with ninja found: sgl-blend's CPU kernels fall back to torch, which "
             "is several times slower. Install g++ and ninja to get them."
@@ -81,7 +86,7 @@ def _load() -> object | None:
         sources = sorted(source_dir().glob("*.cpp"))
         target = target / f"cpu-{_fingerprint(compiler, sources)}"
         target.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target / "building"):
+        with _exclusive(target / "building"), _on_path(Path(ninja).parent):
             return load(
                 "sgl_blend_cpu",
                 cpp_files=[str(path) for path in sources],
@@ -122,6 +127,17 @@ def _cpu_features() -> str:
         return platform.processor()
     wanted = ("flags", "Features", "model name")
     return " ".join(next((x for x in lines if x.startswith(key)), "") for key in wanted)
+
+
+@contextlib.contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """The build finds ninja by PATH alone; put ``folder`` there while it runs."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{before}{os.pathsep}{folder}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _exclusive(path: Path) -> object:
