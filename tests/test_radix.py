@@ -389,6 +389,26 @@ def test_a_forgotten_record_on_an_approximate_prefix_is_no_source():
     assert find(world, doc(43, 20) + doc(42, 300) + QUESTION) == []
 
 
+def test_a_retracted_request_forgets_its_record():
+    world = World(slots=4096)
+    world.serve(SYSTEM + A + QUESTION)
+    prompt = OTHER_SYSTEM + A + C + QUESTION
+    run = world.admit(world.request(prompt, blend=True))
+    world.prefill(run)
+    stale = run.req._blend
+    assert stale.exact_len(10**6) == len(OTHER_SYSTEM)
+    world.end(run, finished=False, checkpoint=False)
+    run.req.reset_for_retract()
+    world.serve(prompt)
+    run.req._blend = stale
+    run.req.init_next_round_input(world.cache)
+    assert run.req.prefix_len == len(prompt) and not run.req._blend.labels.size
+    again = world.admit(run.req)
+    world.prefill(again)
+    world.end(again)
+    world.check()
+
+
 def test_approximate_before_what_the_tree_holds_as_exact_is_refused():
     world = World()
     run = world.admit(world.request(SYSTEM + A + QUESTION))
