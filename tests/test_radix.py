@@ -299,6 +299,11 @@ def test_the_marked_key_itself_opens_nothing():
 
 def test_computed_tokens_behind_blended_ones_are_sources_and_blended_ones_are_not():
     world, _, req = blended_world()
+    index = world.cache.index
+    for node in tree_nodes(world.cache):
+        if node.blend.labels is not None:
+            ends = [index.end(e) - node.blend.start for e in node.blend.entries]
+            assert BLENDED not in node.blend.labels[np.array(ends, dtype=int) - 1]
     spans = find(world, doc(50, 23) + B + C + A + OTHER_QUESTION + QUESTION)
     lengths = {(s.length, s.generation) for s in spans}
     assert lengths == {(len(B), 0), (len(C), 1), (len(A), 0)}
