@@ -98,6 +98,10 @@ class BlendRadixCache(ChunkRadixCache):
         if req is None:
             return result
         req._blend_prefix = None
+        record: BlendRecord | None = getattr(req, "_blend", None)
+        if record is not None and record.labels.size and not req.kv.holds_kv:
+            # Retracted: what it says was true of KV that is gone.
+            req._blend = BlendRecord()
         if not len(self.prompts) or not len(params.key):
             return result
         key = params.key

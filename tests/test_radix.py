@@ -299,6 +299,11 @@ def test_the_marked_key_itself_opens_nothing():
 
 def test_computed_tokens_behind_blended_ones_are_sources_and_blended_ones_are_not():
     world, _, req = blended_world()
+    index = world.cache.index
+    for node in tree_nodes(world.cache):
+        if node.blend.labels is not None:
+            ends = [index.end(e) - node.blend.start for e in node.blend.entries]
+            assert BLENDED not in node.blend.labels[np.array(ends, dtype=int) - 1]
     spans = find(world, doc(50, 23) + B + C + A + OTHER_QUESTION + QUESTION)
     lengths = {(s.length, s.generation) for s in spans}
     assert lengths == {(len(B), 0), (len(C), 1), (len(A), 0)}
@@ -387,6 +392,26 @@ def test_a_forgotten_record_on_an_approximate_prefix_is_no_source():
     matched = world.admit(world.request(longer))
     assert matched.req.prefix_len == len(OTHER_SYSTEM + B)
     assert find(world, doc(43, 20) + doc(42, 300) + QUESTION) == []
+
+
+def test_a_retracted_request_forgets_its_record():
+    world = World(slots=4096)
+    world.serve(SYSTEM + A + QUESTION)
+    prompt = OTHER_SYSTEM + A + C + QUESTION
+    run = world.admit(world.request(prompt, blend=True))
+    world.prefill(run)
+    stale = run.req._blend
+    assert stale.exact_len(10**6) == len(OTHER_SYSTEM)
+    world.end(run, finished=False, checkpoint=False)
+    run.req.reset_for_retract()
+    world.serve(prompt)
+    run.req._blend = stale
+    run.req.init_next_round_input(world.cache)
+    assert run.req.prefix_len == len(prompt) and not run.req._blend.labels.size
+    again = world.admit(run.req)
+    world.prefill(again)
+    world.end(again)
+    world.check()
 
 
 def test_approximate_before_what_the_tree_holds_as_exact_is_refused():
