@@ -83,14 +83,11 @@ class BlendRecord:
     docstring). Positions past its end (decoded tokens) carry ``tail_label``.
     ``namespace``: what approximate KV of this request is filed under: a digest of the whole
     prompt, its tenant, the policy and the ratio; ``""`` while everything is exact.
-    ``source_limit``: prompt tokens from this position on (the question) never become sources of
-    generation >= 1; decoded tokens may.
     """
 
     namespace: str = ""
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
     tail_label: int = EXACT
-    source_limit: int = 0
 
     def exact_len(self, upto: int) -> int:
         """Length of the exact head of the first ``upto`` positions."""

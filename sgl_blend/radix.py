@@ -271,7 +271,21 @@ class BlendRadixCache(ChunkRadixCache):
             if namespace and n_prompt <= len(req.full_untruncated_fill_ids):
                 probe = probe_bytes(req.full_untruncated_fill_ids, n_prompt)
                 self.prompts.add(PromptKey(n_prompt, namespace, tenant, probe), upper)
+        if self.config.continuation == "same":
+            self._age(node, parent, n_prompt)
         return node
+
+    def _age(self, node: TreeNode, parent: TreeNode, n_prompt: int) -> None:
+        """Where no chunk of the prompt is anchored in an approximate tail, it serves nobody but a
+        repetition of its own prompt: let eviction take it before any source."""
+        tail = []
+        while node is not parent:
+            if node.blend.entries and self.index.end(node.blend.entries[0]) <= n_prompt:
+                return
+            tail.append(node)
+            node = node.parent
+        for old in tail:
+            old.last_access_time = 0.0
 
     def _source_labels(
         self, req: Req, record: BlendRecord | None, exact: int, token_ids: array

@@ -166,6 +166,19 @@ def test_sources_in_use_outlive_idle_ones():
     world.check()
 
 
+def test_approximate_kv_that_is_no_source_is_evicted_before_sources():
+    world = World()
+    world.serve(SYSTEM + A + B + QUESTION)
+    world.serve(OTHER_SYSTEM + B + A + OTHER_QUESTION, blend=True, outputs=3)
+    world.serve(doc(3, 9) + C + QUESTION)
+    tail = len(A) + len(B) + len(OTHER_QUESTION)
+    world.cache.evict(EvictParams(num_tokens=tail // 2))
+    spans = find(world, doc(4, 9) + A + doc(5, 40))
+    assert covered(spans) >= set(range(9, 9 + len(A)))
+    assert not any(n.blend.labels is not None for n in tree_nodes(world.cache) if n.key)
+    world.check()
+
+
 def test_stated_and_strong_boundaries_make_short_documents_findable():
     short = doc(30, 18)
     stated, strong = World(), World(strong=[3], config=RadixConfig(min_span=8))

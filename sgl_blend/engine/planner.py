@@ -72,7 +72,8 @@ class Planner:
         state = state_of(req, self.c.config)
         tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
         end = begin + rows
-        if state.next_begin != begin:
+        stale = state.record is not None and getattr(req, "_blend", None) is not state.record
+        if state.next_begin != begin or stale:
             self._restart(req, state, begin, tokens)
         state.next_begin = end
         spans = self._spans(req, state, begin, end, tokens, full_capture)
@@ -224,7 +225,7 @@ class Planner:
 
     def _record(self, req: Any, state: RequestState) -> BlendRecord:
         name = namespace_of(req, len(req.origin_input_ids), self.c.config)
-        record = BlendRecord(namespace=name or "", source_limit=state.suffix_start)
+        record = BlendRecord(namespace=name or "")
         state.record = req._blend = record
         return record
 
