@@ -58,6 +58,9 @@ def ask(
     if last is None:
         raise ServerError("/generate closed without an answer")
     meta = last["meta_info"]
+    reason = meta.get("finish_reason") or {}
+    if reason.get("type") == "abort":
+        raise ServerError(f"the server aborted the request: {reason.get('message')}")
     return Answer(
         ttft,
         time.perf_counter() - start,
