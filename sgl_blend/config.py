@@ -26,6 +26,8 @@ _ENV_RESERVED = {ENV_ENABLE, ENV_CONFIG}
 CONTINUATIONS = ("same", "extend")
 KERNELS = ("auto", "torch")
 TIERS = ("device",)
+#: the highest label that a token may carry (``plan.MAX_GENERATION``, which would import numpy)
+MAX_GENERATION = 100
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -43,16 +45,20 @@ class BlendConfig:
         0.15, "share of the reused tokens that is recomputed, 0 to 1 (policies all, none ignore it)"
     )
     check_layers: tuple[int, ...] = _option(
-        (1,), "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first"
+        (1,),
+        "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first",
     )
     check_multipliers: tuple[float, ...] = _option(
-        (), "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)"
+        (),
+        "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)",
     )
     query_layers: float = _option(
-        1.0, "query: share of the layers whose attention is averaged, counted from the first, 0 to 1"
+        1.0,
+        "query: share of the layers whose attention is averaged, counted from the first, 0 to 1",
     )
     leading_tokens: int = _option(
-        0, "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it"
+        0,
+        "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it",
     )
     min_reused_tokens: int = _option(
         64, "a request is blended only when at least this many of its tokens can be reused"
@@ -68,14 +74,16 @@ class BlendConfig:
     chunk_mean_tokens: int = _option(17, "content-defined chunks: mean size in tokens")
     chunk_max_tokens: int = _option(64, "content-defined chunks: largest size in tokens")
     separators: tuple[str, ...] = _option(
-        ("\n\n",), "texts at which a chunk always ends (tokens that contain one); no separator is needed"
+        ("\n\n",),
+        "texts at which a chunk always ends (tokens that contain one); no separator is needed",
     )
     continuation: str = _option(
         "same",
         "who may reuse blended KV as a prefix: 'same' (the identical prompt) or 'extend' (also its next turn)",
     )
     max_generation: int = _option(
-        4, "how often KV computed over blended context may serve as a source again; 0: exact sources only"
+        4,
+        "how often KV computed over blended context may serve as a source again; 0: exact sources only",
     )
     max_copies: int = _option(4, "copies of one chunk that the index remembers")
     tiers: tuple[str, ...] = _option(("device",), "where reusable chunks are looked for, in order")
@@ -108,8 +116,13 @@ class BlendConfig:
             "must be one number for each check layer, not rising, the last 1.0",
         )
         check(0.0 < self.query_layers <= 1.0, "query_layers", "must lie in (0, 1]")
-        for name in ("leading_tokens", "min_reused_tokens", "max_generation"):
+        for name in ("leading_tokens", "min_reused_tokens"):
             check(getattr(self, name) >= 0, name, "must not be negative")
+        check(
+            0 <= self.max_generation <= MAX_GENERATION,
+            "max_generation",
+            f"must lie in 0..{MAX_GENERATION}",
+        )
         for name in ("min_span_tokens", "min_suffix_tokens", "chunk_min_tokens", "max_copies"):
             check(getattr(self, name) >= 1, name, "must be at least 1")
         check(
@@ -171,7 +184,7 @@ def parse_text(name: str, text: str) -> Any:
         if isinstance(default, tuple):
             items = [t for t in text.split(",") if t != ""]
             if name == "separators":
-                return tuple(t.encode().decode("unicode_escape") for t in items)
+                return tuple(_unescape(t) for t in items)
             kind = {"check_layers": int, "check_multipliers": float}.get(name, str)
             return tuple(kind(t.strip()) for t in items)
     except ValueError as e:
@@ -179,6 +192,11 @@ def parse_text(name: str, text: str) -> Any:
             f"blend option {name}: cannot read {text!r} as {type(default).__name__}: {e}"
         ) from None
     return text
+
+
+def _unescape(text: str) -> str:
+    """``\\n`` and the like become what they stand for; other letters stay."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def _from_file(path: str) -> dict[str, Any]:
