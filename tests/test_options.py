@@ -35,6 +35,8 @@ def test_ratio_may_be_a_whole_number_at_either_end(ratio):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
+        ([], r"custom_params is a list: expected a mapping"),
+        ("blend", r"custom_params is a str: expected a mapping"),
         ({"blend": "no"}, r"custom_params\.blend is 'no': expected true or false"),
         ({"blend": 1}, r"custom_params\.blend is 1: expected true or false"),
         ({"blend": None}, r"custom_params\.blend is None"),

@@ -29,8 +29,11 @@ def start(tmp_path_factory):
         def go(model: Path, args=(), env=None) -> Server:
             log = tmp_path_factory.mktemp("log") / "server.log"
             server = launcher.start(
-                model, args, env={"OMP_NUM_THREADS": "1", **(env or {})},
-                timeout=START_TIMEOUT, log=log,
+                model,
+                args,
+                env={"OMP_NUM_THREADS": "1", **(env or {})},
+                timeout=START_TIMEOUT,
+                log=log,
             )
             stack.callback(server.stop)
             return server

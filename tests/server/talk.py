@@ -15,6 +15,8 @@ from sgl_blend.bench.server import Server
 TOLERANCE = 1e-3
 #: token ids that mean nothing special to the test models (their tokenizer ends at 261)
 FIRST_ID, LAST_ID = 300, 2047
+#: the test tokenizer's ``<|sep|>``, a special token: here, what stands before a question
+SEP = 3
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,14 @@ class Docs:
         return [self.rng.randint(FIRST_ID, LAST_ID) for _ in range(n)]
 
     def prompt(self, order: Iterable[int], question: int = 40, system: int = 12) -> list[int]:
-        """``<s> system docs question`` with a fresh system prompt and question."""
+        """``<s> system docs <|sep|> question``, nothing between documents, with a fresh system prompt and question."""
         body = [t for i in order for t in self.docs[i]]
-        return [1, *self.tokens(system), *body, *self.tokens(question)]
+        return [1, *self.tokens(system), *body, SEP, *self.tokens(question)]
 
     def warm(self, server: Server, **more) -> None:
         """Show the server each document alone, exactly."""
         for d in self.docs:
-            ask(server, [1, *d, *self.tokens(40)], new=1, custom={"blend": False}, **more)
+            ask(server, [1, *d, SEP, *self.tokens(40)], new=1, custom={"blend": False}, **more)
 
 
 def words(seed: int, count: int) -> str:
@@ -115,7 +117,9 @@ def deviation(a: Answer, b: Answer) -> float:
         if x != y:
             break
         same += 1
-    return max((abs(x - y) for x, y in zip(a.logprobs[:same], b.logprobs[:same], strict=True)), default=0.0)
+    return max(
+        (abs(x - y) for x, y in zip(a.logprobs[:same], b.logprobs[:same], strict=True)), default=0.0
+    )
 
 
 def check_same(a: Answer, b: Answer, tolerance: float = TOLERANCE) -> None:

@@ -25,7 +25,9 @@ def all_at_once(jobs):
 
 def stream(server, body):
     """The events of a streaming /generate request."""
-    with requests.post(server.url + "/generate", json=body | {"stream": True}, stream=True, timeout=300) as r:
+    with requests.post(
+        server.url + "/generate", json=body | {"stream": True}, stream=True, timeout=300
+    ) as r:
         assert r.status_code == 200, r.text
         for line in r.iter_lines():
             if line.startswith(b"data: ") and line != b"data: [DONE]":
@@ -352,7 +354,7 @@ def test_tensor_parallel_two_answers_as_one(blend, model, start):
         for policy in ("all", "query", "hkvd"):
             customs = {"blend_policy": policy}
             one_by_one = [ask(blend, p, custom=customs) for p in prompts]
-            together = all_at_once([lambda p=p: ask(two, p, custom=customs) for p in prompts])
+            together = all_at_once([lambda p=p, c=customs: ask(two, p, custom=c) for p in prompts])
             for a, b in zip(one_by_one, together, strict=True):
                 check_report(b)
                 assert a.blend["reused"] == b.blend["reused"]

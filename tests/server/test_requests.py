@@ -101,10 +101,13 @@ def test_completions_and_chat_endpoints_blend_and_report(blend):
     url = blend.url + "/v1/"
     sampling = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
 
-    def chat(text, **custom):
+    def chat(system, text, **custom):
         body = {
             "model": "default",
-            "messages": [{"role": "user", "content": text}],
+            "messages": [
+                {"role": "system", "content": system},
+                {"role": "user", "content": text},
+            ],
             "return_meta_info": True,
             "custom_params": custom or None,
             **sampling,
@@ -114,8 +117,8 @@ def test_completions_and_chat_endpoints_blend_and_report(blend):
         return r.json()
 
     for doc in docs:
-        chat(doc, blend=False)
-    got = chat("\n\n".join([docs[3], docs[1], docs[0], "Which word is next?"]))
+        chat("You answer.", doc, blend=False)
+    got = chat("You think.", "\n\n".join([docs[3], docs[1], docs[0], "Which word is next?"]))
     b = got["choices"][0]["meta_info"]["blend"]
     assert counts(b) == got["usage"]["prompt_tokens"]
     assert b["reused"] + b["recomputed"] >= 0.9 * sum(len(docs[i]) for i in (3, 1, 0))
@@ -238,11 +241,9 @@ def test_one_malformed_request_of_a_batch_is_a_400(blend):
 
 
 @pytest.mark.parametrize("custom", [[], [1], "blend", 7])
-def test_custom_params_that_are_no_mapping_are_refused_or_ignored(blend, custom):
-    r = requests.post(
-        blend.url + "/generate", json=body_of(list(range(300, 340)), custom=custom), timeout=120
-    )
-    assert r.status_code == 400 and "custom_params" in r.text, f"{r.status_code} {r.text[:300]}"
+def test_custom_params_that_are_no_mapping_are_a_400(blend, custom):
+    body = body_of(list(range(300, 340)), custom=custom)
+    assert "expected a mapping" in refused(blend, "/generate", body)
 
 
 def test_the_server_goes_on_beside_refusals(blend):
@@ -304,7 +305,10 @@ def test_a_batch_body_answers_each_prompt_with_its_own_report(blend, plain):
     d.warm(blend)
     prompts = [d.prompt([i, (i + 2) % 6, (i + 3) % 6]) for i in range(4)]
     customs = [{"blend_policy": "all"}, {"blend": False}, {"blend_policy": "all"}, {}]
-    params = [{"temperature": 0, "max_new_tokens": 6, "ignore_eos": True, "custom_params": c} for c in customs]
+    params = [
+        {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True, "custom_params": c}
+        for c in customs
+    ]
     got = blend.generate(input_ids=prompts, sampling_params=params, return_logprob=True)
     answers = [answer_of(g) for g in got]
     for a, c, p in zip(answers, customs, prompts, strict=True):

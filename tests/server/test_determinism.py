@@ -1,0 +1,119 @@
+"""A blended answer depends on its prompt and the documents' KV alone. Needs: CPU, a real server.
+
+200 requests, 50 prompts four times each, 16 at a time, each time in other company; all documents
+had been seen alone before. Answers are compared with those of the same requests sent one by one,
+token by token, and by their logprobs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+
+import pytest
+from talk import SEP, Docs, ask, check_report, check_same, deviation
+
+pytestmark = pytest.mark.server
+
+PROMPTS = 50
+SENDS = 4
+CONCURRENCY = 16
+POLICIES = ("query", "query", "hkvd", "leading", "random")
+
+
+class Stream:
+    """50 prompts over 12 documents."""
+
+    def __init__(self) -> None:
+        d = self.docs = Docs(90, count=12, size=(60, 140))
+        self.asides = [d.tokens(40) for _ in d.docs]
+        self.prompts = []
+        for i in range(PROMPTS):
+            order = d.rng.sample(range(12), d.rng.randint(3, 5))
+            self.prompts.append((d.prompt(order), {"blend_policy": POLICIES[i % len(POLICIES)]}))
+        self.strangers = [d.tokens(d.rng.randint(40, 200)) for _ in range(20)]
+
+    def fresh(self, server, seed: int) -> None:
+        """Empty caches, then each document alone, in an order of ``seed``."""
+        server.flush()
+        order = list(range(12))
+        random.Random(seed).shuffle(order)
+        for i in order:
+            prompt = [1, *self.docs.docs[i], SEP, *self.asides[i]]
+            ask(server, prompt, new=1, custom={"blend": False})
+
+    def send(self, server, times: int, seed: int):
+        """Each prompt ``times`` times, shuffled, among strangers; answers by prompt."""
+        rng = random.Random(seed)
+        jobs = list(range(PROMPTS)) * times + [-1 - i for i in range(len(self.strangers))]
+        rng.shuffle(jobs)
+
+        def one(i):
+            if i < 0:
+                return ask(server, self.strangers[i], new=rng.choice((1, 8, 40)))
+            prompt, custom = self.prompts[i]
+            return ask(server, prompt, new=12, custom=custom)
+
+        with concurrent.futures.ThreadPoolExecutor(CONCURRENCY) as pool:
+            got = list(pool.map(one, jobs))
+        answers = [[] for _ in range(PROMPTS)]
+        for i, a in zip(jobs, got, strict=True):
+            if i >= 0:
+                answers[i].append(a)
+        return answers
+
+
+def test_answers_do_not_depend_on_company_or_repetition(blend):
+    s = Stream()
+    s.fresh(blend, 0)
+    alone = [ask(blend, p, new=12, custom=c) for p, c in s.prompts]
+    s.fresh(blend, 1)
+    first = s.send(blend, SENDS // 2, 1)
+    s.fresh(blend, 2)
+    second = s.send(blend, SENDS // 2, 2)
+
+    answers = [a + b for a, b in zip(first, second, strict=True)]
+    assert sum(map(len, answers)) == 200
+    blended = 0
+    for want, got in zip(alone, answers, strict=True):
+        check_report(want)
+        assert want.blend["reused"] > 100
+        for a in got:
+            check_report(a)
+            blended += a.blend["reused"] > 0
+            check_same(a, want)
+    # Of each prompt's two sends to one cache, the later one may find the earlier one's prefix.
+    assert blended >= 2 * PROMPTS
+
+
+def test_answers_do_not_depend_on_how_often_documents_were_seen_since(blend):
+    """Later copies of a document, exact ones and others, do not displace the oldest exact one."""
+    s = Stream()
+    s.fresh(blend, 0)
+    prompts = s.prompts[:10]
+    alone = [ask(blend, p, new=12, custom=c) for p, c in prompts]
+    s.fresh(blend, 0)
+    for i in range(6):  # every document again, exactly, behind another text, and blended
+        order = [(2 * i + j) % 12 for j in range(3)]
+        ask(blend, s.docs.prompt(order), new=1, custom={"blend": False})
+        ask(blend, s.docs.prompt(order), new=1, custom={"blend_policy": "all"})
+        ask(blend, s.docs.prompt(order), new=1)
+    for (p, c), want in zip(prompts, alone, strict=True):
+        a = ask(blend, p, new=12, custom=c)
+        check_report(a)
+        assert a.blend["reused"] > 100
+        check_same(a, want)
+
+
+def test_the_yardstick_bites(blend):
+    """Documents seen in other company give other KV, and a visibly different answer."""
+    s = Stream()
+    s.fresh(blend, 0)
+    p, _ = s.prompts[0]
+    one = ask(blend, p, new=12, custom={"blend_policy": "none"})
+    blend.flush()
+    d = s.docs
+    ask(blend, [1, *d.tokens(64), *(t for doc in d.docs for t in doc), SEP, *d.tokens(40)], new=1)
+    other = ask(blend, p, new=12, custom={"blend_policy": "none"})
+    assert other.blend["reused"] > 100
+    assert one.tokens != other.tokens or deviation(one, other) > 1e-2
