@@ -141,7 +141,7 @@ def attach(server_args: Any, config: BlendConfig) -> None:
     """
     from sgl_blend.engine import seams
     from sgl_blend.engine.options import validate_request
-    from sgl_blend.engine.report import update_meta_info
+    from sgl_blend.engine.report import show_report, take_report
     from sgl_blend.selection import POLICIES
 
     POLICIES.get(config.policy)
@@ -150,7 +150,8 @@ def attach(server_args: Any, config: BlendConfig) -> None:
     hook_resolution()
     _install_once(seams.VALIDATE_REQUEST, validate_request)
     if config.report:
-        _install_once(seams.UPDATE_META_INFO, update_meta_info, "around")
+        _install_once(seams.UPDATE_META_INFO, take_report, "around")
+        _install_once(seams.WAIT_ONE_RESPONSE, show_report, "around")
 
 
 def hook_resolution() -> None:

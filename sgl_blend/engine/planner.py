@@ -83,7 +83,7 @@ class Planner:
 
     def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
         """First piece of a prefill (again, after a retraction)."""
-        n_prompt = len(req.origin_input_ids)
+        n_prompt = state.prompt_tokens = len(req.origin_input_ids)
         state.decided = False
         state.generation = 0
         state.record = req._blend = None
@@ -189,8 +189,9 @@ class Planner:
             blend.fixed = state.policy.select(reused, None, cfg)
         elif state.policy.need is Need.QUERY:
             # The question may lie in a later piece; its rows are scratch rows, so every piece
-            # asks the same question.
-            stop = min(len(tokens), state.suffix_start + cfg.max_suffix_tokens)
+            # asks the same question. Output that a retraction put behind it does not belong to
+            # it: the choice must be the one made before.
+            stop = min(state.prompt_tokens, state.suffix_start + cfg.max_suffix_tokens)
             ask = np.arange(state.suffix_start, stop)
             blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
             blend.question_pos = torch.from_numpy(ask).to(device)

@@ -22,6 +22,7 @@ VALIDATE_REQUEST = (
 UPDATE_META_INFO = (
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
 )
+WAIT_ONE_RESPONSE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response"
 FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 EAGER_LOAD_BATCH = "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch"
 PREFILL_GRAPH_CAN_RUN = (
@@ -40,6 +41,7 @@ TARGETS = (
     SERVER_ARGS_RESOLVE,
     VALIDATE_REQUEST,
     UPDATE_META_INFO,
+    WAIT_ONE_RESPONSE,
     FORWARD_BATCH_INIT,
     EAGER_LOAD_BATCH,
     PREFILL_GRAPH_CAN_RUN,

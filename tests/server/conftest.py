@@ -12,7 +12,7 @@ from sgl_blend.bench import server as launcher
 from sgl_blend.bench.models import make_model
 from sgl_blend.bench.server import Server
 
-START_TIMEOUT = 400.0
+START_TIMEOUT = 600.0
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,8 @@ def start(tmp_path_factory):
             log = tmp_path_factory.mktemp("log") / "server.log"
             server = launcher.start(
                 model,
-                args,
+                # Several servers share few cores: idle ones must not spin.
+                [*args, "--sleep-on-idle"],
                 env={"OMP_NUM_THREADS": "1", **(env or {})},
                 timeout=START_TIMEOUT,
                 log=log,
