@@ -14,7 +14,7 @@ import torch
 
 from sgl_blend import prefill
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine import report, seams
+from sgl_blend.engine import admission, report, seams
 from sgl_blend.engine.checks import check_depth, check_model
 from sgl_blend.engine.fingerprint import model_fingerprint
 from sgl_blend.engine.flags import CONFIG_ATTR
@@ -141,6 +141,7 @@ def _install(
 
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
+    seams.install(seams.PREFILL_ADD_ONE, admission.uncut(config), "around")
     seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
     seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
     if config.report:

@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-ENV = "SGL_BLEND_PROBE"
+ENV = "BLEND_TEST_PROBE"
 PACKAGE = "sgl_blend_test_probe"
 #: idle loops spin: at most so many seconds pass between two lines
 PERIOD = 0.2

@@ -33,7 +33,7 @@ from sgl_blend.bench.models import make_model
 from sgl_blend.bench.server import Server
 
 POOL_TOKENS = 6144
-WORKERS = 12
+WORKERS = 16
 POLICIES = ("query", "hkvd", "leading", "random", "none", "all")
 ARGS = [
     "--enable-blend", "--blend-continuation", "extend", "--max-total-tokens", str(POOL_TOKENS),
@@ -116,6 +116,11 @@ class Traffic:
         custom = {"blend_policy": rng.choice(POLICIES), "blend_ratio": rng.choice((0.1, 0.3))}
         a = ask(self.server, self.prompt(rng), new=rng.choice((4, 64, 256)), custom=custom)
         self.figures.note("blend", a)
+
+    def long(self, rng) -> None:
+        """An output that outgrows what its admission reckoned with: what retraction is for."""
+        a = ask(self.server, self.prompt(rng), new=700)
+        self.figures.note("long", a)
 
     def known_answer(self, rng, kind: str, custom) -> None:
         prompt, want = rng.choice(self.known)
@@ -200,7 +205,8 @@ def soak(seconds: float, folder: Path, *, start_timeout: float = 400.0) -> Figur
             return figures
         figures.idle = probe.last_after(output, time.time() + 1.0)
         server.flush()
-        a = ask(server, traffic.prompt(random.Random(0)), new=4)
+        # Every document once: a document's second copy is reused from the first, piece by piece.
+        a = ask(server, Docs(0, count=8).prompt(range(8)), new=4)
         if a.blend["computed"] != a.meta["prompt_tokens"]:
             figures.problems.append(f"after a flush something is still reused: {a.blend}")
         if "memory leak" in server.log.read_text(errors="replace"):
