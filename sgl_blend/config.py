@@ -18,10 +18,13 @@ from typing import Any
 from sgl_blend.errors import ConfigError, unknown_name
 
 ENV_PREFIX = "SGL_BLEND_"
+#: SGLang calls names that begin with ``SGL_`` deprecated, and copies each to this spelling
+#: (``environ.py``, 0.5.23); whoever follows its advice must not be ignored
+ENV_PREFIX_SGLANG = "SGLANG_BLEND_"
 ENV_ENABLE = "SGL_BLEND_ENABLE"
 ENV_CONFIG = "SGL_BLEND_CONFIG"
-#: variables with the prefix that are no options: the switch and the file's path
-_ENV_RESERVED = {ENV_ENABLE, ENV_CONFIG}
+#: what follows the prefix in variables that are no options: the switch and the file's path
+_ENV_RESERVED = {"ENABLE", "CONFIG"}
 
 CONTINUATIONS = ("same", "extend")
 KERNELS = ("auto", "torch")
@@ -243,6 +246,17 @@ def _coerce(name: str, value: Any, where: str) -> Any:
     return value
 
 
+def variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What the environment says: name behind the prefix -> (variable, text). ``SGL_BLEND_X``
+    goes before ``SGLANG_BLEND_X``."""
+    found: dict[str, tuple[str, str]] = {}
+    for prefix in (ENV_PREFIX_SGLANG, ENV_PREFIX):
+        for var, text in environ.items():
+            if var.startswith(prefix):
+                found[var[len(prefix) :]] = (var, text)
+    return found
+
+
 def load_config(
     flags: Mapping[str, Any] | None = None,
     *,
@@ -257,18 +271,20 @@ def load_config(
     names = [f.name for f in fields(BlendConfig)]
     merged: dict[str, Any] = {}
 
-    path = path or environ.get(ENV_CONFIG)
+    said = variables(environ)
+    path = path or said.get("CONFIG", ("", ""))[1]
     if path:
         for key, value in _from_file(path).items():
             if key not in names:
                 raise ConfigError(f"{path}: {unknown_name('blend option', key, names)}")
             merged[key] = _coerce(key, value, path)
-    for var, text in environ.items():
-        if var.startswith(ENV_PREFIX) and var not in _ENV_RESERVED:
-            key = var[len(ENV_PREFIX) :].lower()
-            if key not in names:
-                raise ConfigError(f"{var}: {unknown_name('blend option', key, names)}")
-            merged[key] = parse_text(key, text)
+    for name, (var, text) in said.items():
+        if name in _ENV_RESERVED:
+            continue
+        key = name.lower()
+        if key not in names:
+            raise ConfigError(f"{var}: {unknown_name('blend option', key, names)}")
+        merged[key] = parse_text(key, text)
     for key, value in (flags or {}).items():
         if key not in names:
             raise ConfigError(unknown_name("blend option", key, names))

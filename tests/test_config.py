@@ -45,6 +45,15 @@ def test_switch_and_path_variables_are_no_options():
     assert load_config(environ={"SGL_BLEND_ENABLE": "1", "HOME": "/"}) == BlendConfig()
 
 
+def test_sglangs_spelling_of_the_prefix_is_heard_and_ours_goes_first():
+    assert load_config(environ={"SGLANG_BLEND_MAX_COPIES": "5"}).max_copies == 5
+    for order in (1, -1):
+        both = [("SGLANG_BLEND_MAX_COPIES", "5"), ("SGL_BLEND_MAX_COPIES", "6")][::order]
+        assert load_config(environ=dict(both)).max_copies == 6
+    with pytest.raises(ConfigError, match="SGLANG_BLEND_MAX_COPY: unknown"):
+        load_config(environ={"SGLANG_BLEND_MAX_COPY": "5", "SGLANG_BLEND_ENABLE": "1"})
+
+
 def test_empty_file_is_all_defaults(yaml_file):
     assert load_config(path=yaml_file(""), environ={}) == BlendConfig()
 

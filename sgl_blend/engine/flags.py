@@ -120,12 +120,13 @@ def claim_radix_cache(given: str | None) -> str:
 
 def enabled_by_environment() -> bool:
     """Is ``SGL_BLEND_ENABLE`` set? Raises :class:`ConfigError` where it is no truth value."""
-    text = os.environ.get(cfg.ENV_ENABLE, "").strip().lower()
+    name, text = cfg.variables(os.environ).get("ENABLE", (cfg.ENV_ENABLE, ""))
+    text = text.strip().lower()
     if text in ("", "0", "false", "no", "off"):
         return False
     if text in ("1", "true", "yes", "on"):
         return True
-    raise ConfigError(f"{cfg.ENV_ENABLE} is {text!r}: expected 1 or 0")
+    raise ConfigError(f"{name} is {text!r}: expected 1 or 0")
 
 
 def refuse(error: BlendError) -> NoReturn:
