@@ -100,7 +100,7 @@ class Traffic:
 
     def worker(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
-        kinds = ("blend", "blend", "blend", "exact", "all", "conversation", "samples",
+        kinds = ("long", "long", "blend", "blend", "exact", "all", "conversation", "samples",
                  "drop", "abort", "score", "malformed")  # fmt: skip
         while time.monotonic() < self.deadline:
             kind = rng.choice(kinds)
