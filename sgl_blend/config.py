@@ -210,7 +210,8 @@ def _from_file(path: str) -> dict[str, Any]:
     except OSError as e:
         raise ConfigError(f"blend config {path!r} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"blend config {path!r} is not valid YAML: {e}") from None
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"blend config {path!r} is not valid YAML: {reason}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -168,8 +168,9 @@ def test_unreadable_and_malformed_files(tmp_path, yaml_file):
         load_config(path=str(tmp_path / "none.yaml"), environ={})
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(path=str(tmp_path), environ={})
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML") as e:
         load_config(path=yaml_file("a: [1\n"), environ={})
+    assert "\n" not in str(e.value) and "line 2" in str(e.value)
     with pytest.raises(ConfigError, match="must be a mapping, not list"):
         load_config(path=yaml_file("- policy\n"), environ={})
     binary = tmp_path / "binary.yaml"

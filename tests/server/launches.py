@@ -8,6 +8,7 @@ case: ``{"args": [...], "env": {...}, "prelude": "code run first"}``; an outcome
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -46,12 +47,18 @@ def run(case: dict) -> dict:
             signal.alarm(CASE_SECONDS)
             child(case, out)
         _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what a launch that went too far has left behind
         out.seek(0)
         return {"status": os.waitstatus_to_exitcode(status), "output": out.read().decode()}
 
 
 if __name__ == "__main__":
     import transformers  # noqa: F401
+
+    from sgl_blend.engine import seams
+
+    seams.verify()  # imports what every launch with --enable-blend imports
 
     with open(sys.argv[1]) as f:
         cases = json.load(f)

@@ -67,6 +67,9 @@ def test_streaming_carries_the_report_and_the_same_text(blend):
     d.warm(blend)
     p = d.prompt([2, 0, 5])
     whole = ask(blend, p, new=12)
+    assert whole.blend["reused"] > 100
+    blend.flush()
+    d.warm(blend)
     events = list(stream(blend, body_of(p, new=12)))
     assert len(events) > 1
     last = answer_of(events[-1])

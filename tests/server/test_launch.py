@@ -86,7 +86,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "no radix cache": ([*ON, "--disable-radix-cache"], {}, "", ["--disable-radix-cache"]),
     "embedding model": ([*ON, "--is-embedding"], {}, "", ["--is-embedding"]),
     "several at once are all named": (
-        [*ON, "--disable-radix-cache", "--enable-hierarchical-cache"], {}, "", ["radix"]),
+        [*ON, "--disable-radix-cache", "--pp-size", "2"], {}, "",
+        ["--disable-radix-cache", "pipeline parallelism"]),
     "Gemma 3": ([*ON, "<gemma3>"], {}, "", ["Gemma3ForCausalLM is not verified for blending"]),
     "another SGLang": (
         ON, {}, "import sgl_blend.engine.seams as s; s.version = lambda name: '0.5.24'",
@@ -135,7 +136,7 @@ def outcomes(model, tmp_path_factory, child_env):
         env=child_env,
         stdout=subprocess.PIPE,
         check=True,
-        timeout=500,
+        timeout=900,
     )
     results = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(REFUSED, results, strict=True)), fill
