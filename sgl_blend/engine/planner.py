@@ -172,7 +172,7 @@ class Planner:
             torch.from_numpy(np.concatenate([np.arange(s.length) for s in spans])),
             torch.from_numpy(np.concatenate([np.full(s.length, s.length) for s in spans])),
             state.policy.budget(len(positions), state.ratio),
-            seed=_seed(tokens, begin, end),
+            seed=_seed(tokens, state.prompt_tokens),
         )
         plan = BlendPlan(
             begin, end, state.suffix_start, tuple(spans), state.policy.name, state.ratio
@@ -261,10 +261,11 @@ def _cut(span: ReuseSpan, limit: int) -> ReuseSpan | None:
     )
 
 
-def _seed(tokens: np.ndarray, begin: int, end: int) -> int:
+def _seed(tokens: np.ndarray, n_prompt: int) -> int:
+    """Of the prompt alone: neither what was in the cache nor a retraction changes it."""
     import hashlib
 
-    digest = hashlib.blake2b(tokens[begin:end].tobytes(), digest_size=7).digest()
+    digest = hashlib.blake2b(tokens[:n_prompt].tobytes(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 
 

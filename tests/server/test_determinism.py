@@ -78,6 +78,11 @@ def test_answers_do_not_depend_on_company_or_repetition(blend):
     assert all(a.blend["reused"] > 100 for a in alone)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="a chunk at a document's edge that only a later copy has takes the whole document "
+    "from that copy (matching.match_spans extends the first chunk found)",
+)
 def test_answers_do_not_depend_on_how_often_documents_were_seen_since(blend):
     """Later copies of a document, exact ones and others, do not displace the oldest exact one."""
     s = Stream()
@@ -94,6 +99,40 @@ def test_answers_do_not_depend_on_how_often_documents_were_seen_since(blend):
         a = ask(blend, p, new=12, custom=c)
         check_report(a)
         assert a.blend["reused"] > 100
+        check_same(a, want)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "hkvd",
+        "leading",
+        "random",
+        "none",
+        pytest.param(
+            "query",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="the question pass sees a cached prefix, but not the same tokens where "
+                "they are still to be computed, and chooses other rows",
+            ),
+        ),
+    ],
+)
+def test_answers_do_not_depend_on_a_cached_system_prompt(blend, policy):
+    s = Stream()
+    s.fresh(blend, 0)
+    custom = {"blend_policy": policy}
+    prompts = [p for p, _ in s.prompts[:8]]
+    cold = [ask(blend, p, custom=custom) for p in prompts]
+    s.fresh(blend, 0)
+    for p in prompts:  # the 12 tokens of its system prompt, then something else
+        ask(blend, [*p[:13], SEP, *s.docs.tokens(60)], new=1, custom={"blend": False})
+    for p, want in zip(prompts, cold, strict=True):
+        a = ask(blend, p, custom=custom)
+        check_report(a)
+        assert want.blend["prefix"] == 1 and a.blend["prefix"] == 13
+        assert a.blend["reused"] == want.blend["reused"]
         check_same(a, want)
 
 
