@@ -20,3 +20,11 @@ Importing this package imports nothing heavy (no torch, no sglang, no zmq).
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "Engine":
+        from sgl_blend.engine.offline import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,13 +18,18 @@ from typing import Any
 from sgl_blend.errors import ConfigError, unknown_name
 
 ENV_PREFIX = "SGL_BLEND_"
+#: SGLang calls names that begin with ``SGL_`` deprecated, and copies each to this spelling
+#: (``environ.py``, 0.5.23); whoever follows its advice must not be ignored
+ENV_PREFIX_SGLANG = "SGLANG_BLEND_"
 ENV_ENABLE = "SGL_BLEND_ENABLE"
 ENV_CONFIG = "SGL_BLEND_CONFIG"
-#: variables with the prefix that are no options: the switch and the file's path
-_ENV_RESERVED = {ENV_ENABLE, ENV_CONFIG}
+#: what follows the prefix in variables that are no options: the switch and the file's path
+_ENV_RESERVED = {"ENABLE", "CONFIG"}
 
 CONTINUATIONS = ("same", "extend")
 TIERS = ("device",)
+#: the highest label that a token may carry (``plan.MAX_GENERATION``, which would import numpy)
+MAX_GENERATION = 100
 
 
 def _option(default: Any, help_: str) -> Any:
@@ -112,8 +117,13 @@ class BlendConfig:
             "must be one number for each check layer, not rising, the last 1.0",
         )
         check(0.0 < self.query_layers <= 1.0, "query_layers", "must lie in (0, 1]")
-        for name in ("leading_tokens", "min_reused_tokens", "max_generation"):
+        for name in ("leading_tokens", "min_reused_tokens"):
             check(getattr(self, name) >= 0, name, "must not be negative")
+        check(
+            0 <= self.max_generation <= MAX_GENERATION,
+            "max_generation",
+            f"must lie in 0..{MAX_GENERATION}",
+        )
         for name in ("min_span_tokens", "min_suffix_tokens", "chunk_min_tokens", "max_copies"):
             check(getattr(self, name) >= 1, name, "must be at least 1")
         check(
@@ -174,7 +184,7 @@ def parse_text(name: str, text: str) -> Any:
         if isinstance(default, tuple):
             items = [t for t in text.split(",") if t != ""]
             if name == "separators":
-                return tuple(t.encode().decode("unicode_escape") for t in items)
+                return tuple(_unescape(t) for t in items)
             kind = {"check_layers": int, "check_multipliers": float}.get(name, str)
             return tuple(kind(t.strip()) for t in items)
     except ValueError as e:
@@ -182,6 +192,11 @@ def parse_text(name: str, text: str) -> Any:
             f"blend option {name}: cannot read {text!r} as {type(default).__name__}: {e}"
         ) from None
     return text
+
+
+def _unescape(text: str) -> str:
+    """``\\n`` and the like become what they stand for; other letters stay."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def _from_file(path: str) -> dict[str, Any]:
@@ -192,7 +207,8 @@ def _from_file(path: str) -> dict[str, Any]:
     except OSError as e:
         raise ConfigError(f"blend config {path!r} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"blend config {path!r} is not valid YAML: {e}") from None
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"blend config {path!r} is not valid YAML: {reason}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -228,6 +244,17 @@ def _coerce(name: str, value: Any, where: str) -> Any:
     return value
 
 
+def variables(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What the environment says: name behind the prefix -> (variable, text). ``SGL_BLEND_X``
+    goes before ``SGLANG_BLEND_X``."""
+    found: dict[str, tuple[str, str]] = {}
+    for prefix in (ENV_PREFIX_SGLANG, ENV_PREFIX):
+        for var, text in environ.items():
+            if var.startswith(prefix):
+                found[var[len(prefix) :]] = (var, text)
+    return found
+
+
 def load_config(
     flags: Mapping[str, Any] | None = None,
     *,
@@ -242,18 +269,20 @@ def load_config(
     names = [f.name for f in fields(BlendConfig)]
     merged: dict[str, Any] = {}
 
-    path = path or environ.get(ENV_CONFIG)
+    said = variables(environ)
+    path = path or said.get("CONFIG", ("", ""))[1]
     if path:
         for key, value in _from_file(path).items():
             if key not in names:
                 raise ConfigError(f"{path}: {unknown_name('blend option', key, names)}")
             merged[key] = _coerce(key, value, path)
-    for var, text in environ.items():
-        if var.startswith(ENV_PREFIX) and var not in _ENV_RESERVED:
-            key = var[len(ENV_PREFIX) :].lower()
-            if key not in names:
-                raise ConfigError(f"{var}: {unknown_name('blend option', key, names)}")
-            merged[key] = parse_text(key, text)
+    for name, (var, text) in said.items():
+        if name in _ENV_RESERVED:
+            continue
+        key = name.lower()
+        if key not in names:
+            raise ConfigError(f"{var}: {unknown_name('blend option', key, names)}")
+        merged[key] = parse_text(key, text)
     for key, value in (flags or {}).items():
         if key not in names:
             raise ConfigError(unknown_name("blend option", key, names))

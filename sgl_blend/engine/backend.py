@@ -14,8 +14,8 @@ import torch
 
 from sgl_blend import prefill
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine import report, seams
-from sgl_blend.engine.checks import check_model
+from sgl_blend.engine import admission, report, seams
+from sgl_blend.engine.checks import check_depth, check_model
 from sgl_blend.engine.fingerprint import model_fingerprint
 from sgl_blend.engine.flags import CONFIG_ATTR
 from sgl_blend.engine.metrics import Metrics
@@ -67,11 +67,7 @@ def build_tree(ctx: Any) -> Any:
     model = model_runner.model
     check_model(model, ctx)
     num_layers = ctx.model_config.num_hidden_layers
-    if config.check_layers[-1] >= num_layers - 1:
-        raise ConfigError(
-            f"blend option check_layers is {config.check_layers}: the model has {num_layers} "
-            f"layers, so a check layer must be below {num_layers - 1}"
-        )
+    check_depth(config, num_layers)
     pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
     strong = strong_tokens(ctx.server_args, config)
     tree = BlendRadixCache(
@@ -148,6 +144,7 @@ def _install(
 
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
+    seams.install(seams.PREFILL_ADD_ONE, admission.uncut(config), "around")
     seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
     seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
     if config.report:

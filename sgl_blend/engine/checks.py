@@ -6,13 +6,10 @@ back is warned about once.
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import Any
 
-from sgl_blend.errors import UnsupportedError
-
-logger = logging.getLogger(__name__)
+from sgl_blend.config import BlendConfig
+from sgl_blend.errors import ConfigError, UnsupportedError
 
 #: Model classes whose blended KV and logits are verified against full prefill by the tests.
 VERIFIED_MODELS = frozenset(
@@ -78,28 +75,47 @@ def config_problems(view: Any) -> list[str]:
     return [what for hit, what in rules if hit]
 
 
-def after_resolve(result: Any, server_args: Any) -> None:
-    """AFTER ``ServerArgs.resolve_once``: refuse, in the launching process, what cannot work."""
+def check_arguments(server_args: Any) -> None:
+    """Refuse, in the launching process, what cannot work. Call after resolution.
+
+    Raises :class:`UnsupportedError` for a server configuration or a model class that is not
+    served, :class:`ConfigError` for an option that does not fit the model. What only the loaded
+    model shows is left to :func:`check_model`.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    from sgl_blend.engine.flags import CONFIG_ATTR, SERVES_HTTP_ATTR
+    from sgl_blend.engine.flags import CONFIG_ATTR
 
-    if getattr(server_args, CONFIG_ATTR, None) is None:
-        return
     problems = config_problems(resolving_view(server_args))
     if problems:
-        print(
-            "sgl-blend: error: --enable-blend cannot be combined with "
+        raise UnsupportedError(
+            "--enable-blend cannot be combined with "
             + "; ".join(problems)
-            + ". Drop the option or launch without --enable-blend.",
-            file=sys.stderr,
-            flush=True,
+            + ". Drop the option or launch without --enable-blend."
         )
-        sys.exit(2)
-    if getattr(server_args, SERVES_HTTP_ATTR, False):
-        from sgl_blend.engine.routes import add_routes
+    model_config = model_config_of(server_args)
+    architectures = getattr(model_config.hf_config, "architectures", None) or ["?"]
+    if architectures[0] not in VERIFIED_MODELS:
+        raise unverified(architectures[0])
+    check_depth(getattr(server_args, CONFIG_ATTR), model_config.num_hidden_layers)
 
-        add_routes()
+
+def unverified(name: str) -> UnsupportedError:
+    """The error for a model class that no test has verified."""
+    return UnsupportedError(
+        f"{name} is not verified for blending (verified: {', '.join(sorted(VERIFIED_MODELS))}). "
+        "Launch without --enable-blend."
+    )
+
+
+def check_depth(config: BlendConfig, num_layers: int) -> None:
+    """Raise :class:`ConfigError` when a check layer leaves no layer to save work in."""
+    if config.check_layers[-1] >= num_layers - 1:
+        raise ConfigError(
+            f"blend option check_layers is {config.check_layers}: the model has {num_layers} "
+            f"layers, so a check layer must be below {num_layers - 1}"
+        )
 
 
 def check_model(model: Any, ctx: Any) -> None:
@@ -111,10 +127,7 @@ def check_model(model: Any, ctx: Any) -> None:
 
     name = type(model).__name__
     if not hasattr(model, "forward_split_prefill") or name not in VERIFIED_MODELS:
-        raise UnsupportedError(
-            f"{name} is not verified for blending (verified: {', '.join(sorted(VERIFIED_MODELS))}). "
-            "Launch without --enable-blend."
-        )
+        raise unverified(name)
     if ctx.is_hybrid_ssm or ctx.is_hybrid_swa:
         raise UnsupportedError(
             f"{name} uses a hybrid KV pool (state-space or sliding-window sub-pools), which "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from sgl_blend import config as cfg
 from sgl_blend.config import BlendConfig
@@ -14,8 +14,10 @@ from sgl_blend.errors import BlendError, ConfigError
 #: attribute under which the configuration travels to the scheduler processes; the underscore
 #: passes ServerArgs' seal on public names (``server_args.py``, 0.5.23)
 CONFIG_ATTR = "_blend_config"
-#: set where the launching process serves HTTP (``launch_server``, not ``Engine``)
-SERVES_HTTP_ATTR = "_blend_serves_http"
+#: set where a command line is behind the arguments: an error is then one line and an exit status,
+#: where a program called, it is an exception
+COMMAND_LINE_ATTR = "_blend_command_line"
+BACKEND = "blend"
 
 
 def _flag(name: str) -> str:
@@ -61,40 +63,78 @@ def from_cli_args(original, cls, args: argparse.Namespace):
     """
     flags = {f.name: getattr(args, f"blend_{f.name}", None) for f in cfg.option_fields()}
     path = getattr(args, "blend_config", None)
-    enabled = getattr(args, "enable_blend", False) or _enabled_by_environment()
+    try:
+        enabled = getattr(args, "enable_blend", False) or enabled_by_environment()
+    except ConfigError as e:
+        refuse(e)
     if not enabled:
         given = [_flag(k) for k, v in flags.items() if v is not None]
         given += ["--blend-config"] if path else []
         if given:
-            _refuse(ConfigError(f"{given[0]} is given without --enable-blend"))
+            refuse(ConfigError(f"{given[0]} is given without --enable-blend"))
         return original(cls, args)
     try:
         config = cfg.load_config(flags, path=path)
-        if getattr(args, "radix_cache_backend", None) not in (None, "blend"):
-            raise ConfigError(
-                f"--enable-blend brings its own radix cache; --radix-cache-backend "
-                f"{args.radix_cache_backend} cannot be used beside it"
-            )
-        args.radix_cache_backend = "blend"
+        args.radix_cache_backend = claim_radix_cache(getattr(args, "radix_cache_backend", None))
         server_args = original(cls, args)
         attach(server_args, config)
-        setattr(server_args, SERVES_HTTP_ATTR, True)
+        setattr(server_args, COMMAND_LINE_ATTR, True)
     except BlendError as e:
-        _refuse(e)
+        refuse(e)
     return server_args
 
 
-def _enabled_by_environment() -> bool:
-    text = os.environ.get(cfg.ENV_ENABLE, "").strip().lower()
+def resolve_once(original, server_args: Any) -> None:
+    """AROUND ``ServerArgs.resolve_once``; in place while blending may be switched on.
+
+    ``sglang.Engine(...)`` builds its arguments without a command line: under
+    ``SGL_BLEND_ENABLE=1`` they get their configuration here. Children receive resolved ones.
+    """
+    if not getattr(server_args, "_resolution_finished", False):
+        if getattr(server_args, CONFIG_ATTR, None) is None and enabled_by_environment():
+            config = cfg.load_config()
+            server_args.radix_cache_backend = claim_radix_cache(server_args.radix_cache_backend)
+            attach(server_args, config)
+    original(server_args)
+    if getattr(server_args, CONFIG_ATTR, None) is None:
+        return
+    from sgl_blend.engine.checks import check_arguments
+
+    try:
+        check_arguments(server_args)
+    except BlendError as e:
+        if getattr(server_args, COMMAND_LINE_ATTR, False):
+            refuse(e)
+        raise
+    if getattr(server_args, COMMAND_LINE_ATTR, False):
+        from sgl_blend.engine.routes import add_routes
+
+        add_routes()
+
+
+def claim_radix_cache(given: str | None) -> str:
+    """The name of our radix cache backend; raises :class:`ConfigError` where another is given."""
+    if given not in (None, BACKEND):
+        raise ConfigError(
+            f"--enable-blend brings its own radix cache; --radix-cache-backend {given} cannot be "
+            "used beside it"
+        )
+    return BACKEND
+
+
+def enabled_by_environment() -> bool:
+    """Is ``SGL_BLEND_ENABLE`` set? Raises :class:`ConfigError` where it is no truth value."""
+    name, text = cfg.variables(os.environ).get("ENABLE", (cfg.ENV_ENABLE, ""))
+    text = text.strip().lower()
     if text in ("", "0", "false", "no", "off"):
         return False
     if text in ("1", "true", "yes", "on"):
         return True
-    _refuse(ConfigError(f"{cfg.ENV_ENABLE} is {text!r}: expected 1 or 0"))
-    raise AssertionError("unreachable")
+    raise ConfigError(f"{name} is {text!r}: expected 1 or 0")
 
 
-def _refuse(error: BlendError) -> None:
+def refuse(error: BlendError) -> NoReturn:
+    """End the launch with one line and status 2."""
     print(f"sgl-blend: error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -104,18 +144,26 @@ def attach(server_args: Any, config: BlendConfig) -> None:
 
     Raises :class:`SeamError` or :class:`ConfigError`.
     """
-    from sgl_blend.engine import checks, seams
+    from sgl_blend.engine import seams
     from sgl_blend.engine.options import validate_request
-    from sgl_blend.engine.report import update_meta_info
+    from sgl_blend.engine.report import show_report, take_report
     from sgl_blend.selection import POLICIES
 
     POLICIES.get(config.policy)
     seams.verify()
     setattr(server_args, CONFIG_ATTR, config)
-    _install_once(seams.SERVER_ARGS_RESOLVE, checks.after_resolve)
+    hook_resolution()
     _install_once(seams.VALIDATE_REQUEST, validate_request)
     if config.report:
-        _install_once(seams.UPDATE_META_INFO, update_meta_info, "around")
+        _install_once(seams.UPDATE_META_INFO, take_report, "around")
+        _install_once(seams.WAIT_ONE_RESPONSE, show_report, "around")
+
+
+def hook_resolution() -> None:
+    """Install :func:`resolve_once`."""
+    from sgl_blend.engine import seams
+
+    _install_once(seams.SERVER_ARGS_RESOLVE, resolve_once, "around")
 
 
 _installed: set[str] = set()

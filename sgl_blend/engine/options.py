@@ -31,8 +31,10 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
     ``prompt_tokens``: length of the prompt, to check the boundaries against; None skips that.
     Raises :class:`RequestError`.
     """
-    if not isinstance(custom_params, dict):
+    if custom_params is None:
         return RequestOptions()
+    if not isinstance(custom_params, dict):
+        raise RequestError(f"custom_params is a {type(custom_params).__name__}: expected a mapping")
     for key in custom_params:
         if isinstance(key, str) and key.startswith("blend") and key not in KEYS:
             raise RequestError("custom_params: " + unknown_name("key", key, KEYS))

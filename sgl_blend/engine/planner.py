@@ -86,7 +86,7 @@ class Planner:
 
     def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
         """First piece of a prefill (again, after a retraction)."""
-        n_prompt = len(req.origin_input_ids)
+        n_prompt = state.prompt_tokens = len(req.origin_input_ids)
         state.decided = False
         state.generation = 0
         state.record = req._blend = None
@@ -175,7 +175,7 @@ class Planner:
             torch.from_numpy(np.concatenate([np.arange(s.length) for s in spans])),
             torch.from_numpy(np.concatenate([np.full(s.length, s.length) for s in spans])),
             state.policy.budget(len(positions), state.ratio),
-            seed=_seed(tokens, begin, end),
+            seed=_seed(tokens, state.prompt_tokens),
         )
         plan = BlendPlan(
             begin, end, state.suffix_start, tuple(spans), state.policy.name, state.ratio
@@ -192,8 +192,9 @@ class Planner:
             blend.fixed = state.policy.select(reused, None, cfg)
         elif state.policy.need is Need.QUERY:
             # The question may lie in a later piece; its rows are scratch rows, so every piece
-            # asks the same question.
-            stop = min(len(tokens), state.suffix_start + cfg.max_suffix_tokens)
+            # asks the same question. Output that a retraction put behind it does not belong to
+            # it: the choice must be the one made before.
+            stop = min(state.prompt_tokens, state.suffix_start + cfg.max_suffix_tokens)
             ask = np.arange(state.suffix_start, stop)
             blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
             blend.question_pos = torch.from_numpy(ask).to(device)
@@ -263,10 +264,11 @@ def _cut(span: ReuseSpan, limit: int) -> ReuseSpan | None:
     )
 
 
-def _seed(tokens: np.ndarray, begin: int, end: int) -> int:
+def _seed(tokens: np.ndarray, n_prompt: int) -> int:
+    """Of the prompt alone: neither what was in the cache nor a retraction changes it."""
     import hashlib
 
-    digest = hashlib.blake2b(tokens[begin:end].tobytes(), digest_size=7).digest()
+    digest = hashlib.blake2b(tokens[:n_prompt].tobytes(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
 
 

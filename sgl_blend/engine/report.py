@@ -2,11 +2,13 @@
 
 Seams (SGLang 0.5.23): ``req.customized_info`` travels with the output once
 ``SchedulerOutputStreamer.is_request_level_customized_info_key`` says yes, and arrives in
-``TokenizerManager.update_request_meta_info`` as a list; there it becomes one mapping.
+``TokenizerManager.update_request_meta_info`` as a list, once; what
+``TokenizerManager._wait_one_response`` yields carries it as one mapping.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 KEY = "blend"
@@ -39,7 +41,7 @@ def is_request_level(result: bool, streamer: Any, key: str) -> bool | None:
     return True if key == KEY else None
 
 
-def update_meta_info(
+def take_report(
     original: Any,
     manager: Any,
     meta_info: dict,
@@ -49,13 +51,25 @@ def update_meta_info(
     *args: Any,
     **kw: Any,
 ) -> Any:
-    """AROUND ``TokenizerManager.update_request_meta_info``: one mapping, in every chunk."""
+    """AROUND ``TokenizerManager.update_request_meta_info``: keep the report with the request.
+
+    The scheduler sends it once, with a stream's first tokens or a finished request.
+    """
     if KEY in customized_info:
         values = customized_info[KEY][index]
         if values:
             state._blend_report = values[-1]
         customized_info = {k: v for k, v in customized_info.items() if k != KEY}
-    report = getattr(state, "_blend_report", None)
-    if report is not None:
-        meta_info[KEY] = report
     return original(manager, meta_info, state, customized_info, index, *args, **kw)
+
+
+async def show_report(original: Any, manager: Any, obj: Any, *args: Any, **kw: Any) -> Any:
+    """AROUND ``TokenizerManager._wait_one_response`` (an asynchronous generator): the report, one
+    mapping, in every chunk."""
+    state = manager.rid_to_state.get(obj.rid)
+    async with contextlib.aclosing(original(manager, obj, *args, **kw)) as chunks:
+        async for out in chunks:
+            report = getattr(state, "_blend_report", None)
+            if report is not None and "meta_info" in out:
+                out["meta_info"][KEY] = report
+            yield out

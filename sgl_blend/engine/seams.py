@@ -18,7 +18,9 @@ SERVER_ARGS_FROM = "sglang.srt.server_args.ServerArgs.from_cli_args"
 SERVER_ARGS_RESOLVE = "sglang.srt.server_args.ServerArgs.resolve_once"
 VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 UPDATE_META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info"
+WAIT_ONE_RESPONSE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response"
 FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+PREFILL_ADD_ONE = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 EAGER_LOAD_BATCH = "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch"
 PREFILL_GRAPH_CAN_RUN = (
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
@@ -36,10 +38,13 @@ TARGETS = (
     SERVER_ARGS_RESOLVE,
     VALIDATE_REQUEST,
     UPDATE_META_INFO,
+    WAIT_ONE_RESPONSE,
     FORWARD_BATCH_INIT,
+    PREFILL_ADD_ONE,
     EAGER_LOAD_BATCH,
     PREFILL_GRAPH_CAN_RUN,
     REQUEST_LEVEL_INFO,
+    "sglang.srt.managers.schedule_policy.PrefillAdder.ceil_paged_tokens",
     "sglang.srt.mem_cache.registry.register_radix_cache_backend",
     "sglang.srt.mem_cache.radix_cache.RadixCache._split_node",
     "sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf",

@@ -44,6 +44,7 @@ class RequestState:
     counts: Counts = field(default_factory=Counts)
     counts_closed: bool = False
     record: BlendRecord | None = None
+    prompt_tokens: int = 0
     suffix_start: int = 0
 
     @property
@@ -106,8 +107,12 @@ def unservable(req: Any) -> str | None:
         return "hidden states requested"
     if getattr(req, "return_routed_experts", False):
         return "routed experts requested"
-    if getattr(req, "is_prefill_only", False) or req.sampling_params.max_new_tokens == 0:
-        # n > 1 sends such a request first to fill the cache; it is blended like its siblings.
-        if req.return_logprob:
-            return "scoring request"
+    if (
+        req.sampling_params.max_new_tokens == 0
+        and req.return_logprob
+        and req.logprob_start_len < len(req.origin_input_ids)
+    ):
+        # One that asks for no input logprobs is what n > 1 sends first to fill the cache: it is
+        # blended like its siblings.
+        return "scoring request"
     return None

@@ -1,0 +1,69 @@
+"""Shared servers of the server tests: started once, used by all. Needs: CPU, a few GB of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from sgl_blend.bench import server as launcher
+from sgl_blend.bench.models import make_model
+from sgl_blend.bench.server import Server
+
+START_TIMEOUT = 600.0
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A random-weight Llama: 4 layers, hidden size 64."""
+    return make_model(tmp_path_factory.mktemp("model"), layers=4, hidden=64, heads=4)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """``start(model, args, env)``: a server that is ended with the session, at the latest."""
+    with contextlib.ExitStack() as stack:
+
+        def go(model: Path, args=(), env=None) -> Server:
+            log = tmp_path_factory.mktemp("log") / "server.log"
+            server = launcher.start(
+                model,
+                # Several servers share few cores: idle ones must not spin.
+                [*args, "--sleep-on-idle"],
+                env={"OMP_NUM_THREADS": "1", **(env or {})},
+                timeout=START_TIMEOUT,
+                log=log,
+            )
+            stack.callback(server.stop)
+            return server
+
+        yield go
+
+
+@pytest.fixture(scope="session")
+def plain(model, start) -> Server:
+    """SGLang without blending: the reference."""
+    return start(model)
+
+
+@pytest.fixture(scope="session")
+def _blend(model, start) -> Server:
+    return start(model, ["--enable-blend"])
+
+
+@pytest.fixture
+def blend(_blend) -> Server:
+    """The blending server, with empty caches; it must be alive and idle before and after."""
+    _blend.flush()
+    yield _blend
+    assert _blend.alive(), _blend.log_tail()
+
+
+@pytest.fixture(scope="session")
+def child_env() -> dict[str, str]:
+    """Environment of launched commands: this checkout's package wins."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": root if not path else f"{root}{os.pathsep}{path}"}

@@ -1,0 +1,191 @@
+"""What a launch accepts, refuses and says; the launch command is the real one. Needs: CPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from talk import Docs, ask
+
+from sgl_blend.bench import server as launcher
+from sgl_blend.bench.models import make_model
+
+pytestmark = pytest.mark.server
+
+HERE = Path(__file__).parent
+ON = ["--enable-blend"]
+
+
+def files(tmp: Path) -> dict[str, str]:
+    """Configuration files by name."""
+    texts = {
+        "good.yaml": "recompute_ratio: 0.3\n",
+        "misspelt.yaml": "recompute_ration: 0.3\n",
+        "wrong.yaml": "recompute_ratio: lots\n",
+        "broken.yaml": "a: [1\n",
+        "list.yaml": "- 1\n",
+        "server-bad.yaml": "enable-blend: true\nblend-policy: hkvdd\n",
+        "server-off.yaml": "blend-policy: hkvd\n",
+    }
+    out = {"none.yaml": str(tmp / "none.yaml")}
+    for name, text in texts.items():
+        (tmp / name).write_text(text)
+        out[name] = str(tmp / name)
+    return out
+
+
+#: name -> (arguments, environment, prelude, what the error line says); "<x.yaml>" and "<arch>"
+#: stand for a file and for a model
+REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
+    "option without the switch": (
+        ["--blend-policy", "hkvd"], {}, "", ["--blend-policy is given without --enable-blend"]),
+    "file without the switch": (
+        ["--blend-config", "<good.yaml>"], {}, "", ["--blend-config is given without"]),
+    "option without the switch in SGLang's own file": (
+        ["--config", "<server-off.yaml>"], {}, "", ["--blend-policy is given without"]),
+    "unreadable file": (
+        [*ON, "--blend-config", "<none.yaml>"], {}, "", ["<none.yaml>", "cannot be read"]),
+    "unreadable file from the environment": (
+        ON, {"SGL_BLEND_CONFIG": "<none.yaml>"}, "", ["<none.yaml>", "cannot be read"]),
+    "misspelt key": (
+        [*ON, "--blend-config", "<misspelt.yaml>"], {}, "",
+        ["<misspelt.yaml>", "'recompute_ration'; did you mean 'recompute_ratio'?"]),
+    "wrong type in the file": (
+        [*ON, "--blend-config", "<wrong.yaml>"], {}, "",
+        ["recompute_ratio", "'lots'", "expected float"]),
+    "no YAML": ([*ON, "--blend-config", "<broken.yaml>"], {}, "", ["not valid YAML"]),
+    "no mapping": ([*ON, "--blend-config", "<list.yaml>"], {}, "", ["must be a mapping, not list"]),
+    "misspelt variable": (
+        ON, {"SGL_BLEND_POLCY": "hkvd"}, "", ["SGL_BLEND_POLCY", "did you mean 'policy'?"]),
+    "wrong value in a variable": (
+        ON, {"SGL_BLEND_MAX_COPIES": "few"}, "", ["max_copies", "'few'"]),
+    "switch variable that is no truth value": (
+        [], {"SGL_BLEND_ENABLE": "perhaps"}, "", ["SGL_BLEND_ENABLE", "'perhaps'"]),
+    "unknown policy": (
+        [*ON, "--blend-policy", "hkvdd"], {}, "", ["unknown blend policy 'hkvdd'; did you mean 'hkvd'?"]),
+    "unknown policy in SGLang's own file": (
+        ["--config", "<server-bad.yaml>"], {}, "", ["unknown blend policy 'hkvdd'"]),
+    "out of range": (
+        [*ON, "--blend-recompute-ratio", "1.5"], {}, "", ["recompute_ratio is 1.5", "0..1"]),
+    "no number": (
+        [*ON, "--blend-recompute-ratio", "lots"], {}, "", ["--blend-recompute-ratio", "'lots'"]),
+    "check layer beyond the model": (
+        [*ON, "--blend-check-layers", "1,3"], {}, "", ["check_layers is (1, 3)", "4 layers"]),
+    "another radix cache": (
+        [*ON, "--radix-cache-backend", "lmcache"], {}, "", ["--radix-cache-backend lmcache"]),
+    "speculative decoding": (
+        [*ON, "--speculative-algorithm", "NGRAM"], {}, "", ["speculative decoding"]),
+    "pipeline parallelism": ([*ON, "--pp-size", "2"], {}, "", ["pipeline parallelism"]),
+    "DP attention": (
+        [*ON, "--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}, "", ["DP attention"]),
+    "HiCache": ([*ON, "--enable-hierarchical-cache"], {}, "", ["HiCache"]),
+    "no radix cache": ([*ON, "--disable-radix-cache"], {}, "", ["--disable-radix-cache"]),
+    "embedding model": ([*ON, "--is-embedding"], {}, "", ["--is-embedding"]),
+    "several at once are all named": (
+        [*ON, "--disable-radix-cache", "--pp-size", "2"], {}, "",
+        ["--disable-radix-cache", "pipeline parallelism"]),
+    "Gemma 3": ([*ON, "<gemma3>"], {}, "", ["Gemma3ForCausalLM is not verified for blending"]),
+    "another SGLang": (
+        ON, {}, "import sgl_blend.engine.seams as s; s.version = lambda name: '0.5.24'",
+        ["built for sglang 0.5.23, found 0.5.24"]),
+    "a symbol is gone": (
+        ON, {},
+        "import sglang.srt.mem_cache.radix_cache as r; del r.RadixCache._delete_leaf",
+        ["lacks sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf"]),
+    "a hook is taken": (
+        ON, {},
+        "from sglang.srt.plugins.hook_registry import HookRegistry as H\n"
+        "import sgl_blend.engine.seams as s\n"
+        "H.register(s.VALIDATE_REQUEST, lambda *a: None)\n",
+        ["_validate_one_request is already hooked"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(model, tmp_path_factory, child_env):
+    """Outcome of each case of REFUSED, by name, and the files' paths."""
+    tmp = tmp_path_factory.mktemp("launch")
+    paths = files(tmp)
+    gemma3 = make_model(tmp / "gemma3", "gemma3", layers=4, hidden=64)
+
+    def fill(text: str) -> str:
+        for name, path in paths.items():
+            text = text.replace(f"<{name}>", path)
+        return text
+
+    cases = []
+    for args, env, prelude, _ in REFUSED.values():
+        port = str(launcher.free_port())
+        path = str(gemma3) if "<gemma3>" in args else str(model)
+        args = [fill(a) for a in args if a != "<gemma3>"]
+        common = ["--model-path", path, "--port", port, "--device", "cpu", "--dtype", "float32"]
+        cases.append(
+            {
+                "args": [*common, *args],
+                "env": {k: fill(v) for k, v in env.items()},
+                "prelude": prelude,
+            }
+        )
+    (tmp / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "launches.py"), str(tmp / "cases.json")],
+        env=child_env,
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=900,
+    )
+    results = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(REFUSED, results, strict=True)), fill
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_launch_ends_with_one_clear_line(outcomes, name):
+    results, fill = outcomes
+    got = results[name]
+    assert got["status"] not in (0, -14), got["output"][-2000:]
+    assert "Traceback" not in got["output"], got["output"][-2000:]
+    lines = [x for x in got["output"].splitlines() if "error:" in x]
+    assert len(lines) == 1, got["output"][-2000:]
+    for part in REFUSED[name][3]:
+        assert fill(part) in lines[0]
+
+
+def test_the_launch_command_itself_refuses(model, child_env):
+    command = launcher.command(model, launcher.free_port(), ["--blend-policy", "hkvd"])
+    done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "sgl-blend: error: --blend-policy is given without --enable-blend" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rope_that_cannot_be_moved_ends_the_launch(tmp_path, start):
+    """Only the loaded model shows it: the scheduler process says so, and the launch ends."""
+    model = make_model(tmp_path / "dynamic", "llama-dynamic", layers=4, hidden=64)
+    with pytest.raises(launcher.ServerError) as e:
+        start(model, ON)
+    assert "ended with" in str(e.value) and "ended with 0" not in str(e.value)
+    log = str(e.value)
+    assert "cannot move keys encoded by DynamicNTKScalingRotaryEmbedding" in log
+
+
+def test_without_the_flag_nothing_is_hooked_and_the_tree_is_sglangs(plain):
+    log = plain.log.read_text()
+    hooked = set(re.findall(r"Applied \d+ hook\(s\) to (\S+)", log))
+    ours = "sglang.srt.server_args.ServerArgs."
+    # SGLang logs hooks from the moment logging is set up, which is after those on ServerArgs.
+    assert hooked <= {ours + "add_cli_args", ours + "from_cli_args"}, hooked
+    tree = re.search(r"Tree cache initialized: .* impl=(\w+)", log)
+    assert tree and "Blend" not in tree.group(1)
+    assert "sgl-blend is on" not in log
+    assert ask(plain, Docs(80).prompt([0])).blend is None
+
+
+def test_with_the_flag_the_configuration_is_printed_once(blend):
+    log = blend.log.read_text()
+    assert log.count("sgl-blend is on: ") == 1
+    assert "policy='query', recompute_ratio=0.15" in log
+    assert "impl=BlendRadixCache" in log
