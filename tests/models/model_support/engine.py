@@ -97,7 +97,9 @@ class Engine:
         )
         publish(server_args, role="scheduler", ranks=ranks)
         one_batch._init_process_global_configs()
+        threads = torch.get_num_threads()
         bench, self.tokenizer = one_batch.load_model(server_args, ports, tp_rank, tp_rank)
+        torch.set_num_threads(threads)  # SGLang has taken all cores
         self.runner = bench.torch_runner
         self.server_args = server_args
         runner = self.runner

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ class Jobs:
         here = Path(__file__).resolve()
         paths = [str(here.parents[1]), str(here.parents[3]), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-        os.environ.setdefault("OMP_NUM_THREADS", "2")
+        os.environ["OMP_NUM_THREADS"] = "1"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["model_support.preload"])
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``function(*args, **kwargs)`` in a child; it must be importable by name."""
+    def run(self, function: str, *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)`` in a child. ``function``: "module:name"; by name, so
+        that the caller need not import what only children need."""
         return self.run_all([(function, args, kwargs)])[0]
 
-    def run_all(self, calls: Sequence[tuple[Callable[..., Any], tuple, dict]]) -> list[Any]:
+    def run_all(self, calls: Sequence[tuple[str, tuple, dict]]) -> list[Any]:
         """All calls at once, one child each; results in order. Raises :class:`JobError`."""
         children = []
         for call in calls:
@@ -63,9 +65,13 @@ class Jobs:
         return results
 
 
-def _main(pipe: Any, function: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+def _main(pipe: Any, function: str, args: tuple, kwargs: dict) -> None:
     try:
-        answer = (True, function(*args, **kwargs))
+        import torch
+
+        # Many small operations on a shared machine: a second thread mostly waits.
+        torch.set_num_threads(1)
+        answer = (True, pkgutil.resolve_name(function)(*args, **kwargs))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send(answer)
