@@ -49,13 +49,14 @@ class Ask:
 @dataclass
 class Outcome:
     """logits fp32 [vocab] of the prompt's last row. k, v: per layer [prompt, heads, dim], as the
-    pool held them after the prefill, in its dtype. pieces: our planner's, None for steps without
-    a plan. report: ``meta_info["blend"]``. tokens: greedy output."""
+    pool held them after the prefill, in its dtype. pieces: our planner's, one a prefill step,
+    None where its batch had no plan; ends: where each step ended. report: ``meta_info["blend"]``. tokens: greedy output."""
 
     logits: torch.Tensor
     k: list[torch.Tensor]
     v: list[torch.Tensor]
     pieces: list[Any]
+    ends: list[int]
     report: dict[str, Any]
     tokens: list[int]
     prefix: int
@@ -170,6 +171,7 @@ class Engine:
             done = []
             for i, one in enumerate(waiting):
                 one.pieces.append(self._pieces[i] if self._pieces else None)
+                one.ends.append(one.req.extend_end)
                 if one.req.extend_end == len(one.req.full_untruncated_fill_ids):
                     one.logits = logits[i]
                     self._snapshot(one)
@@ -202,8 +204,7 @@ class Engine:
 
     def check(self) -> None:
         """Nothing leaked, nothing locked, the tree and its index in order."""
-        self.tree.index.check_integrity(nodes(self.tree))
-        self.tree.prompts.check_integrity(nodes(self.tree))
+        self.tree.check_integrity()
         held = self.tree.evictable_size() + self.tree.protected_size()
         free = self.allocator.available_size()
         assert self.tree.protected_size() == 0, f"{self.tree.protected_size()} tokens are locked"
@@ -300,6 +301,7 @@ class _Live:
     started: bool = False
     prefix: int = 0
     pieces: list[Any] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None
     k: list[torch.Tensor] = field(default_factory=list)
     v: list[torch.Tensor] = field(default_factory=list)
@@ -314,6 +316,7 @@ class _Live:
             self.k,
             self.v,
             self.pieces,
+            self.ends,
             report,
             list(self.req.output_ids),
             self.prefix,

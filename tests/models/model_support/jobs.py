@@ -27,7 +27,7 @@ class Jobs:
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        here = Path(__file__).resolve()
+        here = Path(__file__).absolute()
         paths = [str(here.parents[1]), str(here.parents[3]), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -71,9 +71,9 @@ class World:
         by their tokens in the library; choices are the reference's own (``random``: ours)."""
         plans = []
         at = ours.prefix
-        for number, piece in enumerate(ours.pieces):
-            plans.append(self._ref_piece(ask, piece, at, chosen, number))
-            at = plans[-1].end
+        for piece, end in zip(ours.pieces, ours.ends, strict=True):
+            plans.append(self._ref_piece(ask, piece, at, end, chosen))
+            at = end
         head = None
         if ours.prefix:
             full = self.reference_full(ask.tokens)
@@ -82,16 +82,15 @@ class World:
         return self.reference.blend(ask.tokens, plans, self.engine.config.check_layers, head)
 
     def _ref_piece(
-        self, ask: Ask, piece: prefill.Piece, begin: int, chosen: Chosen, number: int
+        self, ask: Ask, piece: prefill.Piece | None, begin: int, end: int, chosen: Chosen
     ) -> RefPiece:
-        end = begin + piece.rows
-        assert piece.begin == begin
         depth = self.engine.layers
-        blend = piece.blend
+        blend = None if piece is None else piece.blend
         if blend is None:
             none = torch.zeros(0, dtype=torch.int64)
             return RefPiece(begin, end, none, [none] * depth, [none] * depth, "none", none)
         plan = blend.plan
+        assert (plan.begin, plan.end) == (piece.begin, piece.begin + piece.rows) == (begin, end)
         raw: list[list[torch.Tensor]] = [[] for _ in range(depth)]
         values: list[list[torch.Tensor]] = [[] for _ in range(depth)]
         for span in plan.spans:
