@@ -25,8 +25,7 @@ class JobError(Exception):
 class Jobs:
     """Starts the fork server at the first job. One instance serves a test session."""
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self) -> None:
         here = Path(__file__).absolute()
         paths = [str(here.parents[1]), str(here.parents[3]), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)

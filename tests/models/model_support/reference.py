@@ -65,6 +65,7 @@ class Reference:
         self.blocks = self.hf.model.layers
         self.depth = len(self.blocks)
         self.gemma = self.config.model_type == "gemma2"
+        self.capped = True
 
     # -- the model, layer by layer -------------------------------------------------------
 
@@ -108,7 +109,7 @@ class Reference:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * attn.scaling
         cap = getattr(self.config, "attn_logit_softcapping", None)
-        if cap:
+        if cap and self.capped:
             scores = torch.tanh(scores / cap) * cap
         hidden = k_pos[None, :] > q_pos[:, None]
         window = getattr(attn, "sliding_window", None)
@@ -140,8 +141,16 @@ class Reference:
     # -- prefills ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def full(self, tokens: Sequence[int]) -> Kv:
-        """Full prefill."""
+    def full(self, tokens: Sequence[int], capped: bool = True) -> Kv:
+        """Full prefill. capped: with the attention's soft cap; SGLang leaves it out on a CPU, so
+        that sources there are computed without."""
+        self.capped = capped
+        try:
+            return self._full(tokens)
+        finally:
+            self.capped = True
+
+    def _full(self, tokens: Sequence[int]) -> Kv:
         ids = torch.tensor(tokens)
         pos = torch.arange(len(tokens))
         x, raws, values = self.embed(ids), [], []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -16,8 +19,15 @@ from model_support.engine import Ask, Engine, Outcome
 from model_support.prompts import Desk
 from model_support.reference import Blended, Kv, Reference, RefPiece
 from sgl_blend import prefill
-from sgl_blend.bench.models import make_model
+from sgl_blend.bench.models import ARCHITECTURES, make_model
 
+#: architectures beside those of ``bench.models``
+ARCHITECTURES.setdefault(
+    "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
+)
+ARCHITECTURES.setdefault("granite", ("GraniteConfig", {"_kv_heads": 2}))
+#: keys that published checkpoints carry, SGLang reads, and transformers no longer writes
+PUBLISHED = {"gemma2": {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}}
 SIZE = {"layers": 4, "hidden": 64, "heads": 4, "vocab": 512}
 
 #: name -> check; filled by the ``@check`` functions of the ``checks_*`` modules
@@ -60,10 +70,10 @@ class World:
             [self._full[key]] = self.engine.exact(Ask(tokens, new_tokens=new_tokens))
         return self._full[key]
 
-    def reference_full(self, tokens: list[int]) -> Kv:
-        key = (-1, *tokens)
+    def reference_full(self, tokens: list[int], capped: bool = True) -> Kv:
+        key = (-1 - capped, *tokens)
         if key not in self._full:
-            self._full[key] = self.reference.full(tokens)
+            self._full[key] = self.reference.full(tokens, capped)
         return self._full[key]
 
     def blended_reference(self, ask: Ask, ours: Outcome, chosen: Chosen) -> Blended:
@@ -76,7 +86,7 @@ class World:
             at = end
         head = None
         if ours.prefix:
-            full = self.reference_full(ask.tokens)
+            full = self.reference_full(ask.tokens, capped=False)
             pos = torch.arange(len(ask.tokens))
             head = Blended([self.reference.rotate(k, pos) for k in full.raw], full.v, None, [])
         return self.reference.blend(ask.tokens, plans, self.engine.config.check_layers, head)
@@ -126,7 +136,7 @@ class World:
         here = tokens[span.start : span.end]
         found = {tuple(t[:b]): t for t in self.library if t[a:b] == here}
         assert len(found) == 1, f"{len(found)} prompts hold the source of {span.start}:{span.end}"
-        return self.reference_full(next(iter(found.values())))
+        return self.reference_full(next(iter(found.values())), capped=False)
 
 
 #: (documents, length of fresh text before them) of each prompt in the library
@@ -188,7 +198,7 @@ def run_checks(
 ) -> dict[str, dict[str, Any]]:
     """In a child: build the engine for ``arch`` and run the checks. Per check: figures, or the
     error's traceback."""
-    from model_support import checks_blend, checks_exact, checks_special  # noqa: F401
+    from model_support import checks_blend, checks_exact, checks_random, checks_special  # noqa: F401
 
     model = model_for(Path(models), arch)
     world = World(Engine(model, **engine_options), model)
@@ -203,9 +213,17 @@ def run_checks(
     return out
 
 
-def model_for(models: Path, arch: str, **size: Any) -> Path:
+def model_for(models: Path, arch: str) -> Path:
     """The random-weight model of ``arch``, made at first use."""
-    path = models / "-".join([arch, *(f"{k}{v}" for k, v in size.items())])
+    path = models / arch
     if not (path / "config.json").exists():
-        make_model(path, arch, **{**SIZE, **size})
+        # Ranks start side by side: make it elsewhere, then move it into place.
+        made = make_model(models / f".{arch}-{os.getpid()}", arch, **SIZE)
+        config = json.loads((made / "config.json").read_text())
+        config.update(PUBLISHED.get(arch, {}))
+        (made / "config.json").write_text(json.dumps(config))
+        try:
+            made.rename(path)
+        except OSError:
+            shutil.rmtree(made)
     return path
