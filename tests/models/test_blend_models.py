@@ -37,14 +37,15 @@ BLEND = (
     "as_reference_at_stated_boundaries",
     "as_reference_bites",
 )
-BF16 = ("bf16_keys", "bf16_check_bites")
 RANDOM = ("random_traffic", "random_traffic_bites")
 
 
 def _cases() -> list:
     table = [(a, {"page_size": 1}, EXACT + BLEND) for a in ARCHITECTURES]
     table += [(a, {"page_size": 16}, EXACT + ("layer0_right",)) for a in ARCHITECTURES]
-    table += [(a, {"dtype": "bfloat16"}, BF16) for a in ("llama", "llama-yarn", "qwen3")]
+    for arch in ("llama", "llama-yarn", "qwen3"):
+        table += [(arch, {"dtype": "bfloat16", "fp32_rope": True}, ("bf16_keys",))]
+    table += [("llama", {"dtype": "bfloat16"}, ("bf16_keys_of_the_cpu",))]
     table += [(a, {"options": {"check_layers": (1, 2)}}, ("two_check_layers",)) for a in ("qwen3",)]
     # Chunked or behind a prefix, Gemma's rows run through SGLang's attention, which lacks the cap.
     gemma = ("reference_is_sound", "as_reference", "as_reference_bites", "soft_cap_as_transformers")

@@ -79,7 +79,10 @@ class Engine:
         tp_size: int = 1,
         tp_rank: int = 0,
         port: int | None = None,
+        fp32_rope: bool = False,
     ) -> None:
+        """``fp32_rope``: encode positions in fp32 and round once, as on a GPU; SGLang's CPU code
+        computes in the model's dtype."""
         argv = ["--model-path", str(model), "--device", "cpu", "--dtype", dtype]
         argv += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(pool_tokens)]
         argv += ["--page-size", str(page_size), "--max-running-requests", "32"]
@@ -102,6 +105,8 @@ class Engine:
         bench, self.tokenizer = one_batch.load_model(server_args, ports, tp_rank, tp_rank)
         torch.set_num_threads(threads)  # SGLang has taken all cores
         self.runner = bench.torch_runner
+        if fp32_rope:
+            _encode_in_fp32(self.runner.model)
         self.server_args = server_args
         runner = self.runner
         # What the cache builder reads of SGLang's TpModelWorker.
@@ -333,3 +338,15 @@ def nodes(tree: Any) -> list[Any]:
         out.append(node)
         stack += node.children.values()
     return out
+
+
+def _encode_in_fp32(model: torch.nn.Module) -> None:
+    for module in {m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb")}:
+        module.cos_sin_cache = module._compute_cos_sin_cache().float()
+        native = module.forward_native
+
+        def forward(positions, query, key, *args, _native=native, **kwargs):
+            q, k = _native(positions, query.float(), key.float(), *args, **kwargs)
+            return q.to(query.dtype), k.to(key.dtype)
+
+        module._forward_method = forward

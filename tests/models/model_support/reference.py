@@ -70,10 +70,7 @@ class Reference:
     # -- the model, layer by layer -------------------------------------------------------
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.hf.model.embed_tokens(ids)
-        if self.gemma:
-            x = x * self.config.hidden_size**0.5
-        return x
+        return self.hf.model.embed_tokens(ids)
 
     def qkv(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Before the rotation: q [n, Hq, D], k and v [n, Hk, D]."""

@@ -26,8 +26,15 @@ ARCHITECTURES.setdefault(
     "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
 )
 ARCHITECTURES.setdefault("granite", ("GraniteConfig", {"_kv_heads": 2}))
-#: keys that published checkpoints carry, SGLang reads, and transformers no longer writes
-PUBLISHED = {"gemma2": {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}}
+#: Gemma 2: keys that published checkpoints carry, SGLang reads, and transformers no longer
+#: writes. The cap on the logits is left out: SGLang 0.5.23 has it as a GPU kernel only.
+PUBLISHED = {
+    "gemma2": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_theta": 10000.0,
+        "final_logit_softcapping": None,
+    }
+}
 SIZE = {"layers": 4, "hidden": 64, "heads": 4, "vocab": 512}
 
 #: name -> check; filled by the ``@check`` functions of the ``checks_*`` modules
