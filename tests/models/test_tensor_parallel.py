@@ -44,7 +44,5 @@ def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:
     """Negative control: each rank by its own heads alone chooses other tokens."""
     alone = "model_support.checks_special:trace_without_agreement"
     port = _port()
-    ranks = jobs.run_all(
-        [(alone, (str(models), "qwen3", 1, r, 2, port), {}) for r in (0, 1)]
-    )
+    ranks = jobs.run_all([(alone, (str(models), "qwen3", 1, r, 2, port), {}) for r in (0, 1)])
     assert ranks[0] != ranks[1]

@@ -97,7 +97,9 @@ def layer0_check_bites(world: World) -> dict[str, Any]:
     return {}
 
 
-def _against_reference(world: World, ask: Ask, prefix: int = 0, stock: bool = True) -> dict[str, float]:
+def _against_reference(
+    world: World, ask: Ask, prefix: int = 0, stock: bool = True
+) -> dict[str, float]:
     if stock:
         world.stock()
     if prefix:
@@ -210,9 +212,7 @@ def as_reference_bites(world: World) -> dict[str, Any]:
         by_row = []
         for s in segments:
             n, total = s.last - s.first, s.kv_slots.numel()
-            by_row.append(
-                RowSegment(s.first, s.last, torch.arange(total - n, total), s.kv_slots)
-            )
+            by_row.append(RowSegment(s.first, s.last, torch.arange(total - n, total), s.kv_slots))
         stage(self, by_row, copies)
 
     with mock.patch.object(BatchAttention, "stage", bottom_right):

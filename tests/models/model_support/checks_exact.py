@@ -56,9 +56,7 @@ def _asks(world: World, **kw: Any) -> list[Ask]:
 @check
 def exact_alone(world: World) -> dict[str, Any]:
     """Policy ``all``, one request at a time, with four decoded tokens."""
-    return _worst(
-        [_compare(world, [a], "alone") for a in _asks(world, policy="all", new_tokens=4)]
-    )
+    return _worst([_compare(world, [a], "alone") for a in _asks(world, policy="all", new_tokens=4)])
 
 
 @check

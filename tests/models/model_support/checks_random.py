@@ -149,7 +149,9 @@ def _check_outcome(world: World, ask: Ask, ours: Outcome, seen: Counter) -> None
     seen["pieces"] += len(ours.pieces) > 1 and planned > 0
     if not ask.blend:
         assert planned == 0 and ours.labels is None and r["fallback"]
-    if not ask.blend or ask.policy == "all" or ask.ratio == 1.0:
+    if ask.policy == "none" and planned:
+        assert r["recomputed"] == 0 and r["exact"] < len(ask.tokens), r
+    elif not ask.blend or ask.policy == "all" or ask.ratio == 1.0:
         n = ask.new_tokens
         assert r["exact"] == len(ask.tokens), r
         full = Outcome(**{**vars(full), "tokens": full.tokens[:n]})

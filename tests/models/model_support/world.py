@@ -158,9 +158,7 @@ def budget(count: int, ratio: float) -> int:
 
 def leading(spans: Any, total: int) -> torch.Tensor:
     """The ``total`` reused positions with the smallest relative depth in their span."""
-    by_depth = sorted(
-        ((i / s.length), s.start + i) for s in spans for i in range(s.length)
-    )
+    by_depth = sorted(((i / s.length), s.start + i) for s in spans for i in range(s.length))
     return torch.tensor(sorted(p for _, p in by_depth[:total]), dtype=torch.int64)
 
 
