@@ -186,31 +186,62 @@ class QuestionAttention:
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         parts = []
         for s in self.rows:
-            slots, seen = s.key_slots, None
+            here = slice(s.first, s.last)
             if spec.window >= 0:
-                # The keys are a subset of positions; drop those no question row can see.
-                seen = s.key_pos >= s.positions[0] - spec.window
-                slots = slots[seen]
+                parts.append(_windowed(s, spec, q[here], k_cache, v_cache, k[here], v[here]))
+                continue
             # Every cached key precedes the question: keys are numbered 0.. and the question
             # follows them, which keeps the causal order among the question's own rows.
-            turn = s.positions - s.positions[0] + slots.numel()
+            turn = s.positions - s.positions[0] + s.key_slots.numel()
             out = ops.row_attention_with_mass(
-                q[s.first : s.last],
+                q[here],
                 k_cache,
                 v_cache,
-                slots,
+                s.key_slots,
                 turn,
                 scale=spec.scale,
                 logit_cap=spec.logit_cap,
-                k_extra=k[s.first : s.last],
-                v_extra=v[s.first : s.last],
+                k_extra=k[here],
+                v_extra=v[here],
                 extra_pos=turn,
             )
             parts.append(out.out)
-            if seen is None:
-                s.mass += out.mass[s.reused]
-            else:
-                full = s.mass.new_zeros(s.key_slots.numel())
-                full[seen] = out.mass
-                s.mass += full[s.reused]
+            s.mass += out.mass[s.reused]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _windowed(
+    s: Scratch,
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    """One question's attention in a sliding-window layer; adds to ``s.mass``.
+
+    In plain torch: where each row's window begins among keys with holes between them is no
+    single distance, and what a question sees through a window is little.
+    """
+    near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read
+    slots = s.key_slots[near]
+    pos = torch.cat([s.key_pos[near], s.positions])
+    hidden = (pos > s.positions[:, None]) | (pos < s.positions[:, None] - spec.window)
+    rows, heads, _ = q.shape
+    group = heads // k.shape[1]
+    hidden = hidden.repeat_interleave(group, dim=0)
+    out = q.new_empty(rows, heads, v.shape[2])
+    mass = s.mass.new_zeros(s.key_slots.numel())
+    for head in range(k.shape[1]):
+        part = slice(head * group, (head + 1) * group)
+        keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
+        values = torch.cat([v_cache[slots, head], v[:, head]]).float()
+        scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.scale
+        if spec.logit_cap > 0:
+            scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
+        mass[near] += probs[:, : slots.numel()].sum(dim=0)
+    s.mass += mass[s.reused]
+    return out

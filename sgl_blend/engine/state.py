@@ -13,7 +13,7 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine.options import RequestOptions, parse_options
 from sgl_blend.errors import RequestError
 from sgl_blend.plan import BlendRecord
-from sgl_blend.selection import POLICIES, Policy
+from sgl_blend.selection import POLICIES, Need, Policy
 
 
 @dataclass
@@ -37,6 +37,8 @@ class RequestState:
     options: RequestOptions
     policy: Policy
     ratio: float
+    #: every reused token will be recomputed: nothing approximate comes of it
+    exact: bool
     fallback: str | None = None
     next_begin: int | None = None
     generation: int = 0
@@ -51,11 +53,6 @@ class RequestState:
     def wants_blend(self) -> bool:
         return self.options.enabled and not self.exact
 
-    @property
-    def exact(self) -> bool:
-        """Every reused token will be recomputed: nothing approximate comes of it."""
-        return self.policy.exact or self.ratio >= 1.0
-
 
 def state_of(req: Any, config: BlendConfig) -> RequestState:
     """The request's state, made at first sight. Never raises: what the HTTP process let
@@ -69,10 +66,20 @@ def state_of(req: Any, config: BlendConfig) -> RequestState:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
         policy = POLICIES.get(options.policy or config.policy)
         ratio = config.recompute_ratio if options.ratio is None else options.ratio
-        state = req._blend_state = RequestState(options, policy, ratio, fallback)
+        exact = _recomputes_all(policy, ratio, config)
+        state = req._blend_state = RequestState(options, policy, ratio, exact, fallback)
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
     return state
+
+
+def _recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
+    """Certain before any score: KV that is called exact by mistake would spread."""
+    if policy.exact or ratio < 1.0:
+        return policy.exact
+    if policy.need is Need.NOTHING and config.leading_tokens:
+        return False  # a fixed number of tokens, whatever the ratio
+    return policy.budget(1, ratio) == 1
 
 
 def namespace_of(req: Any, upto: int, config: BlendConfig) -> str | None:

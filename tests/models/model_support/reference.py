@@ -1,0 +1,233 @@
+"""Blend prefill in plain torch over the Hugging Face model: no pool, no kernels, no SGLang.
+
+One prompt at a time. Keys are kept before the rotation, so that a reused token's key is encoded
+at its new position from scratch, by the model's own rotary module: what our delta rotation must
+arrive at. CacheBlend (arXiv:2405.16444, section 4); query: attention mass of the question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Kv(NamedTuple):
+    """Per layer: raw (keys before the rotation) and v, [tokens, heads, dim]; logits of the last row."""
+
+    raw: list[torch.Tensor]
+    v: list[torch.Tensor]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RefPiece:
+    """Rows [begin, end). reused: ascending positions; raw, v: their source KV per layer.
+
+    fixed: positions that are recomputed, for policies without a score. budgets: tokens kept after
+    each check layer (hkvd), or the one budget (query). question: positions (query).
+    """
+
+    begin: int
+    end: int
+    reused: torch.Tensor
+    raw: list[torch.Tensor]
+    v: list[torch.Tensor]
+    policy: str
+    fixed: torch.Tensor | None = None
+    budgets: Sequence[int] = ()
+    question: torch.Tensor | None = None
+
+
+class Blended(NamedTuple):
+    """k (rotated) and v per layer [tokens, heads, dim]; logits; chosen: positions per piece."""
+
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    logits: torch.Tensor
+    chosen: list[torch.Tensor]
+
+
+class Reference:
+    """``model``: a folder of a decoder-only model with grouped-query attention."""
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.hf = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.config = self.hf.config
+        self.blocks = self.hf.model.layers
+        self.depth = len(self.blocks)
+        self.gemma = self.config.model_type == "gemma2"
+        self.capped = True
+
+    # -- the model, layer by layer -------------------------------------------------------
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.hf.model.embed_tokens(ids)
+
+    def qkv(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Before the rotation: q [n, Hq, D], k and v [n, Hk, D]."""
+        block = self.blocks[layer]
+        attn = block.self_attn
+        x = block.input_layernorm(x)
+        dim = attn.head_dim
+        q = attn.q_proj(x).unflatten(-1, (-1, dim))
+        k = attn.k_proj(x).unflatten(-1, (-1, dim))
+        v = attn.v_proj(x).unflatten(-1, (-1, dim))
+        if hasattr(attn, "q_norm"):
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        return q, k, v
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.hf.model.rotary_emb(x, positions[None])
+        cos, sin = cos[0, :, None], sin[0, :, None]
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        q_pos: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_pos: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out [n, Hq * D], probabilities [Hq, n, keys]); a row sees keys up to its position."""
+        attn = self.blocks[layer].self_attn
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * attn.scaling
+        cap = getattr(self.config, "attn_logit_softcapping", None)
+        if cap and self.capped:
+            scores = torch.tanh(scores / cap) * cap
+        hidden = k_pos[None, :] > q_pos[:, None]
+        window = getattr(attn, "sliding_window", None)
+        if window:
+            hidden |= k_pos[None, :] <= q_pos[:, None] - window
+        probs = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+        return torch.einsum("hqk,khd->qhd", probs, v).flatten(1), probs
+
+    def finish(self, layer: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        block = self.blocks[layer]
+        out = block.self_attn.o_proj(out)
+        if self.gemma:
+            x = x + block.post_attention_layernorm(out)
+            out = self.mlp(block, block.pre_feedforward_layernorm(x))
+            return x + block.post_feedforward_layernorm(out)
+        x = x + out
+        return x + self.mlp(block, block.post_attention_layernorm(x))
+
+    @staticmethod
+    def mlp(block, x: torch.Tensor) -> torch.Tensor:
+        out = block.mlp(x[None])
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.hf.lm_head(self.hf.model.norm(x))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    # -- prefills ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def full(self, tokens: Sequence[int], capped: bool = True) -> Kv:
+        """Full prefill. capped: with the attention's soft cap; SGLang leaves it out on a CPU, so
+        that sources there are computed without."""
+        self.capped = capped
+        try:
+            return self._full(tokens)
+        finally:
+            self.capped = True
+
+    def _full(self, tokens: Sequence[int]) -> Kv:
+        ids = torch.tensor(tokens)
+        pos = torch.arange(len(tokens))
+        x, raws, values = self.embed(ids), [], []
+        for layer in range(self.depth):
+            q, raw, v = self.qkv(layer, x)
+            raws.append(raw)
+            values.append(v)
+            out, _ = self.attend(layer, self.rotate(q, pos), pos, self.rotate(raw, pos), v, pos)
+            x = self.finish(layer, x, out)
+        return Kv(raws, values, self.head(x[-1]))
+
+    @torch.no_grad()
+    def blend(
+        self,
+        tokens: Sequence[int],
+        pieces: Sequence[RefPiece],
+        check_layers: Sequence[int],
+        head: Blended | None = None,
+    ) -> Blended:
+        """Blend ``tokens`` piece by piece. ``head``: KV of what lies before the first piece."""
+        ids = torch.tensor(tokens)
+        begin = pieces[0].begin
+        if begin:
+            k, v = [list(t[:begin] for t in part) for part in (head.k, head.v)]
+        else:
+            k, v = [None] * self.depth, [None] * self.depth
+        chosen, x = [], None
+        for piece in pieces:
+            x, picked = self._piece(ids, piece, check_layers, k, v)
+            chosen.append(picked)
+        return Blended(k, v, self.head(x[-1]), chosen)
+
+    def _piece(self, ids, p: RefPiece, check_layers, k: list, v: list):
+        here = torch.arange(p.begin, p.end)
+        must = here[~torch.isin(here, p.reused)]
+        picked = p.reused if p.policy == "hkvd" else p.fixed
+        if p.policy == "query" and p.reused.numel():
+            picked = self._ask(ids, p, k, v)
+        picked = p.reused if picked is None else picked
+        rows = torch.cat([must, picked]).sort().values
+        x = self.embed(ids[rows])
+        budgets = iter(p.budgets)
+        for layer in range(self.depth):
+            q, raw, fresh_v = self.qkv(layer, x)
+            full_k = torch.zeros(p.end, *raw.shape[1:])
+            full_v = torch.zeros(p.end, *fresh_v.shape[1:])
+            if p.begin:
+                full_k[: p.begin], full_v[: p.begin] = k[layer], v[layer]
+            if p.reused.numel():
+                full_k[p.reused] = self.rotate(p.raw[layer], p.reused)
+                full_v[p.reused] = p.v[layer]
+            full_k[rows], full_v[rows] = self.rotate(raw, rows), fresh_v
+            k[layer], v[layer] = full_k, full_v
+            out, _ = self.attend(
+                layer, self.rotate(q, rows), rows, full_k, full_v, torch.arange(p.end)
+            )
+            x = self.finish(layer, x, out)
+            if p.policy == "hkvd" and layer in check_layers and p.reused.numel():
+                among = torch.isin(p.reused, picked)
+                off = (full_v[picked] - p.v[layer][among]).square().flatten(1).sum(1)
+                picked = picked[off.topk(min(next(budgets), picked.numel())).indices].sort().values
+                kept = torch.isin(rows, torch.cat([must, picked]))
+                rows, x = rows[kept], x[kept]
+        return x, picked
+
+    def _ask(self, ids, p: RefPiece, k: list, v: list) -> torch.Tensor:
+        """The reused tokens that the question attends to most, over all layers but the last."""
+        q_pos = p.question
+        x = self.embed(ids[q_pos])
+        k_pos = torch.cat([torch.arange(p.begin), p.reused, q_pos])
+        mass = torch.zeros(p.reused.numel())
+        for layer in range(self.depth - 1):
+            q, raw, fresh_v = self.qkv(layer, x)
+            parts_k = [self.rotate(p.raw[layer], p.reused), self.rotate(raw, q_pos)]
+            parts_v = [p.v[layer], fresh_v]
+            if p.begin:
+                parts_k, parts_v = [k[layer], *parts_k], [v[layer], *parts_v]
+            out, probs = self.attend(
+                layer, self.rotate(q, q_pos), q_pos, torch.cat(parts_k), torch.cat(parts_v), k_pos
+            )
+            mass += probs.sum(dim=(0, 1))[p.begin : p.begin + p.reused.numel()]
+            x = self.finish(layer, x, out)
+        return p.reused[mass.topk(min(p.budgets[0], mass.numel())).indices].sort().values

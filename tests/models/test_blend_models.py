@@ -1,0 +1,87 @@
+"""The blend prefill of every supported architecture, in process. Needs: CPU only.
+
+The checks themselves, with their bounds and negative controls, are in
+``model_support/checks_*.py``; each runs inside a child that holds one real model runner.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+ARCHITECTURES = (
+    "llama",
+    "llama-llama3",
+    "llama-yarn",
+    "llama-linear",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+)
+EXACT = (
+    "exact_alone",
+    "exact_by_ratio",
+    "exact_in_a_batch",
+    "exact_in_company",
+    "exact_in_pieces",
+    "exact_in_pieces_together",
+    "exact_behind_a_prefix",
+    "exact_check_bites",
+)
+BLEND = (
+    "reference_is_sound",
+    "layer0_right",
+    "layer0_check_bites",
+    "as_reference",
+    "as_reference_in_pieces",
+    "as_reference_at_stated_boundaries",
+    "as_reference_bites",
+)
+RANDOM = ("random_traffic", "random_traffic_bites")
+
+
+def _cases() -> list:
+    table = [(a, {"page_size": 1}, EXACT + BLEND) for a in ARCHITECTURES]
+    table += [(a, {"page_size": 16}, EXACT + ("layer0_right",)) for a in ARCHITECTURES]
+    for arch in ("llama", "llama-yarn", "qwen3"):
+        table += [(arch, {"dtype": "bfloat16", "fp32_rope": True}, ("bf16_keys",))]
+    table += [("llama", {"dtype": "bfloat16"}, ("bf16_keys_of_the_cpu",))]
+    table += [(a, {"options": {"check_layers": (1, 2)}}, ("two_check_layers",)) for a in ("qwen3",)]
+    # Chunked or behind a prefix, Gemma's rows run through SGLang's attention, which lacks the cap.
+    gemma = ("reference_is_sound", "as_reference", "as_reference_bites", "soft_cap_as_transformers")
+    table += [("gemma2", {"page_size": 1}, gemma)]
+    for arch, page in (("llama-llama3", 1), ("qwen3", 16)):
+        options = {"page_size": page, "pool_tokens": 8192, "options": {"min_reused_tokens": 32}}
+        table += [(arch, options, RANDOM)]
+    table += [("mistral-window", {"page_size": 1}, EXACT)]
+    return [
+        pytest.param(name, arch, options, id=f"{arch}-{_words(options)}-{name}")
+        for arch, options, names in table
+        for name in names
+    ]
+
+
+def _words(options: dict) -> str:
+    return ",".join(f"{k}={v}".replace(" ", "") for k, v in options.items())
+
+
+@pytest.mark.parametrize(("name", "arch", "options"), _cases())
+def test_model(checked, name: str, arch: str, options: dict) -> None:
+    """``name`` is a check of ``model_support``; its docstring says what holds."""
+    figures = checked(name, arch, options)
+    print({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in figures.items()})
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("gemma3", "Gemma3ForCausalLM is not verified for blending"),
+        ("granite", "GraniteForCausalLM is not verified for blending"),
+        ("llama-dynamic", "cannot move keys encoded by DynamicNTKScalingRotaryEmbedding"),
+    ],
+)
+def test_refused_by_name(jobs, models, arch: str, words: str) -> None:
+    """What is not verified is refused at launch, by name, with what to do."""
+    message = jobs.run("model_support.checks_special:refusal", str(models), arch)
+    assert words in message
+    assert "Launch without --enable-blend" in message

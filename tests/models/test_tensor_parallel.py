@@ -1,0 +1,48 @@
+"""Tensor parallel 2 on the CPU: two processes with one rank each. Needs: CPU only (gloo)."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import pytest
+
+TRACE = "model_support.checks_special:trace"
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize(("arch", "page"), [("llama", 1), ("qwen3", 16)])
+def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> None:
+    """The same tokens on both ranks and with one rank; logits and each rank's heads of the KV
+    equal to one rank's within fp32 rounding."""
+    [one] = jobs.run_all([(TRACE, (str(models), arch, page, 0, 1, _port()), {})])
+    port = _port()
+    ranks = jobs.run_all([(TRACE, (str(models), arch, page, r, 2, port), {}) for r in (0, 1)])
+    for i, single in enumerate(one):
+        first, second = ranks[0][i], ranks[1][i]
+        what = f"{single['policy']} (request {i})"
+        assert first["chosen"] == second["chosen"], f"{what}: the ranks chose different tokens"
+        assert first["chosen"] == single["chosen"], f"{what}: other tokens than with one rank"
+        for rank in (first, second):
+            assert _apart(rank["logits"], single["logits"]) <= 1e-4, what
+        for layer, whole in enumerate(single["kv"]):
+            both = np.concatenate([first["kv"][layer], second["kv"][layer]], axis=2)
+            assert both.shape == whole.shape
+            assert _apart(both, whole) <= 5e-5, f"{what}: KV of layer {layer}"
+
+
+def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:
+    """Negative control: each rank by its own heads alone chooses other tokens."""
+    alone = "model_support.checks_special:trace_without_agreement"
+    port = _port()
+    ranks = jobs.run_all([(alone, (str(models), "qwen3", 1, r, 2, port), {}) for r in (0, 1)])
+    assert ranks[0] != ranks[1]
