@@ -89,7 +89,7 @@ def command(model: str | Path, port: int, args: Sequence[str] = ()) -> list[str]
     import torch
 
     cmd = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    cmd += ["--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup"]
+    cmd += ["--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup", "--sleep-on-idle"]
     if not torch.cuda.is_available():
         cmd += ["--device", "cpu"]
         if "--dtype" not in args:

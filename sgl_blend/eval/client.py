@@ -1,0 +1,126 @@
+"""One greedy request to a running SGLang server, with log-probabilities, timed from outside."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from sgl_blend.bench.server import ServerError
+from sgl_blend.eval.cost import Tokens, read_tokens
+from sgl_blend.eval.fidelity import Output
+
+TIMEOUT = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """ttft: seconds to the first token. output: log-probabilities of the tokens asked for."""
+
+    ttft: float
+    text: str
+    output: Output
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Log-probabilities at each output position: the ``top`` likeliest, or those of ``ids``."""
+
+    top: int = 0
+    ids: tuple[int, ...] = ()
+
+
+class Client:
+    """Talks to one server. Not for several threads. Raises :class:`ServerError`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def tokenizer_path(self) -> str:
+        """Where the server's tokenizer lies, as the server says."""
+        info = self._call("GET", "/model_info", timeout=30.0).json()
+        path = info.get("tokenizer_path") or info.get("model_path")
+        if not path:
+            raise ServerError("/model_info names no tokenizer; give --tokenizer")
+        return path
+
+    def flush(self) -> None:
+        """Empty the server's caches; it must be idle, or become so within 30 s."""
+        self._call("POST", "/flush_cache?timeout=30", timeout=60.0)
+
+    def ask(
+        self,
+        ids: Sequence[int],
+        *,
+        custom: Mapping[str, Any],
+        max_new_tokens: int,
+        wanted: Wanted | None = None,
+        salt: str | None = None,
+    ) -> Reply:
+        """Stream a request; TTFT ends when the first token arrives."""
+        wanted = wanted or Wanted()
+        body: dict[str, Any] = {
+            "input_ids": list(ids),
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": max_new_tokens,
+                "custom_params": dict(custom),
+            },
+            "stream": True,
+        }
+        if wanted.top or wanted.ids:
+            body["return_logprob"] = True
+            body["top_logprobs_num"] = wanted.top
+            if wanted.ids:
+                body["token_ids_logprob"] = list(wanted.ids)
+        if salt is not None:
+            body["cache_salt"] = salt
+        start = time.perf_counter()
+        ttft, last = None, None
+        try:
+            with requests.post(
+                self.url + "/generate", json=body, stream=True, timeout=TIMEOUT
+            ) as r:
+                _check("/generate", r)
+                for line in r.iter_lines():
+                    if not line.startswith(b"data: ") or line == b"data: [DONE]":
+                        continue
+                    last = json.loads(line[6:])
+                    if "error" in last:
+                        raise ServerError(f"/generate failed: {last['error']}")
+                    ttft = ttft or time.perf_counter() - start
+        except requests.RequestException as e:
+            raise ServerError(f"no answer from {self.url}/generate: {e}") from None
+        if last is None or ttft is None:
+            raise ServerError("/generate closed without an answer")
+        return _reply(ttft, last, wanted)
+
+    def _call(self, method: str, path: str, timeout: float) -> requests.Response:
+        try:
+            r = requests.request(method, self.url + path, timeout=timeout)
+        except requests.RequestException as e:
+            raise ServerError(f"no answer from {self.url}{path}: {e}") from None
+        _check(path, r)
+        return r
+
+
+def _check(path: str, r: requests.Response) -> None:
+    if r.status_code != 200:
+        raise ServerError(f"{path} answered {r.status_code}: {r.text[:500]}")
+
+
+def _reply(ttft: float, last: dict[str, Any], wanted: Wanted) -> Reply:
+    meta = last["meta_info"]
+    ids = tuple(last.get("output_ids", ()))
+    rows: list[dict[int, float]] = []
+    if wanted.top or wanted.ids:
+        key = "output_token_ids_logprobs" if wanted.ids else "output_top_logprobs"
+        rows = [{int(e[1]): float(e[0]) for e in row} for row in meta[key]]
+        if len(rows) != len(ids):
+            raise ServerError(f"{len(ids)} output tokens, but {key} has {len(rows)} rows")
+    return Reply(ttft, last.get("text", ""), Output(ids, tuple(rows)), read_tokens(meta))

@@ -1,0 +1,214 @@
+"""The protocol: every setting meets every probe in the same cache state.
+
+For each probe, one setting after the other: a state of its own (caches flushed, or a cache salt
+nobody else has), the warm-up requests (always exact), then each of the probe's prompts once.
+Nothing approximate can leak from one setting into another, nor from one prompt of a case into
+the next; and settings take turns, so that a drifting machine meets all of them alike.
+
+``full prefill`` starts each prompt from nothing; it is what agreement and KL are measured
+against. Its likeliest tokens are those whose log-probabilities all others are asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sgl_blend.errors import ConfigError
+from sgl_blend.eval.client import Client, Reply, Wanted
+from sgl_blend.eval.cost import Tokens, random_ratio
+from sgl_blend.eval.datasets import shorten
+from sgl_blend.eval.encoding import Encoder
+from sgl_blend.eval.fidelity import Agreement, agreement
+from sgl_blend.eval.metrics import Grade
+from sgl_blend.eval.probes import Probe, Prompt, Step, Suite
+from sgl_blend.eval.settings import FULL, Role, Setting
+
+Isolate = Literal["flush", "salt"]
+ISOLATE: tuple[Isolate, ...] = get_args(Isolate)
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """isolate: how states are kept apart; ``salt`` spares the caches of a server in use.
+    top_logprobs: k of the truncated KL. max_prompt_tokens: documents are dropped, from the
+    middle, until a prompt fits; None takes prompts as they are.
+    """
+
+    isolate: Isolate = "flush"
+    top_logprobs: int = 20
+    max_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.isolate not in ISOLATE:
+            raise ConfigError(f"isolate is {self.isolate!r}; take one of {', '.join(ISOLATE)}")
+        if self.top_logprobs < 1:
+            raise ConfigError(f"top_logprobs is {self.top_logprobs}; take at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured prompt under one setting. ratio: what was asked for, None: the server's."""
+
+    setting: str
+    case: str
+    probe: int
+    step: int
+    ratio: float | None
+    text: str
+    grades: tuple[Grade, ...]
+    agreement: Agreement
+    tokens: Tokens
+    ttft: float
+
+
+class Runner:
+    """Runs suites against one server. Raises ``ServerError`` and ``ConfigError``."""
+
+    def __init__(
+        self,
+        client: Client,
+        encoder: Encoder,
+        settings: Sequence[Setting],
+        options: RunOptions | None = None,
+        progress: Progress = lambda text: None,
+    ) -> None:
+        if FULL not in settings:
+            raise ConfigError("full prefill must be among the settings: it is the reference")
+        self._client = client
+        self._encoder = encoder
+        self._settings = tuple(settings)
+        self._options = options or RunOptions()
+        self._progress = progress
+        self._states = itertools.count()
+        self._run = uuid.uuid4().hex
+        self._salt: str | None = None
+
+    def run(self, suite: Suite) -> tuple[Sample, ...]:
+        """All samples, probe by probe. The first probe runs once before, unmeasured: kernels
+        are built and allocators filled at first use."""
+        out: list[Sample] = []
+        self._progress(f"{suite.name}: first requests, not measured")
+        self._probe(suite, 0)
+        for i in range(len(suite.probes)):
+            self._progress(f"{suite.name}: {i + 1} of {len(suite.probes)} probes")
+            out += self._probe(suite, i)
+        return tuple(out)
+
+    def fit(self, suite: Suite) -> Suite:
+        """``suite`` with prompts shortened to ``max_prompt_tokens``. Whole documents go, those in
+        the middle first (as LongBench cuts); the question stays."""
+        limit = self._options.max_prompt_tokens
+        if limit is None:
+            return suite
+        return Suite(suite.name, suite.metric, tuple(self._fit(p, limit) for p in suite.probes))
+
+    def _fit(self, probe: Probe, limit: int) -> Probe:
+        longest = max((s.prompt for s in probe.steps), key=self._encoder.length)
+        middle_first = sorted(
+            range(len(longest.documents)),
+            key=lambda d: abs(d - (len(longest.documents) - 1) / 2),
+        )
+        gone = 0
+        while self._encoder.length(shorten(longest, middle_first[:gone])) > limit:
+            gone += 1
+            if gone >= len(middle_first):
+                raise ConfigError(
+                    f"case {probe.case}: the prompt does not fit into {limit} tokens even with "
+                    "one document; allow more with --max-prompt-tokens"
+                )
+        if not gone:
+            return probe
+        dropped = {longest.documents[d] for d in middle_first[:gone]}
+
+        def without(prompt: Prompt) -> Prompt:
+            return shorten(prompt, [i for i, d in enumerate(prompt.documents) if d in dropped])
+
+        warm = tuple(w for w in map(without, probe.warmup) if w.documents)
+        steps = tuple(
+            Step(
+                without(s.prompt),
+                s.expected,
+                s.max_new_tokens,
+                s.connectives,
+                s.first_line,
+                s.measured,
+            )
+            for s in probe.steps
+        )
+        return Probe(probe.case, warm, steps)
+
+    def _probe(self, suite: Suite, index: int) -> list[Sample]:
+        probe = suite.probes[index]
+        wanted = [Wanted(top=self._options.top_logprobs)] * len(probe.steps)
+        exact = self._steps(probe, FULL, None, wanted)
+        wanted = [Wanted(ids=_support(r)) for r in exact]
+        replies: dict[str, list[Reply]] = {FULL.name: exact}
+        out: list[Sample] = []
+        for setting in self._settings:
+            ratio = setting.ratio
+            if setting.role is Role.RANDOM:
+                ratio = random_ratio([r.tokens for r in replies[setting.twin_of]])
+            if setting is not FULL:
+                replies[setting.name] = self._steps(probe, setting, ratio, wanted)
+            for i, step in enumerate(probe.steps):
+                if step.measured:
+                    reply = replies[setting.name][i]
+                    out.append(
+                        Sample(
+                            setting.name,
+                            probe.case,
+                            index,
+                            i,
+                            ratio,
+                            reply.text,
+                            step.grades(reply.text),
+                            agreement(exact[i].output, reply.output),
+                            reply.tokens,
+                            reply.ttft,
+                        )
+                    )
+        return out
+
+    def _steps(
+        self, probe: Probe, setting: Setting, ratio: float | None, wanted: Sequence[Wanted]
+    ) -> list[Reply]:
+        """The probe's prompts one after the other in one state (full prefill: in one each)."""
+        if setting.role is not Role.FULL:
+            self._fresh()
+            for prompt in probe.warmup:
+                self._ask(prompt, {"blend": False}, 1, Wanted())
+        out = []
+        for step, want in zip(probe.steps, wanted, strict=True):
+            if setting.role is Role.FULL:
+                self._fresh()
+            out.append(self._ask(step.prompt, setting.custom(ratio), step.max_new_tokens, want))
+        return out
+
+    def _fresh(self) -> None:
+        """A cache state in which nothing has been seen."""
+        if self._options.isolate == "flush":
+            self._client.flush()
+        else:
+            self._salt = f"{self._run}-{next(self._states)}"
+
+    def _ask(self, prompt: Prompt, custom: dict, max_new_tokens: int, wanted: Wanted) -> Reply:
+        encoded = self._encoder.encode(prompt)
+        if encoded.boundaries:
+            custom = {**custom, "blend_boundaries": list(encoded.boundaries)}
+        return self._client.ask(
+            encoded.ids,
+            custom=custom,
+            max_new_tokens=max_new_tokens,
+            wanted=wanted,
+            salt=self._salt,
+        )
+
+
+def _support(reply: Reply) -> tuple[int, ...]:
+    """All tokens that are among the likeliest at some output position."""
+    return tuple(sorted({t for row in reply.output.logprobs for t in row}))
