@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from sgl_blend.errors import ConfigError
 from sgl_blend.eval.metrics import Metric
 from sgl_blend.eval.runner import Sample
 from sgl_blend.eval.settings import FULL, Setting
@@ -94,9 +95,7 @@ def summarise(
     return tuple(rows)
 
 
-def _kind(
-    over: _Over, kind: str, metric: Metric, full: dict[tuple[int, int], Sample]
-) -> KindScore:
+def _kind(over: _Over, kind: str, metric: Metric, full: dict[tuple[int, int], Sample]) -> KindScore:
     def quality(sample: Sample) -> list[float]:
         return [g.value(metric) for g in sample.grades if g.kind == kind]
 
@@ -124,4 +123,7 @@ class _Over:
         clusters: dict[str, list[tuple[float, float]]] = {}
         for sample in self._samples:
             clusters.setdefault(sample.case, []).extend(pairs(sample))
-        return self._boot.ratio(clusters)
+        out = self._boot.ratio(clusters)
+        if out is None:
+            raise ConfigError("there are no samples to summarise for one of the settings")
+        return out

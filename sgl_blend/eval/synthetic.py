@@ -94,9 +94,7 @@ def _case(seed: int, shape: Shape, asking: Asking, per_prompt: int, seen: Seen) 
         chains = [(_step(case, q[i : i + 1], q[:i]),) for i in range(1, len(q))]
     else:
         pairs = zip(q, q[1:], strict=False)
-        chains = [
-            (_step(case, (a,), measured=False), _step(case, (b,), (a,))) for a, b in pairs
-        ]
+        chains = [(_step(case, (a,), measured=False), _step(case, (b,), (a,))) for a, b in pairs]
     if not chains:
         raise ConfigError(f"asking {asking!r} needs at least 2 questions a case, got {len(q)}")
     return [Probe(str(seed), warmup(c[0].prompt, seen), c) for c in chains]
@@ -131,9 +129,7 @@ def _prompt(text: str, head: str, documents: tuple[str, ...]) -> Prompt:
     return Prompt(head, documents, text[len(start) :])
 
 
-def _expect(
-    prompt: Prompt, questions: tuple[tasks.Question, ...], measured: bool = True
-) -> Step:
+def _expect(prompt: Prompt, questions: tuple[tasks.Question, ...], measured: bool = True) -> Step:
     wanted = tuple(Reference(q.kind, (q.answer,)) for q in questions)
     room = TOKENS_PER_QUESTION * len(questions)
     return Step(prompt, wanted, room, tasks.CONNECTIVES, measured=measured)
