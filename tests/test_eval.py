@@ -188,38 +188,34 @@ def test_bootstrap_refuses_what_makes_no_sense():
 # --- cost ------------------------------------------------------------------------------------
 
 
-def meta(prompt=100, **report):
+def told(prompt=100, **report):
     base = {"prefix": 20, "reused": 60, "recomputed": 10, "computed": 10, "exact": 20}
     base |= {"cost": 0.25, "fallback": None, "policy": "query", "ratio": 0.15, "sources": {}}
-    return {"prompt_tokens": prompt, "cached_tokens": 20, "blend": base | report}
+    return read_tokens(prompt, base | report)
 
 
 def test_true_cost_counts_the_prefix_as_saved():
-    tokens = read_tokens(meta())
+    tokens = told()
     assert tokens.true_cost == pytest.approx(0.25 * 0.8)
-    assert not tokens.continued and read_tokens(meta(exact=5)).continued
-
-
-def test_cost_of_a_server_without_blending():
-    tokens = read_tokens({"prompt_tokens": 100, "cached_tokens": 30})
-    assert tokens.true_cost == pytest.approx(0.7) and tokens.computed == 70
-    assert read_tokens({"prompt_tokens": 100, "cached_tokens": 0}).true_cost == 1.0
+    assert not tokens.continued and told(exact=5).continued
 
 
 def test_cost_refuses_reports_that_do_not_add_up():
     with pytest.raises(ServerError, match="counts 101 tokens, the prompt has 100"):
-        read_tokens(meta(reused=61))
+        told(reused=61)
+    with pytest.raises(ServerError, match="--enable-blend"):
+        read_tokens(100, None)
     with pytest.raises(ServerError, match="malformed"):
-        read_tokens(meta(cost=None))
+        told(cost=None)
 
 
 def test_random_spends_what_its_twin_spent():
     # 100 tokens, 20 prefix, 10 computed; 0.5 * 80 = 40 tokens' worth: 30 of 70 are random's
-    assert random_ratio([read_tokens(meta(cost=0.5))]) == pytest.approx(30 / 70)
-    twice = [read_tokens(meta(cost=0.5)), read_tokens(meta(cost=0.125))]
+    assert random_ratio([told(cost=0.5)]) == pytest.approx(30 / 70)
+    twice = [told(cost=0.5), told(cost=0.125)]
     assert random_ratio(twice) == pytest.approx(30 / 140)
     assert random_ratio([Tokens(50, 20, 0, 0, 30, 50, 1.0, "x")]) == 0.0
-    assert random_ratio([read_tokens(meta(cost=0.01))]) == 0.0
+    assert random_ratio([told(cost=0.01)]) == 0.0
 
 
 # --- settings --------------------------------------------------------------------------------

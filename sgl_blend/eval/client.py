@@ -15,6 +15,7 @@ from sgl_blend.eval.cost import Tokens, read_tokens
 from sgl_blend.eval.fidelity import Output
 
 TIMEOUT = 1800.0
+FLUSH_WAIT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,23 @@ class Client:
 
     def tokenizer_path(self) -> str:
         """Where the server's tokenizer lies, as the server says."""
-        info = self._call("GET", "/model_info", timeout=30.0).json()
+        r = self._send("GET", "/model_info", timeout=30.0)
+        _check("/model_info", r)
+        info = r.json()
         path = info.get("tokenizer_path") or info.get("model_path")
         if not path:
             raise ServerError("/model_info names no tokenizer; give --tokenizer")
         return path
 
     def flush(self) -> None:
-        """Empty the server's caches; it must be idle, or become so within 30 s."""
-        self._call("POST", "/flush_cache?timeout=30", timeout=60.0)
+        """Empty the server's caches; it must be idle, or become so within ``FLUSH_WAIT``."""
+        # The route can wait by itself (?timeout=), but looks once a second.
+        deadline = time.monotonic() + FLUSH_WAIT
+        while True:
+            r = self._send("POST", "/flush_cache", timeout=60.0)
+            if r.status_code == 200 or time.monotonic() > deadline:
+                return _check("/flush_cache", r)
+            time.sleep(0.02)
 
     def ask(
         self,
@@ -81,7 +90,7 @@ class Client:
         if salt is not None:
             body["cache_salt"] = salt
         start = time.perf_counter()
-        ttft, last = None, None
+        ttft, last, report = None, None, None
         try:
             with requests.post(
                 self.url + "/generate", json=body, stream=True, timeout=TIMEOUT
@@ -94,19 +103,18 @@ class Client:
                     if "error" in last:
                         raise ServerError(f"/generate failed: {last['error']}")
                     ttft = ttft or time.perf_counter() - start
+                    report = last["meta_info"].get("blend") or report
         except requests.RequestException as e:
             raise ServerError(f"no answer from {self.url}/generate: {e}") from None
         if last is None or ttft is None:
             raise ServerError("/generate closed without an answer")
-        return _reply(ttft, last, wanted)
+        return _reply(ttft, last, report, wanted)
 
-    def _call(self, method: str, path: str, timeout: float) -> requests.Response:
+    def _send(self, method: str, path: str, timeout: float) -> requests.Response:
         try:
-            r = requests.request(method, self.url + path, timeout=timeout)
+            return requests.request(method, self.url + path, timeout=timeout)
         except requests.RequestException as e:
             raise ServerError(f"no answer from {self.url}{path}: {e}") from None
-        _check(path, r)
-        return r
 
 
 def _check(path: str, r: requests.Response) -> None:
@@ -114,7 +122,7 @@ def _check(path: str, r: requests.Response) -> None:
         raise ServerError(f"{path} answered {r.status_code}: {r.text[:500]}")
 
 
-def _reply(ttft: float, last: dict[str, Any], wanted: Wanted) -> Reply:
+def _reply(ttft: float, last: dict[str, Any], report: Any, wanted: Wanted) -> Reply:
     meta = last["meta_info"]
     ids = tuple(last.get("output_ids", ()))
     rows: list[dict[int, float]] = []
@@ -123,4 +131,5 @@ def _reply(ttft: float, last: dict[str, Any], wanted: Wanted) -> Reply:
         rows = [{int(e[1]): float(e[0]) for e in row} for row in meta[key]]
         if len(rows) != len(ids):
             raise ServerError(f"{len(ids)} output tokens, but {key} has {len(rows)} rows")
-    return Reply(ttft, last.get("text", ""), Output(ids, tuple(rows)), read_tokens(meta))
+    tokens = read_tokens(int(meta["prompt_tokens"]), report)
+    return Reply(ttft, last.get("text", ""), Output(ids, tuple(rows)), tokens)

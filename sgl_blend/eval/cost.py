@@ -16,6 +16,10 @@ from typing import Any
 from sgl_blend.bench.server import ServerError
 
 
+class NoReportError(ServerError):
+    """A response without ``meta_info["blend"]``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """A prompt's tokens by how their KV came to be; they sum up to ``prompt``.
@@ -46,16 +50,17 @@ class Tokens:
         return self.exact < self.prefix
 
 
-def read_tokens(meta: Mapping[str, Any]) -> Tokens:
-    """From a response's ``meta_info``; a server without blending only has a prefix cache.
+def read_tokens(prompt: int, report: Mapping[str, Any] | None) -> Tokens:
+    """From a prompt's length and its ``meta_info["blend"]``.
 
-    Raises :class:`ServerError` when the report is malformed or does not add up.
+    Raises :class:`NoReportError` when there is no report, :class:`ServerError` when it is malformed
+    or does not add up.
     """
-    prompt, cached = int(meta["prompt_tokens"]), int(meta.get("cached_tokens", 0))
-    report = meta.get("blend")
     if report is None:
-        cost = 1.0 if cached < prompt else 0.0
-        return Tokens(prompt, cached, 0, 0, prompt - cached, prompt, cost, None)
+        raise NoReportError(
+            "the server reports nothing about blending; start it with --enable-blend, and "
+            "leave --blend-report on"
+        )
     try:
         tokens = Tokens(
             prompt,

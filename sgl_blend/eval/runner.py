@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client, Reply, Wanted
-from sgl_blend.eval.cost import Tokens, random_ratio
+from sgl_blend.eval.cost import NoReportError, Tokens, random_ratio
 from sgl_blend.eval.datasets import shorten
 from sgl_blend.eval.encoding import Encoder
 from sgl_blend.eval.fidelity import Agreement, agreement
@@ -30,6 +30,9 @@ from sgl_blend.eval.settings import FULL, Role, Setting
 Isolate = Literal["flush", "salt"]
 ISOLATE: tuple[Isolate, ...] = get_args(Isolate)
 Progress = Callable[[str], None]
+#: SGLang sends a request's report with its first streamed piece alone, and drops that piece when
+#: the next one overtakes it; the whole state is then made anew, at most this often
+ATTEMPTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ class Runner:
     def _probe(self, suite: Suite, index: int) -> list[Sample]:
         probe = suite.probes[index]
         wanted = [Wanted(top=self._options.top_logprobs)] * len(probe.steps)
-        exact = self._steps(probe, FULL, None, wanted)
+        exact = self._replies(probe, FULL, None, wanted)
         wanted = [Wanted(ids=_support(r)) for r in exact]
         replies: dict[str, list[Reply]] = {FULL.name: exact}
         out: list[Sample] = []
@@ -154,7 +157,7 @@ class Runner:
             if setting.role is Role.RANDOM:
                 ratio = random_ratio([r.tokens for r in replies[setting.twin_of]])
             if setting is not FULL:
-                replies[setting.name] = self._steps(probe, setting, ratio, wanted)
+                replies[setting.name] = self._replies(probe, setting, ratio, wanted)
             for i, step in enumerate(probe.steps):
                 if step.measured:
                     reply = replies[setting.name][i]
@@ -173,6 +176,17 @@ class Runner:
                         )
                     )
         return out
+
+    def _replies(
+        self, probe: Probe, setting: Setting, ratio: float | None, wanted: Sequence[Wanted]
+    ) -> list[Reply]:
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._steps(probe, setting, ratio, wanted)
+            except NoReportError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def _steps(
         self, probe: Probe, setting: Setting, ratio: float | None, wanted: Sequence[Wanted]
