@@ -65,7 +65,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--boundaries", choices=BOUNDARIES, default=d.boundaries, help="boundaries to state (none)"
     )
     what.add_argument(
-        "--isolate", choices=ISOLATE, default=d.run.isolate, help="flush caches, or use salts"
+        "--isolate",
+        choices=ISOLATE,
+        default=d.run.isolate,
+        help="state for each setting: a cache salt, or flushed caches (salt)",
     )
     data = p.add_argument_group("data files (LongBench's or RULER's JSON Lines)")
     data.add_argument("--data", type=Path, nargs="+", default=[], help="files or folders")

@@ -88,6 +88,8 @@ def plot(rows: Sequence[Row], title: str, metric: str, path: Path) -> None:
         panel.set_title(kind)
         panel.set_xlabel("true cost: token-layers computed, % of full prefill")
         panel.set_xlim(-3, 108)
+        scores = [r.kind(kind).quality for r in rows]
+        panel.set_ylim(100 * min(s.low for s in scores) - 5, 100 * max(s.high for s in scores) + 5)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(f"{metric}, %")
     panels[-1].legend(fontsize=8)

@@ -1,7 +1,7 @@
 """The protocol: every setting meets every probe in the same cache state.
 
-For each probe, one setting after the other: a state of its own (caches flushed, or a cache salt
-nobody else has), the warm-up requests (always exact), then each of the probe's prompts once.
+For each probe, one setting after the other: a state of its own (a cache salt nobody else has, or
+flushed caches), the warm-up requests (always exact), then each of the probe's prompts once.
 Nothing approximate can leak from one setting into another, nor from one prompt of a case into
 the next; and settings take turns, so that a drifting machine meets all of them alike.
 
@@ -27,7 +27,7 @@ from sgl_blend.eval.metrics import Grade
 from sgl_blend.eval.probes import Probe, Prompt, Step, Suite
 from sgl_blend.eval.settings import FULL, Role, Setting
 
-Isolate = Literal["flush", "salt"]
+Isolate = Literal["salt", "flush"]
 ISOLATE: tuple[Isolate, ...] = get_args(Isolate)
 Progress = Callable[[str], None]
 #: SGLang sends a request's report with its first streamed piece alone, and drops that piece when
@@ -37,12 +37,13 @@ ATTEMPTS = 6
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """isolate: how states are kept apart; ``salt`` spares the caches of a server in use.
-    top_logprobs: k of the truncated KL. max_prompt_tokens: documents are dropped, from the
+    """isolate: how states are kept apart. ``salt``: KV of another salt is out of reach, exact or
+    not; quick, and spares the caches of a server in use. ``flush``: the server forgets
+    everything, which takes it about a second. top_logprobs: k of the truncated KL. max_prompt_tokens: documents are dropped, from the
     middle, until a prompt fits; None takes prompts as they are.
     """
 
-    isolate: Isolate = "flush"
+    isolate: Isolate = "salt"
     top_logprobs: int = 20
     max_prompt_tokens: int | None = None
 
@@ -55,7 +56,12 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measured prompt under one setting. ratio: what was asked for, None: the server's."""
+    """One measured prompt under one setting.
+
+    ratio: what was asked for, None: the server's. spent: token-layers computed, in tokens'
+    worth, for this prompt and for the unmeasured ones before it, whose KV it lives on; whole:
+    what full prefill of the same would have been. tokens: of this prompt alone.
+    """
 
     setting: str
     case: str
@@ -66,6 +72,8 @@ class Sample:
     grades: tuple[Grade, ...]
     agreement: Agreement
     tokens: Tokens
+    spent: float
+    whole: int
     ttft: float
 
 
@@ -156,25 +164,32 @@ class Runner:
             ratio = setting.ratio
             if setting.role is Role.RANDOM:
                 ratio = random_ratio([r.tokens for r in replies[setting.twin_of]])
-            if setting is not FULL:
+            if setting.role is not Role.FULL:
                 replies[setting.name] = self._replies(probe, setting, ratio, wanted)
-            for i, step in enumerate(probe.steps):
-                if step.measured:
-                    reply = replies[setting.name][i]
-                    out.append(
-                        Sample(
-                            setting.name,
-                            probe.case,
-                            index,
-                            i,
-                            ratio,
-                            reply.text,
-                            step.grades(reply.text),
-                            agreement(exact[i].output, reply.output),
-                            reply.tokens,
-                            reply.ttft,
-                        )
-                    )
+            spent, whole = 0.0, 0
+            for i, (step, reply) in enumerate(
+                zip(probe.steps, replies[setting.name], strict=True)
+            ):
+                spent += reply.tokens.true_cost * reply.tokens.prompt
+                whole += reply.tokens.prompt
+                if not step.measured:
+                    continue
+                sample = Sample(
+                    setting.name,
+                    probe.case,
+                    index,
+                    i,
+                    ratio,
+                    reply.text,
+                    step.grades(reply.text),
+                    agreement(exact[i].output, reply.output),
+                    reply.tokens,
+                    spent,
+                    whole,
+                    reply.ttft,
+                )
+                out.append(sample)
+                spent, whole = 0.0, 0
         return out
 
     def _replies(

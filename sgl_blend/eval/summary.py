@@ -84,7 +84,7 @@ def summarise(
                 over.ratio(lambda s: (s.agreement.agreed, s.agreement.compared)),
                 over.mean(lambda s: [float(s.agreement.same)]),
                 over.mean(lambda s: s.agreement.kl),
-                over.ratio(lambda s: (s.tokens.true_cost * s.tokens.prompt, s.tokens.prompt)),
+                over.ratio(lambda s: (s.spent, s.whole)),
                 over.mean(lambda s: [s.ttft]),
                 over.ratio(lambda s: (full[s.probe, s.step].ttft, s.ttft)),
                 over.ratio(lambda s: (s.tokens.reused + s.tokens.recomputed, s.tokens.prompt)),
