@@ -141,7 +141,7 @@ class ScriptedClient(Client):
         self.log.append("flush")
 
     def ask(self, ids, *, custom, max_new_tokens, wanted=None, salt=None):
-        self.log.append((custom, wanted, salt, len(ids)))
+        self.log.append((custom, wanted, salt, max_new_tokens))
         policy = custom.get("blend_policy")
         if policy and self.lost:
             self.lost -= 1
@@ -149,12 +149,13 @@ class ScriptedClient(Client):
         logprobs = {t: math.log(0.1) for t in wanted.ids or range(wanted.top)}
         again = 0 if policy in (None, "none") else 3
         tokens = Tokens(10, 0, 9 - again, again, 1, 10, self.COSTS.get(policy, 1.0), None)
-        return Reply(0.5, " tin", Output((4,), (logprobs,)), tokens)
+        text = " tin" if max_new_tokens <= 3 else " a tin to the end"
+        return Reply(0.5, text, Output((4,), (logprobs,)), tokens)
 
 
-def scripted(tokenizer, client, steps=1, **options):
+def scripted(tokenizer, client, steps=1, most=3, **options):
     prompt = Prompt("H", ("one", "two"), "Q?")
-    step = Step(prompt, (Reference("local", ("tin",)),), 3)
+    step = Step(prompt, (Reference("local", ("tin",)),), most)
     first = Step(prompt, step.expected, 3, measured=False)
     probe = Probe("c", warmup(prompt, "alone"), (first,) * (steps - 1) + (step,))
     runner = Runner(client, Encoder(tokenizer), plan(["query:0.1"]), RunOptions(**options))
@@ -208,6 +209,15 @@ def test_what_an_unmeasured_prompt_cost_is_not_forgotten(tokenizer):
     spent = {s.setting: (s.step, s.spent, s.whole) for s in samples}
     assert spent["full prefill"] == (2, 30.0, 30)
     assert spent["query:0.1"] == (2, pytest.approx(12.0), 30)
+
+
+def test_long_answers_are_asked_for_again_for_their_text(tokenizer):
+    client = ScriptedClient()
+    samples = scripted(tokenizer, client, most=9, logprob_positions=2)
+    asked = [(w.top or len(w.ids), most) for c, w, _, most in client.log if c.get("blend_policy")]
+    assert asked == [(20, 2), (0, 9)] * 6
+    assert {s.text for s in samples} == {" a tin to the end"}
+    assert len({e[2] for e in client.log}) == 20
 
 
 def test_prompts_that_are_too_long_lose_documents_in_the_middle(tokenizer):
@@ -330,7 +340,7 @@ def test_command_line_becomes_options():
     args += ["30,40", "--server-args", "--page-size 16", "--isolate", "flush", "--cases", "3"]
     o = cli.options_of(arguments(*args))
     assert o.settings == ("query:0.1", "hkvd:0.2") and o.shape == Shape(doc_tokens=(30, 40))
-    assert o.run == RunOptions("flush", 20, None) and o.cases == 3
+    assert o.run == RunOptions("flush") and o.cases == 3
     assert o.launch_args() == [
         "--page-size",
         "16",

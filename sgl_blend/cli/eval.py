@@ -28,7 +28,7 @@ examples:
 NOTES = """
 cost: token-layers computed over full prefill's, check layers and the question's pass counted;
 speed-up: full prefill's mean TTFT over this one's; top-1: output positions with the same
-likeliest token, up to the first difference; KL: nats a position over full prefill's {k}
+likeliest token, up to the first difference (of at most {positions}); KL: nats a position over full prefill's {k}
 likeliest tokens and one lump of the rest (a lower bound); *: no other row is as cheap and as
 good. Brackets: {confidence:.0%} bootstrap intervals over cases.
 """
@@ -95,8 +95,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         task.add_argument(flag, type=kind, default=value, help=f"({shown})")
     out = p.add_argument_group("statistics and output")
-    k, b = RunOptions().top_logprobs, Bootstrap()
+    r, b = RunOptions(), Bootstrap()
+    k = r.top_logprobs
     out.add_argument("--top-logprobs", type=int, default=k, help=f"k of the truncated KL ({k})")
+    out.add_argument(
+        "--logprob-positions",
+        type=int,
+        default=r.logprob_positions,
+        help=f"output positions compared; longer answers take a second request ({r.logprob_positions})",
+    )
     out.add_argument("--resamples", type=int, default=b.resamples, help=f"({b.resamples})")
     out.add_argument("--confidence", type=float, default=b.confidence, help=f"({b.confidence})")
     out.add_argument("--json", type=Path, help="write rows and samples to this file")
@@ -130,7 +137,11 @@ def run(args: argparse.Namespace) -> int:
             if len(options.data) > 1 or any(d.is_dir() for d in options.data):
                 path = path.with_name(f"{path.stem}-{_slug(evaluation.suite)}{path.suffix}")
             plot(evaluation.rows, evaluation.suite, evaluation.metric, path)
-    told = NOTES.format(k=options.run.top_logprobs, confidence=options.bootstrap.confidence)
+    told = NOTES.format(
+        k=options.run.top_logprobs,
+        positions=options.run.logprob_positions,
+        confidence=options.bootstrap.confidence,
+    )
     print(told.rstrip())
     return 0
 
@@ -161,7 +172,12 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         seen=args.seen,
         boundaries=args.boundaries,
         chat=args.chat,
-        run=RunOptions(args.isolate, args.top_logprobs, args.max_prompt_tokens),
+        run=RunOptions(
+            isolate=args.isolate,
+            top_logprobs=args.top_logprobs,
+            logprob_positions=args.logprob_positions,
+            max_prompt_tokens=args.max_prompt_tokens,
+        ),
         bootstrap=Bootstrap(args.resamples, args.confidence),
     )
 

@@ -90,7 +90,9 @@ class Client:
         if salt is not None:
             body["cache_salt"] = salt
         start = time.perf_counter()
-        ttft, last, report = None, None, None
+        ttft: float | None = None
+        last: bytes | None = None
+        report: dict[str, Any] | None = None
         try:
             with requests.post(
                 self.url + "/generate", json=body, stream=True, timeout=TIMEOUT
@@ -99,16 +101,19 @@ class Client:
                 for line in r.iter_lines():
                     if not line.startswith(b"data: ") or line == b"data: [DONE]":
                         continue
-                    last = json.loads(line[6:])
-                    if "error" in last:
-                        raise ServerError(f"/generate failed: {last['error']}")
                     ttft = ttft or time.perf_counter() - start
-                    report = last["meta_info"].get("blend") or report
+                    last = line[6:]
+                    # Pieces repeat all log-probabilities so far; most need not be looked at.
+                    if report is None and b'"blend"' in last:
+                        report = json.loads(last).get("meta_info", {}).get("blend")
         except requests.RequestException as e:
             raise ServerError(f"no answer from {self.url}/generate: {e}") from None
         if last is None or ttft is None:
             raise ServerError("/generate closed without an answer")
-        return _reply(ttft, last, report, wanted)
+        answer = json.loads(last)
+        if "error" in answer:
+            raise ServerError(f"/generate failed: {answer['error']}")
+        return _reply(ttft, answer, report, wanted)
 
     def _send(self, method: str, path: str, timeout: float) -> requests.Response:
         try:
@@ -122,9 +127,11 @@ def _check(path: str, r: requests.Response) -> None:
         raise ServerError(f"{path} answered {r.status_code}: {r.text[:500]}")
 
 
-def _reply(ttft: float, last: dict[str, Any], report: Any, wanted: Wanted) -> Reply:
-    meta = last["meta_info"]
-    ids = tuple(last.get("output_ids", ()))
+def _reply(
+    ttft: float, answer: dict[str, Any], report: dict[str, Any] | None, wanted: Wanted
+) -> Reply:
+    meta = answer["meta_info"]
+    ids = tuple(answer.get("output_ids", ()))
     rows: list[dict[int, float]] = []
     if wanted.top or wanted.ids:
         key = "output_token_ids_logprobs" if wanted.ids else "output_top_logprobs"
@@ -132,4 +139,4 @@ def _reply(ttft: float, last: dict[str, Any], report: Any, wanted: Wanted) -> Re
         if len(rows) != len(ids):
             raise ServerError(f"{len(ids)} output tokens, but {key} has {len(rows)} rows")
     tokens = read_tokens(int(meta["prompt_tokens"]), report)
-    return Reply(ttft, last.get("text", ""), Output(ids, tuple(rows)), tokens)
+    return Reply(ttft, answer.get("text", ""), Output(ids, tuple(rows)), tokens)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sgl_blend.eval.metrics import Metric
@@ -128,7 +128,7 @@ def _parse(record: Record, stem: str, options: LoadOptions) -> tuple[str, Prompt
         )
     name, prompt, step = read_one(record, stem)
     if options.max_new_tokens is not None:
-        step = Step(prompt, step.expected, options.max_new_tokens, first_line=step.first_line)
+        step = replace(step, max_new_tokens=options.max_new_tokens)
     return name, prompt, step
 
 

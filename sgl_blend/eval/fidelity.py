@@ -38,7 +38,7 @@ class Agreement:
     """One blended output against the exact one.
 
     compared: comparable positions. agreed: those with the same likeliest token. kl: KL_k at
-    each of them, nats. same: the whole outputs are equal.
+    each of them, nats. same: the outputs are equal as far as they were asked for.
     """
 
     compared: int

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sgl_blend.errors import ConfigError
@@ -24,7 +24,7 @@ from sgl_blend.eval.datasets import shorten
 from sgl_blend.eval.encoding import Encoder
 from sgl_blend.eval.fidelity import Agreement, agreement
 from sgl_blend.eval.metrics import Grade
-from sgl_blend.eval.probes import Probe, Prompt, Step, Suite
+from sgl_blend.eval.probes import Probe, Prompt, Suite
 from sgl_blend.eval.settings import FULL, Role, Setting
 
 Isolate = Literal["salt", "flush"]
@@ -39,19 +39,23 @@ ATTEMPTS = 6
 class RunOptions:
     """isolate: how states are kept apart. ``salt``: KV of another salt is out of reach, exact or
     not; quick, and spares the caches of a server in use. ``flush``: the server forgets
-    everything, which takes it about a second. top_logprobs: k of the truncated KL. max_prompt_tokens: documents are dropped, from the
+    everything, which takes it about a second. top_logprobs: k of the truncated KL. logprob_positions: how many output
+    positions are compared; a longer answer is asked for again, in a state made anew, for its
+    text alone. max_prompt_tokens: documents are dropped, from the
     middle, until a prompt fits; None takes prompts as they are.
     """
 
     isolate: Isolate = "salt"
     top_logprobs: int = 20
+    logprob_positions: int = 32
     max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.isolate not in ISOLATE:
             raise ConfigError(f"isolate is {self.isolate!r}; take one of {', '.join(ISOLATE)}")
-        if self.top_logprobs < 1:
-            raise ConfigError(f"top_logprobs is {self.top_logprobs}; take at least 1")
+        for name in ("top_logprobs", "logprob_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; take at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +144,7 @@ class Runner:
             return shorten(prompt, [i for i, d in enumerate(prompt.documents) if d in dropped])
 
         warm = tuple(w for w in map(without, probe.warmup) if w.documents)
-        steps = tuple(
-            Step(
-                without(s.prompt),
-                s.expected,
-                s.max_new_tokens,
-                s.connectives,
-                s.first_line,
-                s.measured,
-            )
-            for s in probe.steps
-        )
+        steps = tuple(replace(s, prompt=without(s.prompt)) for s in probe.steps)
         return Probe(probe.case, warm, steps)
 
     def _probe(self, suite: Suite, index: int) -> list[Sample]:
@@ -167,9 +161,7 @@ class Runner:
             if setting.role is not Role.FULL:
                 replies[setting.name] = self._replies(probe, setting, ratio, wanted)
             spent, whole = 0.0, 0
-            for i, (step, reply) in enumerate(
-                zip(probe.steps, replies[setting.name], strict=True)
-            ):
+            for i, (step, reply) in enumerate(zip(probe.steps, replies[setting.name], strict=True)):
                 spent += reply.tokens.true_cost * reply.tokens.prompt
                 whole += reply.tokens.prompt
                 if not step.measured:
@@ -195,16 +187,33 @@ class Runner:
     def _replies(
         self, probe: Probe, setting: Setting, ratio: float | None, wanted: Sequence[Wanted]
     ) -> list[Reply]:
+        """One reply a step: all figures from the first output positions, the text to its end."""
+        positions = self._options.logprob_positions
+        short = [min(s.max_new_tokens, positions) for s in probe.steps]
+        replies = self._again(probe, setting, ratio, wanted, short)
+        if all(s.max_new_tokens <= positions for s in probe.steps):
+            return replies
+        most = [s.max_new_tokens for s in probe.steps]
+        whole = self._again(probe, setting, ratio, [Wanted()] * len(most), most)
+        return [replace(r, text=w.text) for r, w in zip(replies, whole, strict=True)]
+
+    def _again(self, *args) -> list[Reply]:
+        """``_steps``, anew where a report was lost."""
         for attempt in range(ATTEMPTS):
             try:
-                return self._steps(probe, setting, ratio, wanted)
+                return self._steps(*args)
             except NoReportError:
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
     def _steps(
-        self, probe: Probe, setting: Setting, ratio: float | None, wanted: Sequence[Wanted]
+        self,
+        probe: Probe,
+        setting: Setting,
+        ratio: float | None,
+        wanted: Sequence[Wanted],
+        max_new_tokens: Sequence[int],
     ) -> list[Reply]:
         """The probe's prompts one after the other in one state (full prefill: in one each)."""
         if setting.role is not Role.FULL:
@@ -212,10 +221,10 @@ class Runner:
             for prompt in probe.warmup:
                 self._ask(prompt, {"blend": False}, 1, Wanted())
         out = []
-        for step, want in zip(probe.steps, wanted, strict=True):
+        for step, want, most in zip(probe.steps, wanted, max_new_tokens, strict=True):
             if setting.role is Role.FULL:
                 self._fresh()
-            out.append(self._ask(step.prompt, setting.custom(ratio), step.max_new_tokens, want))
+            out.append(self._ask(step.prompt, setting.custom(ratio), most, want))
         return out
 
     def _fresh(self) -> None:
