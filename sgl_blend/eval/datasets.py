@@ -13,7 +13,7 @@ documents, then the question.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -191,9 +191,3 @@ def cut_by_words(text: str, words: int) -> tuple[str, ...]:
     if piece:
         out.append(" ".join(piece))
     return tuple(out)
-
-
-def shorten(prompt: Prompt, drop: Sequence[int]) -> Prompt:
-    """``prompt`` without the documents of these indices."""
-    kept = tuple(d for i, d in enumerate(prompt.documents) if i not in set(drop))
-    return Prompt(prompt.head, kept, prompt.tail, prompt.joiner)

@@ -8,7 +8,8 @@ set of documents; probes of one case are one cluster to the statistics.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sgl_blend.errors import ConfigError
@@ -40,6 +41,11 @@ class Prompt:
             at += len(document) + len(self.joiner)
             out.append(at)
         return tuple(out)
+
+    def without(self, drop: Collection[int]) -> Prompt:
+        """The same without the documents of these indices."""
+        kept = tuple(d for i, d in enumerate(self.documents) if i not in drop)
+        return replace(self, documents=kept)
 
 
 @dataclass(frozen=True, slots=True)

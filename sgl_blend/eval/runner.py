@@ -20,7 +20,6 @@ from typing import Literal, get_args
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client, Reply, Wanted
 from sgl_blend.eval.cost import NoReportError, Tokens, random_ratio
-from sgl_blend.eval.datasets import shorten
 from sgl_blend.eval.encoding import Encoder
 from sgl_blend.eval.fidelity import Agreement, agreement
 from sgl_blend.eval.metrics import Grade
@@ -129,7 +128,7 @@ class Runner:
             key=lambda d: abs(d - (len(longest.documents) - 1) / 2),
         )
         gone = 0
-        while self._encoder.length(shorten(longest, middle_first[:gone])) > limit:
+        while self._encoder.length(longest.without(middle_first[:gone])) > limit:
             gone += 1
             if gone >= len(middle_first):
                 raise ConfigError(
@@ -141,7 +140,7 @@ class Runner:
         dropped = {longest.documents[d] for d in middle_first[:gone]}
 
         def without(prompt: Prompt) -> Prompt:
-            return shorten(prompt, [i for i, d in enumerate(prompt.documents) if d in dropped])
+            return prompt.without({i for i, d in enumerate(prompt.documents) if d in dropped})
 
         warm = tuple(w for w in map(without, probe.warmup) if w.documents)
         steps = tuple(replace(s, prompt=without(s.prompt)) for s in probe.steps)
