@@ -78,6 +78,18 @@ def test_synthetic_prompts_are_the_tasks(asking):
     assert len(graded) == (2 if asking == "joint" else 1)
 
 
+def test_each_question_of_a_joint_one_is_graded():
+    shape = Shape(n_docs=2, n_legends=1, questions=4)
+    step = synthetic("joint", cases=1, seed=7, shape=shape).probes[1].steps[0]
+    asked = tasks.make_case(7, n_questions=4, **shape.sizes()).questions[2:]
+    assert [g.kind for g in step.grades("")] == [q.kind for q in asked]
+    assert [g.accuracy for g in step.grades(f" {tasks.expected(asked)} ")] == [1.0, 1.0]
+    for wrong in (0, 1):
+        said = [replace(q, answer="mud") if i == wrong else q for i, q in enumerate(asked)]
+        right = [g.accuracy for g in step.grades(tasks.expected(said))]
+        assert right == [float(i != wrong) for i in (0, 1)]
+
+
 def test_synthetic_refuses_training_seeds_and_too_few_questions():
     with pytest.raises(ConfigError, match="held out"):
         synthetic("one", cases=2, seed=tasks.TRAINING_SEEDS - 1)

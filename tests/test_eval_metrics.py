@@ -77,14 +77,14 @@ def test_a_grade_holds_every_metric():
     assert grade("local", " copper\n", ("copper",)).value("accuracy") == 1.0
 
 
-def test_joint_answers_are_graded_part_by_part():
+def test_joint_answers_are_graded_word_by_word():
     wanted = tuple(
         Reference(k, (a,)) for k, a in (("local", "tin"), ("dependent", "fig"), ("local", "ox"))
     )
-    step = Step(Prompt("", ("d",), "q"), wanted, 8, ("and", "plus"))
-    right = [g.accuracy for g in step.grades(" tin and plum plus ox ")]
-    assert right == [1.0, 0.0, 1.0]
-    assert [g.accuracy for g in step.grades("tin")] == [1.0, 0.0, 0.0]
+    step = Step(Prompt("", ("d",), "q"), wanted, 8, places=(4, 2, 0))
+    assert [g.accuracy for g in step.grades(" ox, fig and tin ")] == [1.0, 1.0, 1.0]
+    assert [g.accuracy for g in step.grades("ox and elm and tin")] == [1.0, 0.0, 1.0]
+    assert [g.accuracy for g in step.grades("ox")] == [0.0, 0.0, 1.0]
     assert [g.kind for g in step.grades("")] == ["local", "dependent", "local"]
 
 
@@ -234,6 +234,11 @@ def test_what_a_setting_asks_the_server_for():
 def test_malformed_settings(text):
     with pytest.raises(ConfigError, match="setting"):
         plan([text])
+
+
+def test_a_misspelt_policy_is_refused_before_a_server_starts():
+    with pytest.raises(ConfigError, match="did you mean 'query'"):
+        plan(["qurey:0.1"])
 
 
 def test_a_setting_is_given_once():

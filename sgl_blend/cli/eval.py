@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,20 +124,21 @@ def run(args: argparse.Namespace) -> int:
         require_plotting()
     progress = Progress()
     done: list[Evaluation] = []
-    for evaluation in evaluate(options, progress):
-        progress.done()
-        if done:
-            print()
-        print(report(evaluation), flush=True)
-        done.append(evaluation)
-        # After each suite: a long run that ends early has told what it knew.
-        if args.json:
-            write_json(args.json, options, done)
-        if args.plot:
-            path = args.plot
-            if len(options.data) > 1 or any(d.is_dir() for d in options.data):
-                path = path.with_name(f"{path.stem}-{_slug(evaluation.suite)}{path.suffix}")
-            plot(evaluation.rows, evaluation.suite, evaluation.metric, path)
+    with closing(evaluate(options, progress)) as evaluations:
+        for evaluation in evaluations:
+            progress.done()
+            if done:
+                print()
+            print(report(evaluation), flush=True)
+            done.append(evaluation)
+            # After each suite: a long run that ends early has told what it knew.
+            if args.json:
+                write_json(args.json, options, done)
+            if args.plot:
+                path = args.plot
+                if len(options.data) > 1 or any(d.is_dir() for d in options.data):
+                    path = path.with_name(f"{path.stem}-{_slug(evaluation.suite)}{path.suffix}")
+                plot(evaluation.rows, evaluation.suite, evaluation.metric, path)
     told = NOTES.format(
         k=options.run.top_logprobs,
         positions=options.run.logprob_positions,

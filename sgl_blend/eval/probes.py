@@ -17,6 +17,7 @@ from sgl_blend.eval.metrics import Grade, Metric, grade
 
 Seen = Literal["alone", "other", "none"]
 SEEN: tuple[Seen, ...] = get_args(Seen)
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,15 @@ class Reference:
 class Step:
     """One prompt and what is expected.
 
-    expected: several for a joint question; then ``connectives`` (words) stand between the parts
-    of the answer. first_line: only the answer's first line counts. measured: False for a step
+    expected: several for a joint question, whose answer has one word for each; ``places`` says
+    which of the answer's words (punctuation marks are words) that is. first_line: only the answer's first line counts. measured: False for a step
     that only brings the conversation where it has to be.
     """
 
     prompt: Prompt
     expected: tuple[Reference, ...]
     max_new_tokens: int
-    connectives: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
     first_line: bool = False
     measured: bool = True
 
@@ -77,13 +78,12 @@ class Step:
         if self.first_line:
             text = text.strip().split("\n")[0]
         parts = [text]
-        if len(self.expected) > 1:
-            words = "|".join(re.escape(c) for c in self.connectives)
-            parts = re.split(rf"\s+(?:{words})\s+", text.strip())
-        parts += [""] * (len(self.expected) - len(parts))
+        if self.places:
+            words = _WORD.findall(text)
+            parts = [words[at] if at < len(words) else "" for at in self.places]
         return tuple(
             grade(want.kind, part, want.answers)
-            for want, part in zip(self.expected, parts, strict=False)
+            for want, part in zip(self.expected, parts, strict=True)
         )
 
 

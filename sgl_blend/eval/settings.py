@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgl_blend.errors import ConfigError
+from sgl_blend.selection import POLICIES
 
 
 class Role(enum.Enum):
@@ -69,6 +70,7 @@ def parse(text: str) -> Setting:
         return Setting(DEFAULT, Role.POLICY)
     if not name:
         raise ConfigError(f"setting {text!r}: expected policy:ratio, such as query:0.15")
+    POLICIES.get(name)
     ratio = None
     if colon:
         try:

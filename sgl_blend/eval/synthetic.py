@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sgl_blend.errors import ConfigError
@@ -22,9 +22,10 @@ from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, w
 Asking = Literal["one", "joint", "follow", "turns", "other"]
 ASKING: tuple[Asking, ...] = get_args(Asking)
 
-#: tokens that the longest answer (three parts, two connectives, the end) leaves room in, in
-#: words or a byte-level tokenizer's pieces of them
+#: room for an answer's word and what stands around it; the shipped models' tokens are words
 TOKENS_PER_QUESTION = 6
+#: a word that no list holds
+_MARK = "MARK"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,4 +133,14 @@ def _prompt(text: str, head: str, documents: tuple[str, ...]) -> Prompt:
 def _expect(prompt: Prompt, questions: tuple[tasks.Question, ...], measured: bool = True) -> Step:
     wanted = tuple(Reference(q.kind, (q.answer,)) for q in questions)
     room = TOKENS_PER_QUESTION * len(questions)
-    return Step(prompt, wanted, room, tasks.CONNECTIVES, measured=measured)
+    places = _places(questions) if len(questions) > 1 else ()
+    return Step(prompt, wanted, room, places, measured=measured)
+
+
+def _places(questions: tuple[tasks.Question, ...]) -> tuple[int, ...]:
+    """Which word of the joint answer is each question's: the one that changes with it."""
+    out = []
+    for i, question in enumerate(questions):
+        marked = [*questions[:i], replace(question, answer=_MARK), *questions[i + 1 :]]
+        out.append(tasks.split_words(tasks.expected(marked)).index(_MARK))
+    return tuple(out)
