@@ -1,0 +1,119 @@
+"""Quality against true cost: which settings nothing else beats, and the picture of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgl_blend.errors import ConfigError
+from sgl_blend.eval.settings import Role
+from sgl_blend.eval.summary import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A setting's true cost (share of full prefill's) and quality (0..1)."""
+
+    name: str
+    cost: float
+    quality: float
+
+
+def frontier(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points that no other one beats: none is as cheap and as good, and better in one.
+
+    By ascending cost; of equal points the first stays.
+    """
+    out: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.cost, -p.quality)):
+        if not out or p.quality > out[-1].quality:
+            out.append(p)
+    return tuple(out)
+
+
+def points(rows: Sequence[Row], kind: str) -> tuple[Point, ...]:
+    return tuple(Point(r.setting, r.cost.value, r.kind(kind).quality.value) for r in rows)
+
+
+def require_plotting() -> None:
+    """Raises :class:`ConfigError` where matplotlib is missing: before hours of measuring."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "a plot needs matplotlib; install it with: pip install 'sgl-blend[eval]'"
+        ) from None
+
+
+def plot(rows: Sequence[Row], title: str, metric: str, path: Path) -> None:
+    """Write a PNG: one panel for each kind of question, one line for each policy.
+
+    Bars are the bootstrap intervals of quality; the grey line joins what nothing beats.
+    """
+    require_plotting()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [k.kind for k in rows[0].kinds]
+    figure = Figure(figsize=(5.2 * len(kinds) + 0.6, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        best = frontier(points(rows, kind))
+        panel.step(
+            [100 * p.cost for p in best],
+            [100 * p.quality for p in best],
+            where="post",
+            color="0.8",
+            linewidth=5,
+            zorder=0,
+        )
+        for style, (label, members) in zip(_styles(), _lines(rows), strict=False):
+            members = sorted(members, key=lambda r: r.cost.value)
+            scores = [r.kind(kind).quality for r in members]
+            low = [100 * max(0.0, s.value - s.low) for s in scores]
+            high = [100 * max(0.0, s.high - s.value) for s in scores]
+            panel.errorbar(
+                [100 * r.cost.value for r in members],
+                [100 * s.value for s in scores],
+                yerr=[low, high],
+                label=label,
+                capsize=2,
+                linewidth=1.2,
+                elinewidth=0.8,
+                markersize=6,
+                **style,
+            )
+        panel.set_title(kind)
+        panel.set_xlabel("true cost: token-layers computed, % of full prefill")
+        panel.set_xlim(-3, 108)
+        scores = [r.kind(kind).quality for r in rows]
+        panel.set_ylim(100 * min(s.low for s in scores) - 5, 100 * max(s.high for s in scores) + 5)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel(f"{metric}, %")
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows that belong together: a policy at its ratios, ``random`` at all costs, the others."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.role == Role.POLICY.value:
+            label = row.policy or row.setting
+        else:
+            label = row.role
+        lines.setdefault(label, []).append(row)
+    return list(lines.items())
+
+
+def _styles():
+    """Endless, one for each line: baselines come first in every table."""
+    import itertools
+
+    marks = itertools.cycle("*s^oDvPX<>")
+    for i, mark in enumerate(marks):
+        yield {"color": f"C{i % 10}", "marker": mark}

@@ -1,0 +1,146 @@
+"""Probes from the seeded multi-document task (``tasks.py``), in several ways of asking.
+
+* ``one``: each question alone behind the documents.
+* ``joint``: ``per_prompt`` questions in one; the answer's parts are graded one by one.
+* ``follow``: each question behind the case's earlier ones and their answers, in one prompt.
+* ``turns``: a conversation of ``per_prompt`` turns over the same documents, one request a turn,
+  each behind the true answers of the turns before; all turns are graded.
+* ``other``: one question, then another over what the first one left behind; the second is
+  graded. On a server whose ``--blend-continuation`` is ``extend`` its documents' KV was repaired
+  for the first question: decoding asks what the selector never saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from sgl_blend.errors import ConfigError
+from sgl_blend.eval import tasks
+from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, warmup
+
+Asking = Literal["one", "joint", "follow", "turns", "other"]
+ASKING: tuple[Asking, ...] = get_args(Asking)
+
+#: room for an answer's word and what stands around it; the shipped models' tokens are words
+TOKENS_PER_QUESTION = 6
+#: a word that no list holds
+_MARK = "MARK"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a case holds; see ``tasks.make_case``. questions: asked about each case."""
+
+    n_docs: int = 4
+    n_legends: int = 2
+    symbols_per_legend: int = 6
+    local_facts: int = 3
+    dependent_facts: int = 3
+    doc_tokens: tuple[int, int] = (60, 120)
+    questions: int = 4
+
+    def sizes(self) -> dict[str, object]:
+        """The keywords that ``make_case`` and ``make_conversation`` have in common."""
+        return {
+            "n_docs": self.n_docs,
+            "n_legends": self.n_legends,
+            "symbols_per_legend": self.symbols_per_legend,
+            "local_facts": self.local_facts,
+            "dependent_facts": self.dependent_facts,
+            "doc_tokens": self.doc_tokens,
+        }
+
+
+def synthetic(
+    asking: Asking = "one",
+    *,
+    cases: int,
+    seed: int = 0,
+    shape: Shape | None = None,
+    per_prompt: int = 2,
+    seen: Seen = "alone",
+) -> Suite:
+    """``cases`` cases from the seeds ``seed``, ``seed + 1``, ... Raises ``ConfigError``."""
+    shape = shape or Shape()
+    if cases < 1:
+        raise ConfigError(f"{cases} cases asked for; take at least 1")
+    if seed < 0 or seed + cases > tasks.TRAINING_SEEDS:
+        raise ConfigError(
+            f"seeds {seed} to {seed + cases - 1} are not held out; stay in 0..{tasks.TRAINING_SEEDS - 1}"
+        )
+    if asking not in ASKING:
+        raise ConfigError(f"asking is {asking!r}; take one of {', '.join(ASKING)}")
+    probes: list[Probe] = []
+    for s in range(seed, seed + cases):
+        if asking == "turns":
+            probes.append(_conversation(s, shape, per_prompt, seen))
+        else:
+            probes += _case(s, shape, asking, per_prompt, seen)
+    return Suite(f"synthetic, {asking}", "accuracy", tuple(probes))
+
+
+def _case(seed: int, shape: Shape, asking: Asking, per_prompt: int, seen: Seen) -> list[Probe]:
+    case = tasks.make_case(seed, n_questions=shape.questions, **shape.sizes())
+    q = case.questions
+    chains: list[tuple[Step, ...]]
+    if asking == "one":
+        chains = [(_step(case, q[i : i + 1]),) for i in range(len(q))]
+    elif asking == "joint":
+        if len(q) < per_prompt:
+            raise ConfigError(f"{per_prompt} questions a prompt, but only {len(q)} a case")
+        last = len(q) - per_prompt + 1
+        chains = [(_step(case, q[i : i + per_prompt]),) for i in range(0, last, per_prompt)]
+    elif asking == "follow":
+        chains = [(_step(case, q[i : i + 1], q[:i]),) for i in range(1, len(q))]
+    else:
+        pairs = zip(q, q[1:], strict=False)
+        chains = [(_step(case, (a,), measured=False), _step(case, (b,), (a,))) for a, b in pairs]
+    if not chains:
+        raise ConfigError(f"asking {asking!r} needs at least 2 questions a case, got {len(q)}")
+    return [Probe(str(seed), warmup(c[0].prompt, seen), c) for c in chains]
+
+
+def _step(
+    case: tasks.Case,
+    questions: tuple[tasks.Question, ...],
+    answered: tuple[tasks.Question, ...] = (),
+    measured: bool = True,
+) -> Step:
+    text = case.prompt(*questions, answered=answered)
+    prompt = _prompt(text, case.system, case.documents)
+    return _expect(prompt, questions, measured)
+
+
+def _conversation(seed: int, shape: Shape, turns: int, seen: Seen) -> Probe:
+    talk = tasks.make_conversation(seed, n_turns=turns, later_docs=0, **shape.sizes())
+    documents = talk.turns[0].documents
+    steps = tuple(
+        _expect(_prompt(talk.prompt(i), talk.system, documents), turn.questions)
+        for i, turn in enumerate(talk.turns)
+    )
+    return Probe(str(seed), warmup(steps[0].prompt, seen), steps)
+
+
+def _prompt(text: str, head: str, documents: tuple[str, ...]) -> Prompt:
+    """``text`` taken apart; what follows the documents is the tail."""
+    start = Prompt(head, documents, "").text
+    if not text.startswith(start):
+        raise ConfigError("the task's prompts no longer begin with system prompt and documents")
+    return Prompt(head, documents, text[len(start) :])
+
+
+def _expect(prompt: Prompt, questions: tuple[tasks.Question, ...], measured: bool = True) -> Step:
+    wanted = tuple(Reference(q.kind, (q.answer,)) for q in questions)
+    room = TOKENS_PER_QUESTION * len(questions)
+    places = _places(questions) if len(questions) > 1 else ()
+    return Step(prompt, wanted, room, places, measured=measured)
+
+
+def _places(questions: tuple[tasks.Question, ...]) -> tuple[int, ...]:
+    """Which word of the joint answer is each question's: the one that changes with it."""
+    out = []
+    for i, question in enumerate(questions):
+        marked = [*questions[:i], replace(question, answer=_MARK), *questions[i + 1 :]]
+        out.append(tasks.split_words(tasks.expected(marked)).index(_MARK))
+    return tuple(out)
