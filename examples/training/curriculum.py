@@ -23,18 +23,28 @@ from .muon import Muon
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """``size=None`` is the warm-up. ``until``: running accuracy that ends the stage early."""
+    """``size=None`` is the warm-up. ``until``: running accuracy that ends the stage early.
+
+    ``watch`` says whose: ``code``, the kinds after code words, or ``answer``, the answers' words.
+    """
 
     name: str
     size: Size | None
     max_steps: int
     until: float = 2.0
+    watch: tuple[str, ...] = ("code", "answer")
     decay: bool = False
 
 
 SHALLOW = (
-    Stage("segments", None, 600, until=0.95),
-    Stage("codes", Size((1, 1), (1, 1), (4, 8), (0, 1), (4, 8), 4, (8, 20), 6144), 600, until=0.95),
+    Stage("segments", None, 600, 0.95, ("answer",)),
+    Stage(
+        "codes",
+        Size((1, 1), (1, 1), (4, 8), (0, 1), (4, 8), 4, (8, 20), 6144),
+        600,
+        0.97,
+        ("code",),
+    ),
     Stage("small", Size((1, 3), (1, 2), (3, 6), (1, 3), (2, 4), 8, (20, 50), 6144), 400, 0.97),
     Stage("medium", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 300, 0.99),
     Stage(
@@ -116,7 +126,9 @@ class Trainer:
             self.total += 1
             now = time.monotonic()
             self.seconds = before + time.process_time() - begun
-            reached = self.step >= 20 and min(self.running.values()) >= stage.until
+            reached = self.step >= 20 and all(
+                self.running.get(what, 0.0) >= stage.until for what in stage.watch
+            )
             if now - told > 10 or reached or self.step == stage.max_steps:
                 told = now
                 self.say(self._line(stage, batch, loss))
