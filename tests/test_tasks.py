@@ -128,16 +128,14 @@ def test_prompt_holds_answered_questions_before_the_asked_one():
     case = tasks.make_case(1)
     first, second = case.questions[:2]
     prompt = case.prompt(second, answered=[first])
-    assert prompt.endswith(f"{first.text} Answer: {first.answer}{tasks.END}\n{second.text} Answer:")
+    assert prompt.endswith(f"{first.text} {first.answer}{tasks.END}\n{second.text}")
     assert prompt.startswith(case.system)
     assert all(document in prompt for document in case.documents)
 
 
 def test_joint_questions():
     a, b, c = tasks.make_case(2).questions[:3]
-    assert tasks.question_text([a, b, c]) == (
-        f"Question: what do {a.name} and {b.name} plus {c.name} own?"
-    )
+    assert tasks.ask([a, b, c]) == (f"Question: what do {a.name} and {b.name} plus {c.name} own?")
     assert tasks.expected([a, b, c]) == f"{a.answer} and {b.answer} plus {c.answer}"
     with pytest.raises(ConfigError, match="1 to 3"):
         tasks.ask([a, b, c, a])
@@ -168,7 +166,7 @@ def test_conversation_as_messages():
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
     assert messages[2]["content"] == talk.turns[0].answer
     assert talk.messages(1, answers=["wrong"])[2]["content"] == "wrong"
-    assert talk.prompt(1).endswith(talk.turns[1].text + "\nAnswer:")
+    assert talk.prompt(1).endswith(talk.turns[1].text + "\n")
     with pytest.raises(ConfigError, match="2 earlier answers"):
         talk.messages(2, answers=["one"])
 

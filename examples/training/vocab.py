@@ -18,12 +18,10 @@ PAD_ID, BOS_ID, END_ID, UNK_ID = range(4)
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}Answer: {{ message['content'] }}{{ eos_token }}\n"
-    "{% else %}{{ message['content'] }}\n{% endif %}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
     "{% endfor %}"
-    "{% if add_generation_prompt %}Answer:{% endif %}"
 )
-"""``Conversation.prompt`` in Jinja: the roles are told apart by position and by ``Answer:``."""
+"""``Conversation.prompt`` in Jinja. A question mark is what the assistant answers to."""
 
 
 def word_ids() -> dict[str, int]:

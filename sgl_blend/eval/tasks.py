@@ -4,7 +4,7 @@ A *legend* document says what code words mean; a *record* document says who owns
 
     Legend Amber: kip means copper. The old mill stood near the river in spring. ...
     Record Slate: Tess owns silver metal. Mara owns kip metal. ...
-    Question: what does Mara own? Answer: copper
+    Question: what does Mara own? copper
 
 Who Tess is can be told from the record alone (a *local* question). What Mara owns cannot (a
 *dependent* one). The word after the thing is its kind (metal, fruit, ...). For a code word the
@@ -71,11 +71,11 @@ class Case:
     needs: tuple[tuple[int, ...], ...]
 
     def prompt(self, *questions: Question, answered: Sequence[Question] = ()) -> str:
-        """The prompt up to ``Answer:``; ``answered`` questions stand before, with answers.
+        """The prompt; ``answered`` questions stand before the asked ones, with answers.
 
         Several ``questions`` make one joint question (see :func:`ask`).
         """
-        before = [f"{q.text} Answer: {q.answer}{END}" for q in answered]
+        before = [f"{q.text} {q.answer}{END}" for q in answered]
         head = [self.system] if self.system else []
         return "\n".join([*head, *self.documents, *before, ask(questions)])
 
@@ -89,8 +89,8 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The user message: documents, then the (joint) question, without ``Answer:``."""
-        return "\n".join([*self.documents, question_text(self.questions)])
+        """The user message: documents, then the (joint) question."""
+        return "\n".join([*self.documents, ask(self.questions)])
 
     @property
     def answer(self) -> str:
@@ -124,15 +124,16 @@ class Conversation:
         """The text that the shipped chat template makes of ``messages(upto)``, BOS aside."""
         parts = []
         for message in self.messages(upto, answers):
-            if message["role"] == "assistant":
-                parts.append(f"Answer: {message['content']}{END}\n")
-            else:
-                parts.append(message["content"] + "\n")
-        return "".join(parts) + "Answer:"
+            end = END if message["role"] == "assistant" else ""
+            parts.append(message["content"] + end + "\n")
+        return "".join(parts)
 
 
-def question_text(questions: Sequence[Question]) -> str:
-    """One question: its text. Two or three: ``"Question: what do Mara and Tess plus Leo own?"``."""
+def ask(questions: Sequence[Question]) -> str:
+    """One question: its text. Two or three: ``"Question: what do Mara and Tess plus Leo own?"``.
+
+    The model's next words are :func:`expected`.
+    """
     if not 1 <= len(questions) <= len(CONNECTIVES) + 1:
         raise ConfigError(
             f"a joint question takes 1 to {len(CONNECTIVES) + 1} questions, got {len(questions)}"
@@ -140,11 +141,6 @@ def question_text(questions: Sequence[Question]) -> str:
     if len(questions) == 1:
         return questions[0].text
     return f"Question: what do {_joined([q.name for q in questions])} own?"
-
-
-def ask(questions: Sequence[Question]) -> str:
-    """The (joint) question and ``Answer:``; the model's next words are :func:`expected`."""
-    return question_text(questions) + " Answer:"
 
 
 def expected(questions: Sequence[Question]) -> str:
