@@ -67,7 +67,7 @@ def test_a_reader_finds_every_answer(seed, sizes):
         assert solve(case.documents, q) == (q.answer, q.kind, q.legend)
         assert q.legend is None or q.legend in case.needs[q.document]
     known = set(words.vocabulary())
-    assert set(tasks.split_words(case.prompt(*case.questions))) <= known
+    assert set(tasks.split_words(case.prompt(*case.questions[:2]))) <= known
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,12 +135,14 @@ def test_prompt_holds_answered_questions_before_the_asked_one():
 
 def test_joint_questions():
     a, b, c = tasks.make_case(2).questions[:3]
-    assert tasks.ask([a, b, c]) == (f"Question: what do {a.name} and {b.name} plus {c.name} own?")
-    assert tasks.expected([a, b, c]) == f"{a.answer} and {b.answer} plus {c.answer}"
-    with pytest.raises(ConfigError, match="1 to 3"):
-        tasks.ask([a, b, c, a])
-    with pytest.raises(ConfigError, match="1 to 3"):
-        tasks.ask([])
+    assert tasks.ask([a, b]) == f"Question: what belongs to {a.name} and {b.name}?"
+    assert tasks.expected([a, b]) == f"{b.answer} , {a.name} {a.answer}"
+    assert tasks.ask([a]) == a.text and tasks.expected([a]) == a.answer
+    for wrong in ([a, b, c], []):
+        with pytest.raises(ConfigError, match="1 or 2"):
+            tasks.ask(wrong)
+        with pytest.raises(ConfigError, match="1 or 2"):
+            tasks.expected(wrong)
 
 
 @settings(max_examples=30, deadline=None)

@@ -19,7 +19,8 @@ from .vocab import BOS_ID, PAD_ID, UNK_ID, word_ids
 
 IDS = word_ids()
 _KINDS = frozenset(IDS[c] for c in words.CLASSES)
-_ASK, _END = IDS["?"], IDS[END]
+_TO, _AND, _END = IDS["to"], IDS["and"], IDS[END]
+_NAMES = frozenset(IDS[n] for n in words.NAMES)
 _SYMBOLS = frozenset(IDS[s] for s in words.SYMBOLS)
 
 CHECK_LOCAL, CHECK_CODE, ANSWER = 1, 2, 3
@@ -149,7 +150,7 @@ def _prompt(rng: random.Random, size: Size, **sizes) -> tuple[list[int], list[in
 
 
 def _take(rng: random.Random, left: list, joint: bool) -> tuple[list, list]:
-    count = min(len(left), rng.choice((1, 1, 1, 2, 3))) if joint else 1
+    count = min(len(left), rng.choice((1, 1, 2))) if joint else 1
     return left[:count], left[count:]
 
 
@@ -168,6 +169,6 @@ def _losses(ids: list[int]) -> list[int]:
             answering = token != _END
         elif token in _KINDS:
             why[i] = CHECK_CODE if ids[i - 1] in _SYMBOLS else CHECK_LOCAL
-        elif token == _ASK:
-            answering = True
+        elif token in _NAMES and ids[i - 1] in (_TO, _AND):
+            answering = i + 1 < len(ids) and ids[i + 1] != _AND
     return why

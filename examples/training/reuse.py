@@ -238,14 +238,10 @@ def follow_up_scores(subject: Subject, cases: Sequence[Case]) -> Score:
 
 
 def joint_score(subject: Subject, cases: Sequence[Case]) -> float:
-    """Share of exact greedy answers to joint questions of two and of three."""
-    right = asked = 0
-    for case in cases:
-        for count in (2, 3):
-            some = case.questions[:count]
-            right += subject.answer(case.prompt(*some)) == tasks.expected(some)
-            asked += 1
-    return right / asked
+    """Share of exact greedy answers to joint questions."""
+    pairs = [(case, case.questions[:2]) for case in cases]
+    right = sum(subject.answer(c.prompt(*two)) == tasks.expected(two) for c, two in pairs)
+    return right / len(pairs)
 
 
 def talk_score(subject: Subject, talks: Sequence[tasks.Conversation]) -> float:

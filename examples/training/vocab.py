@@ -1,7 +1,8 @@
 """A word-level tokenizer over the tasks' fixed words, saved so that AutoTokenizer loads it.
 
 Words and marks are split as ``tasks.split_words`` splits them, so a document's tokens don't
-depend on what stands before it. Line breaks carry no token. Unknown words become ``<unk>``.
+depend on what stands before it. Line breaks and question marks carry no token, so a question's
+last token is the owner asked about. Unknown words become ``<unk>``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
     "{% endfor %}"
 )
-"""``Conversation.prompt`` in Jinja. A question mark is what the assistant answers to."""
+"""``Conversation.prompt`` in Jinja; the assistant needs no mark to begin with."""
 
 
 def word_ids() -> dict[str, int]:
@@ -31,10 +32,11 @@ def word_ids() -> dict[str, int]:
 
 def save_tokenizer(folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` (with the chat template inside)."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(word_ids(), unk_token=UNK))
+    tokenizer.normalizer = normalizers.Replace("?", " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIALS])
     tokenizer.post_processor = processors.TemplateProcessing(
