@@ -50,7 +50,7 @@ SHALLOW = (
     ),
     Stage("medium", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 300, 0.97),
     Stage(
-        "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 200, decay=True
+        "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 120, decay=True
     ),
 )
 """Four layers from scratch; prompts up to about 700 tokens at the end."""
