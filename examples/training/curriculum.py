@@ -53,16 +53,13 @@ SHALLOW = (
         "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 120, decay=True
     ),
 )
-"""Four layers from scratch; prompts up to about 700 tokens at the end."""
+"""Four layers from scratch; prompts up to about 1100 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 100),
-    Stage("long", Size((3, 6), (2, 3), (4, 6), (2, 4), (2, 4), 10, (60, 160), 10240), 200),
+    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 25),
+    Stage("long", Size((3, 6), (2, 3), (4, 6), (2, 4), (2, 4), 12, (60, 150), 8192), 40),
     Stage(
-        "longest",
-        Size((4, 8), (2, 3), (4, 7), (2, 4), (2, 4), 10, (80, 200), 12288),
-        200,
-        decay=True,
+        "longest", Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (80, 160), 8192), 60, decay=True
     ),
 )
 """Grown from the shallow one; prompts up to about 1700 tokens at the end."""
