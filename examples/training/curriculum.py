@@ -56,10 +56,9 @@ SHALLOW = (
 """Four layers from scratch; prompts up to about 1100 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 25),
-    Stage("long", Size((3, 6), (2, 3), (4, 6), (2, 4), (2, 4), 12, (60, 150), 8192), 40),
+    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 12),
     Stage(
-        "longest", Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (80, 160), 8192), 60, decay=True
+        "long", Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 150), 6144), 40, decay=True
     ),
 )
 """Grown from the shallow one; prompts up to about 1700 tokens at the end."""

@@ -7,6 +7,7 @@ last token is the owner asked about. Unknown words become ``<unk>``.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sgl_blend.eval import words
@@ -53,3 +54,8 @@ def save_tokenizer(folder: Path) -> None:
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    told = json.loads(settings.read_text())
+    # Newer transformers writes a class name that older ones don't know; both know this one.
+    told["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(told, indent=2) + "\n")
