@@ -67,7 +67,7 @@ def test_a_reader_finds_every_answer(seed, sizes):
         assert solve(case.documents, q) == (q.answer, q.kind, q.legend)
         assert q.legend is None or q.legend in case.needs[q.document]
     known = set(words.vocabulary())
-    assert set(tasks.split_words(case.prompt(*case.questions))) <= known
+    assert set(tasks.split_words(case.prompt(*case.questions[:2]))) <= known
 
 
 @settings(max_examples=40, deadline=None)
@@ -128,21 +128,21 @@ def test_prompt_holds_answered_questions_before_the_asked_one():
     case = tasks.make_case(1)
     first, second = case.questions[:2]
     prompt = case.prompt(second, answered=[first])
-    assert prompt.endswith(f"{first.text} Answer: {first.answer}{tasks.END}\n{second.text} Answer:")
+    assert prompt.endswith(f"{first.text} {first.answer}{tasks.END}\n{second.text}")
     assert prompt.startswith(case.system)
     assert all(document in prompt for document in case.documents)
 
 
 def test_joint_questions():
     a, b, c = tasks.make_case(2).questions[:3]
-    assert tasks.question_text([a, b, c]) == (
-        f"Question: what do {a.name} and {b.name} plus {c.name} own?"
-    )
-    assert tasks.expected([a, b, c]) == f"{a.answer} and {b.answer} plus {c.answer}"
-    with pytest.raises(ConfigError, match="1 to 3"):
-        tasks.ask([a, b, c, a])
-    with pytest.raises(ConfigError, match="1 to 3"):
-        tasks.ask([])
+    assert tasks.ask([a, b]) == f"Question: what belongs to {a.name} and {b.name}?"
+    assert tasks.expected([a, b]) == f"{b.answer} , {a.name} {a.answer}"
+    assert tasks.ask([a]) == a.text and tasks.expected([a]) == a.answer
+    for wrong in ([a, b, c], []):
+        with pytest.raises(ConfigError, match="1 or 2"):
+            tasks.ask(wrong)
+        with pytest.raises(ConfigError, match="1 or 2"):
+            tasks.expected(wrong)
 
 
 @settings(max_examples=30, deadline=None)
@@ -168,7 +168,7 @@ def test_conversation_as_messages():
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
     assert messages[2]["content"] == talk.turns[0].answer
     assert talk.messages(1, answers=["wrong"])[2]["content"] == "wrong"
-    assert talk.prompt(1).endswith(talk.turns[1].text + "\nAnswer:")
+    assert talk.prompt(1).endswith(talk.turns[1].text + "\n")
     with pytest.raises(ConfigError, match="2 earlier answers"):
         talk.messages(2, answers=["one"])
 

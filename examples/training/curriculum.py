@@ -23,34 +23,42 @@ from .muon import Muon
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """``size=None`` is the warm-up. ``until``: running accuracy that ends the stage early."""
+    """``size=None`` is the warm-up. ``until``: running accuracy that ends the stage early.
+
+    ``watch`` says whose: ``code``, the kinds after code words, or ``answer``, the answers' words.
+    """
 
     name: str
     size: Size | None
     max_steps: int
     until: float = 2.0
+    watch: tuple[str, ...] = ("code", "answer")
     decay: bool = False
 
 
 SHALLOW = (
-    Stage("segments", None, 600, until=0.95),
-    Stage("codes", Size((1, 1), (1, 1), (4, 8), (0, 1), (4, 8), 4, (8, 20), 6144), 600, until=0.95),
-    Stage("small", Size((1, 3), (1, 2), (3, 6), (1, 3), (2, 4), 8, (20, 50), 6144), 400, 0.97),
-    Stage("medium", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 300, 0.99),
+    Stage("segments", None, 600, 0.95, ("answer",)),
     Stage(
-        "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 400, decay=True
+        "codes",
+        Size((1, 1), (1, 1), (4, 8), (0, 1), (4, 8), 4, (8, 20), 6144),
+        600,
+        0.97,
+        ("code",),
+    ),
+    Stage(
+        "lookup", Size((1, 2), (1, 1), (3, 4), (2, 4), (2, 3), 10, (8, 30), 6144, False), 600, 0.97
+    ),
+    Stage("medium", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 300, 0.97),
+    Stage(
+        "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 120, decay=True
     ),
 )
-"""Four layers from scratch; prompts up to about 700 tokens at the end."""
+"""Four layers from scratch; prompts up to about 1100 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 8192), 100),
-    Stage("long", Size((3, 6), (2, 3), (4, 6), (2, 4), (2, 4), 10, (60, 160), 10240), 200),
+    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 12),
     Stage(
-        "longest",
-        Size((4, 8), (2, 3), (4, 7), (2, 4), (2, 4), 10, (80, 200), 12288),
-        200,
-        decay=True,
+        "long", Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 150), 6144), 40, decay=True
     ),
 )
 """Grown from the shallow one; prompts up to about 1700 tokens at the end."""
@@ -116,7 +124,9 @@ class Trainer:
             self.total += 1
             now = time.monotonic()
             self.seconds = before + time.process_time() - begun
-            reached = self.step >= 20 and min(self.running.values()) >= stage.until
+            reached = self.step >= 20 and all(
+                self.running.get(what, 0.0) >= stage.until for what in stage.watch
+            )
             if now - told > 10 or reached or self.step == stage.max_steps:
                 told = now
                 self.say(self._line(stage, batch, loss))

@@ -19,7 +19,8 @@ from .vocab import BOS_ID, PAD_ID, UNK_ID, word_ids
 
 IDS = word_ids()
 _KINDS = frozenset(IDS[c] for c in words.CLASSES)
-_ANSWER, _COLON, _END = IDS["Answer"], IDS[":"], IDS[END]
+_TO, _AND, _END = IDS["to"], IDS["and"], IDS[END]
+_NAMES = frozenset(IDS[n] for n in words.NAMES)
 _SYMBOLS = frozenset(IDS[s] for s in words.SYMBOLS)
 
 CHECK_LOCAL, CHECK_CODE, ANSWER = 1, 2, 3
@@ -50,6 +51,8 @@ class Size:
     doc_tokens: tuple[int, int]
     tokens: int
     """Tokens a batch may hold; its prompt count follows (at most 64)."""
+    joint: bool = True
+    """Whether some questions ask for two or three owners at once."""
 
 
 def encode(text: str) -> list[int]:
@@ -103,7 +106,7 @@ def prompts(rng: random.Random, size: Size) -> Batch:
         rows.append(
             _prompt(
                 rng,
-                size.questions,
+                size,
                 n_docs=records,
                 n_legends=legends,
                 symbols_per_legend=symbols,
@@ -117,7 +120,7 @@ def prompts(rng: random.Random, size: Size) -> Batch:
     return collate(rows)
 
 
-def _prompt(rng: random.Random, questions: int, **sizes) -> tuple[list[int], list[int]]:
+def _prompt(rng: random.Random, size: Size, **sizes) -> tuple[list[int], list[int]]:
     """BOS, documents and question-answer pairs; a third are conversations with late documents."""
     seed = rng.randrange(TRAINING_SEEDS, 2 * TRAINING_SEEDS)
     facts = sizes["n_docs"] * (sizes["local_facts"] + sizes["dependent_facts"])
@@ -125,18 +128,18 @@ def _prompt(rng: random.Random, questions: int, **sizes) -> tuple[list[int], lis
         talk = tasks.make_conversation(
             seed,
             n_turns=3,
-            questions_per_turn=rng.randint(1, 2),
+            questions_per_turn=rng.randint(1, 2) if size.joint else 1,
             **sizes | {"n_docs": sizes["n_docs"] - 1, "later_docs": 1 if facts < 24 else 0},
         )
         parts = [talk.system]
         for turn in talk.turns:
-            parts += [turn.text, f"Answer: {turn.answer}{END}"]
+            parts += [turn.text, f"{turn.answer}{END}"]
     else:
-        case = tasks.make_case(seed, n_questions=min(facts, questions), **sizes)
+        case = tasks.make_case(seed, n_questions=min(facts, size.questions), **sizes)
         parts = [case.system, *case.documents]
         left = list(case.questions)
         while left:
-            joint, left = _take(rng, left)
+            joint, left = _take(rng, left, size.joint)
             parts.append(f"{tasks.ask(joint)} {tasks.expected(joint)}{END}")
         if rng.random() < 0.1:
             parts.append(f"{tasks.ask(joint)} {tasks.expected(joint)}{END}")
@@ -146,8 +149,8 @@ def _prompt(rng: random.Random, questions: int, **sizes) -> tuple[list[int], lis
     return ids, _losses(ids)
 
 
-def _take(rng: random.Random, left: list) -> tuple[list, list]:
-    count = min(len(left), rng.choice((1, 1, 1, 2, 3)))
+def _take(rng: random.Random, left: list, joint: bool) -> tuple[list, list]:
+    count = min(len(left), rng.choice((1, 1, 2))) if joint else 1
     return left[:count], left[count:]
 
 
@@ -166,6 +169,6 @@ def _losses(ids: list[int]) -> list[int]:
             answering = token != _END
         elif token in _KINDS:
             why[i] = CHECK_CODE if ids[i - 1] in _SYMBOLS else CHECK_LOCAL
-        elif token == _COLON and ids[i - 1] == _ANSWER:
-            answering = True
+        elif token in _NAMES and ids[i - 1] in (_TO, _AND):
+            answering = i + 1 < len(ids) and ids[i + 1] != _AND
     return why

@@ -18,9 +18,9 @@ from .reuse import (
 
 SIZES: dict[str, dict] = {
     "shallow": {"n_docs": 3, "n_legends": 2, "doc_tokens": (60, 120)},
-    "deep": {"n_docs": 6, "n_legends": 3, "doc_tokens": (80, 180)},
+    "deep": {"n_docs": 6, "n_legends": 3, "doc_tokens": (80, 160)},
 }
-"""Held-out prompts: about 500 tokens for the shallow model, about 1200 for the deep one."""
+"""Held-out prompts: about 500 tokens for the shallow model, about 1100 for the deep one."""
 
 RATIOS = (0.0, 0.15, 1.0)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_blend.eval import tasks
@@ -103,13 +104,10 @@ class Subject:
         return cos[0], sin[0]
 
     def elsewhere(self, case: Case, layout: Layout, place: Place) -> KV:
-        """KV of the whole prompt with the documents' part computed at ``place``.
-
-        The head is exact; the suffix is zero and must be recomputed.
-        """
+        """KV up to the suffix, the documents' part computed at ``place``; the head is exact."""
         head = layout.ids[: layout.head]
         _, kv = self.prefill(head)
-        shape = (*kv.k.shape[:2], len(layout.ids), kv.k.shape[3])
+        shape = (*kv.k.shape[:2], layout.suffix, kv.k.shape[3])
         out = KV(torch.zeros(shape), torch.zeros(shape))
         out.k[:, :, : layout.head], out.v[:, :, : layout.head] = kv
         order = range(len(layout.documents))
@@ -135,7 +133,8 @@ class Subject:
     def recompute(self, ids: Tensor, cached: KV, rows: Tensor) -> Tensor:
         """Run ``rows`` (sorted positions, int64 [r]) through all layers over ``cached``.
 
-        Returns the rows' logits [r, vocab]; ``cached`` is left as it is.
+        ``rows`` must hold every position that ``cached`` does not reach. Returns the rows' logits
+        [r, vocab]; ``cached`` is left as it is.
         """
         body = self.model.model
         x = body.embed_tokens(ids[rows])
@@ -149,12 +148,13 @@ class Subject:
             def heads(projection, hidden=hidden, dim=dim) -> Tensor:
                 return projection(hidden).view(len(hidden), -1, dim).transpose(0, 1)
 
-            k, v = cached.k[i].clone(), cached.v[i].clone()
+            beyond = (0, 0, 0, len(ids) - cached.k.shape[2])
+            k, v = F.pad(cached.k[i], beyond), F.pad(cached.v[i], beyond)
             k[:, rows] = rotate(heads(attention.k_proj), cos, sin)
             v[:, rows] = heads(attention.v_proj)
             q = rotate(heads(attention.q_proj), cos, sin)
             group = q.shape[0] // k.shape[0]
-            out = torch.nn.functional.scaled_dot_product_attention(
+            out = F.scaled_dot_product_attention(
                 q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), attn_mask=visible
             )
             x = x + attention.o_proj(out.transpose(0, 1).reshape(len(rows), -1))
@@ -200,9 +200,9 @@ def reuse_scores(
     rng = random.Random(seed)
     tallies = {ratio: Tally() for ratio in ratios}
     for case in cases:
+        cached = subject.elsewhere(case, subject.layout(case, ""), place)
         for question in case.questions:
             layout = subject.layout(case, tasks.ask([question]))
-            cached = subject.elsewhere(case, layout, place)
             documents = range(layout.head, layout.suffix)
             suffix = list(range(layout.suffix, len(layout.ids)))
             for ratio, tally in tallies.items():
@@ -238,14 +238,10 @@ def follow_up_scores(subject: Subject, cases: Sequence[Case]) -> Score:
 
 
 def joint_score(subject: Subject, cases: Sequence[Case]) -> float:
-    """Share of exact greedy answers to joint questions of two and of three."""
-    right = asked = 0
-    for case in cases:
-        for count in (2, 3):
-            some = case.questions[:count]
-            right += subject.answer(case.prompt(*some)) == tasks.expected(some)
-            asked += 1
-    return right / asked
+    """Share of exact greedy answers to joint questions."""
+    pairs = [(case, case.questions[:2]) for case in cases]
+    right = sum(subject.answer(c.prompt(*two)) == tasks.expected(two) for c, two in pairs)
+    return right / len(pairs)
 
 
 def talk_score(subject: Subject, talks: Sequence[tasks.Conversation]) -> float:

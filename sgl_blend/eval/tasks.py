@@ -4,9 +4,9 @@ A *legend* document says what code words mean; a *record* document says who owns
 
     Legend Amber: kip means copper. The old mill stood near the river in spring. ...
     Record Slate: Tess owns silver metal. Mara owns kip metal. ...
-    Question: what does Mara own? Answer: copper
+    Question: what belongs to Mara? copper
 
-Who Tess is can be told from the record alone (a *local* question). What Mara owns cannot (a
+Who Tess is can be told from the record alone (a *local* question). What belongs to Mara cannot (a
 *dependent* one). The word after the thing is its kind (metal, fruit, ...). For a code word the
 kind follows from the legend, so a language model trained on this text looks the code word up
 *while it reads the record*, and the meaning then lies in the KV of the record's tokens. KV of a
@@ -34,17 +34,14 @@ TRAINING_SEEDS = 1_000_000_000
 END = "</s>"
 """Closes each answer; the tokenizer's end-of-sequence token."""
 
-CONNECTIVES = ("and", "plus")
-"""Between the names of a joint question, and between the things of its answer."""
-
-_WORD = re.compile(r"</s>|\w+|[^\w\s]")
+_WORD = re.compile(r"</s>|\w+|[^\w\s?]")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question about one owner.
 
-    text: ``"Question: what does Mara own?"``. answer: one word. document: index in the case (in
+    text: ``"Question: what belongs to Mara?"``. answer: one word. document: index in the case (in
     the conversation: over all turns' documents) of the record that holds the fact. legend: index
     of the legend that a dependent fact needs, else ``None``.
     """
@@ -71,11 +68,11 @@ class Case:
     needs: tuple[tuple[int, ...], ...]
 
     def prompt(self, *questions: Question, answered: Sequence[Question] = ()) -> str:
-        """The prompt up to ``Answer:``; ``answered`` questions stand before, with answers.
+        """The prompt; ``answered`` questions stand before the asked ones, with answers.
 
-        Several ``questions`` make one joint question (see :func:`ask`).
+        Two ``questions`` make one joint question (see :func:`ask`).
         """
-        before = [f"{q.text} Answer: {q.answer}{END}" for q in answered]
+        before = [f"{q.text} {q.answer}{END}" for q in answered]
         head = [self.system] if self.system else []
         return "\n".join([*head, *self.documents, *before, ask(questions)])
 
@@ -89,8 +86,8 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The user message: documents, then the (joint) question, without ``Answer:``."""
-        return "\n".join([*self.documents, question_text(self.questions)])
+        """The user message: documents, then the (joint) question."""
+        return "\n".join([*self.documents, ask(self.questions)])
 
     @property
     def answer(self) -> str:
@@ -124,36 +121,37 @@ class Conversation:
         """The text that the shipped chat template makes of ``messages(upto)``, BOS aside."""
         parts = []
         for message in self.messages(upto, answers):
-            if message["role"] == "assistant":
-                parts.append(f"Answer: {message['content']}{END}\n")
-            else:
-                parts.append(message["content"] + "\n")
-        return "".join(parts) + "Answer:"
-
-
-def question_text(questions: Sequence[Question]) -> str:
-    """One question: its text. Two or three: ``"Question: what do Mara and Tess plus Leo own?"``."""
-    if not 1 <= len(questions) <= len(CONNECTIVES) + 1:
-        raise ConfigError(
-            f"a joint question takes 1 to {len(CONNECTIVES) + 1} questions, got {len(questions)}"
-        )
-    if len(questions) == 1:
-        return questions[0].text
-    return f"Question: what do {_joined([q.name for q in questions])} own?"
+            end = END if message["role"] == "assistant" else ""
+            parts.append(message["content"] + end + "\n")
+        return "".join(parts)
 
 
 def ask(questions: Sequence[Question]) -> str:
-    """The (joint) question and ``Answer:``; the model's next words are :func:`expected`."""
-    return question_text(questions) + " Answer:"
+    """One question: its text. Two: ``"Question: what belongs to Leo and Mara?"``.
+
+    The model's next words are :func:`expected`.
+    """
+    _at_most_two(questions)
+    if len(questions) == 1:
+        return questions[0].text
+    return f"Question: what belongs to {questions[0].name} and {questions[1].name}?"
 
 
 def expected(questions: Sequence[Question]) -> str:
-    """The exact answer to ``ask(questions)``, e.g. ``"copper and silver plus fig"``."""
-    return _joined([q.answer for q in questions])
+    """The exact answer to ``ask(questions)``, words apart by blanks as the tokenizer decodes them.
+
+    To a joint question the owner named last comes first: ``"copper , Leo silver"``. What the
+    prompt's last token asks is then one thing, and what decoding asks later another.
+    """
+    _at_most_two(questions)
+    if len(questions) == 1:
+        return questions[0].answer
+    first, last = questions
+    return f"{last.answer} , {first.name} {first.answer}"
 
 
 def split_words(text: str) -> list[str]:
-    """``text`` as the shipped word-level tokenizer splits it."""
+    """``text`` as the shipped word-level tokenizer splits it; question marks carry no token."""
     return _WORD.findall(text)
 
 
@@ -305,7 +303,7 @@ class _World:
             else:
                 thing, answer, legend = self._code_word()
             sentences.append(f"{name} owns {thing} {words.CLASS_OF[answer]}.")
-            text = f"Question: what does {name} own?"
+            text = f"Question: what belongs to {name}?"
             told.append(Question(text, answer, kind, name, self.count, legend))
         return self._document("Record", sentences, length), told
 
@@ -359,8 +357,6 @@ def _pick(rng: random.Random, facts: list[Question], count: int) -> tuple[Questi
     return tuple(picked)
 
 
-def _joined(parts: Sequence[str]) -> str:
-    out = parts[0]
-    for connective, part in zip(CONNECTIVES, parts[1:], strict=False):
-        out += f" {connective} {part}"
-    return out
+def _at_most_two(questions: Sequence[Question]) -> None:
+    if not 1 <= len(questions) <= 2:
+        raise ConfigError(f"a (joint) question takes 1 or 2 questions, got {len(questions)}")

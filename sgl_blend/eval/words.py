@@ -80,9 +80,9 @@ SYSTEM_SENTENCES: tuple[str, ...] = (
     "The documents come in no special order.",
 )
 
-MARKS: tuple[str, ...] = (".", ":", "?", ",")
+MARKS: tuple[str, ...] = (".", ":", ",")
 GRAMMAR: tuple[str, ...] = tuple(
-    "Legend Record means owns The the in Question what do does own and plus Answer".split()
+    "Legend Record means owns The the in Question what belongs to and".split()
 )
 
 
