@@ -78,7 +78,8 @@ class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
     token ids. start: position of the first token when the KV was computed. context: hash of the
     tokens before it (``NO_CONTEXT``: computed alone); a request with the same context needs no
     recompute. generation: 0 exact, else as in ``plan.py``. checksum: xxh3-128 of the body, zero
-    until ``complete_store`` brings it.
+    until ``complete_store`` brings it. serde: the lossy form that the values went through on their
+    way, or ``raw``: such a chunk is never exact, whatever its context.
     """
 
     namespace: Digest
@@ -90,6 +91,7 @@ class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
     context: Digest = NO_CONTEXT
     generation: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
     checksum: Digest = NO_CONTEXT
+    serde: Annotated[str, msgspec.Meta(max_length=16)] = "raw"
 
     @property
     def tokens_bytes(self) -> int:

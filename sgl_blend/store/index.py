@@ -22,7 +22,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
 
     file_key: namespace + key. header: packed ``ChunkHeader``. offset: in the arena while MEMORY is
     in ``tiers``. refs: leases and writers that need the bytes to stay. ready: payload published.
-    loading: a read from a lower tier is under way.
+    loading: a read from a lower tier is under way. lossy / disk_lossy: what is served now, and
+    what the disk holds, went through a lossy serde.
     """
 
     chunk_id: bytes
@@ -42,6 +43,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     pinned: bool = False
     dead: bool = False
     queued: bool = False
+    lossy: bool = False
+    disk_lossy: bool = False
 
     @classmethod
     def of(cls, header: ChunkHeader, packed: bytes | None = None) -> Entry:
@@ -54,13 +57,19 @@ class Entry(msgspec.Struct, gc=False, eq=False):
             start=header.start,
             generation=header.generation,
             nbytes=header.body_bytes,
+            lossy=header.serde != "raw",
         )
 
     def decoded(self) -> ChunkHeader:
         return HEADER_DECODER.decode(self.header)
 
     def exact_in(self, context: bytes | None) -> bool:
-        return self.generation == 0 and context is not None and self.context == context
+        return (
+            self.generation == 0
+            and not self.lossy
+            and context is not None
+            and self.context == context
+        )
 
 
 class ChunkIndex:
