@@ -171,6 +171,8 @@ class ArenaMapping:
         self._array = np.empty(0, dtype=np.uint8)
         self._mapped = 0
         self.registered: list[tuple[int, int]] = []
+        self.holds = 0
+        self.retired = False
         try:
             self._sock.settimeout(timeout_s)
             self._sock.connect(path)
@@ -199,6 +201,15 @@ class ArenaMapping:
             self._array = np.frombuffer(grown, dtype=np.uint8)
             self._mapped = size
         return self._array[offset:end]
+
+    def alive(self) -> bool:
+        """False once the server has closed the connection or ended."""
+        try:
+            return self._sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def register_cuda(self) -> int:
         """Page-lock what is mapped so far for CUDA copies; returns the bytes registered.
