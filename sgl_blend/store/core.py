@@ -74,7 +74,7 @@ class StoreCore:
     def _lookup(self, client: Client, request: p.Lookup, frames, reply: Reply) -> None:
         res, ns, contexts = self.res, request.namespace, request.contexts
         full = [ns + k for k in request.keys]
-        res.sketch.add(full)
+        res.sketch.add(full, contexts)
         best = res.index.best
         found = [
             best(k, contexts[i]) if contexts else best(k) for i, k in enumerate(full)
@@ -200,17 +200,21 @@ class StoreCore:
             return p.StoreGrant("no_room")
         if worse is not None:
             res.remove(worse)
-        entry.refs = 1
+        entry.refs, entry.extra = 1, bool(copies) and worse is None
         res.index.add(entry)
         expires = math.inf if client.shm else self.clock() + self.config.lease_s
         lease = self.leases.grant(STORE, client.id, entry, offset, nbytes, expires)
         return p.StoreGrant("granted", lease.id, offset if client.shm else -1, nbytes)
 
     def _wants_copy(self, entry: Entry, copies: tuple[Entry, ...]) -> bool:
-        """Another copy of the same tokens is worth room once they were asked for twice."""
+        """Another copy of the same tokens is worth room once its very context came up twice.
+
+        This is what keeps prefix-chained copies from flooding the store: a document that appears
+        after a thousand different prompts is asked for often, but in each context once.
+        """
         if len(copies) >= self.config.max_copies:
             return False
-        return self.res.sketch.estimate(entry.file_key) >= 2
+        return self.res.sketch.estimate(entry.file_key, entry.context) >= 2
 
     def _complete_store(self, client: Client, request: p.CompleteStore, frames, reply) -> None:
         if not client.shm and len(frames) != len(request.leases):

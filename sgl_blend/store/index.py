@@ -23,7 +23,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     file_key: namespace + key. header: packed ``ChunkHeader``. offset: in the arena while MEMORY is
     in ``tiers``. refs: leases and writers that need the bytes to stay. ready: payload published.
     loading: a read from a lower tier is under way. lossy / disk_lossy: what is served now, and
-    what the disk holds, went through a lossy serde.
+    what the disk holds, went through a lossy serde. extra: other copies of these tokens were here
+    first; it is worth what its context is asked for, not what its content is.
     """
 
     chunk_id: bytes
@@ -45,6 +46,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     queued: bool = False
     lossy: bool = False
     disk_lossy: bool = False
+    extra: bool = False
 
     @classmethod
     def of(cls, header: ChunkHeader, packed: bytes | None = None) -> Entry:
@@ -123,8 +125,11 @@ class ChunkIndex:
         left = tuple(e for e in self.copies(entry.file_key) if e is not entry)
         if not left:
             del self._by_key[entry.file_key]
+        elif len(left) == 1:
+            self._by_key[entry.file_key] = left[0]
+            left[0].extra = False
         else:
-            self._by_key[entry.file_key] = left[0] if len(left) == 1 else left
+            self._by_key[entry.file_key] = left
         self._count -= 1
 
     def check_integrity(self) -> None:

@@ -137,7 +137,7 @@ class TinyLFUPolicy(EvictionPolicy):
             self._main_bytes -= self._size_of(entry)
 
     def _freq(self, entry: Entry) -> int:
-        return self._sketch.estimate(entry.file_key)
+        return self._sketch.estimate(entry.file_key, entry.context if entry.extra else None)
 
     def victims(self, need: int, evictable: Callable[[Entry], bool]) -> list[Entry]:
         out: list[Entry] = []
@@ -153,7 +153,8 @@ class TinyLFUPolicy(EvictionPolicy):
                 loser = incumbent
             elif incumbent is None:
                 loser = newcomer
-            elif window_bytes <= self._window_cap:
+            elif window_bytes + need <= self._window_cap:
+                # What comes next still fits the window: nothing there has to be judged yet.
                 loser = incumbent
             elif self._freq(newcomer) > self._freq(incumbent):
                 # The newcomer has earned its place: it moves in, the incumbent goes.

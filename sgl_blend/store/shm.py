@@ -183,6 +183,7 @@ class ArenaMapping:
             magic, self.server, self.token, self.capacity = _GREETING.unpack(raw)
             if magic != _GREETING_MAGIC:
                 raise StoreError(f"side socket {path!r} is not a chunk store's")
+            self._sock.setblocking(False)
         except (OSError, StoreError) as e:
             self.close()
             raise StoreError(f"no shared memory through {path!r}: {e}") from e
@@ -205,7 +206,7 @@ class ArenaMapping:
     def alive(self) -> bool:
         """False once the server has closed the connection or ended."""
         try:
-            return self._sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) != b""
+            return self._sock.recv(1, socket.MSG_PEEK) != b""
         except BlockingIOError:
             return True
         except OSError:

@@ -29,24 +29,33 @@ class FrequencySketch:
         self._base = (np.arange(_ROWS, dtype=np.int64) * width)[:, None]
         self._added = 0
 
-    def add(self, keys: list[bytes]) -> None:
-        """Count one sighting of each key. Keys are hashes: their last 8 bytes are used."""
+    def add(self, keys: list[bytes], contexts: list[bytes] = ()) -> None:
+        """Count one sighting of each key, and of each key in its context where these are given.
+
+        Keys and contexts are hashes: their last 8 bytes are used.
+        """
         if not keys:
             return
         h = np.frombuffer(b"".join([k[-8:] for k in keys]), dtype=np.uint64)
+        if contexts:
+            c = np.frombuffer(b"".join([x[-8:] for x in contexts]), dtype=np.uint64)
+            h = np.concatenate([h, h ^ (c * np.uint64(_ODD[0]) + np.uint64(1))])
         at = ((self._odd * h) >> np.uint64(self._shift)).astype(np.int64) + self._base
         flat = self._table.reshape(-1)
         held = flat[at]
         # Conservative update: only the smallest counters of a key go up.
         grown = np.where((held == held.min(axis=0)) & (held < _MAX), held + 1, held)
         np.maximum.at(flat, at.reshape(-1), grown.reshape(-1).astype(np.uint8))
-        self._added += len(keys)
+        self._added += len(h)
         if self._added >= self.sample:
             self._table >>= 1
             self._added //= 2
 
-    def estimate(self, key: bytes) -> int:
-        """Sightings of ``key`` lately, 0..15; never below the truth within one sample period."""
+    def estimate(self, key: bytes, context: bytes | None = None) -> int:
+        """Sightings of ``key`` (in ``context``) lately, 0..15; within one sample period never
+        below the truth."""
         h = int.from_bytes(key[-8:], "little")
+        if context is not None:
+            h ^= (int.from_bytes(context[-8:], "little") * _ODD[0] + 1) & _MASK64
         s, w, flat = self._shift, self.width, self._flat
         return min(flat[((h * o & _MASK64) >> s) + i * w] for i, o in enumerate(_ODD))
