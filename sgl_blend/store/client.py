@@ -332,7 +332,6 @@ class StoreClient:
             return None
         if grant.offset >= 0:
             buf = self._mapping.view(grant.offset, grant.nbytes)
-            buf.flags.writeable = False
             mapping = self._mapping
             mapping.holds += 1
         else:
@@ -340,6 +339,7 @@ class StoreClient:
                 raise ProtocolError("a load grant names a payload frame that did not come")
             buf = np.frombuffer(frames[grant.frame].buffer, dtype=np.uint8)
             mapping = None
+        buf.flags.writeable = False
         return LoadedChunk(
             grant.header, buf, grant.tier, grant.exact, layers, grant.lease, mapping
         )

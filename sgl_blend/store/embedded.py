@@ -7,16 +7,15 @@ or is killed, the kernel closes it, and the child drains and stops.
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from sgl_blend.store.client import StoreClient
 from sgl_blend.store.config import StoreConfig, load_config
 from sgl_blend.store.errors import StoreError
 
@@ -46,13 +45,13 @@ class EmbeddedStore:
         env = dict(os.environ)
         root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH")) if p)
-        out = open(log, "ab") if log else subprocess.DEVNULL
+        err = open(log, "ab") if log else None
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sgl_blend.store", "--parent-fd", str(read_end)],
                 stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=out if log else None,
+                stdout=subprocess.PIPE,
+                stderr=err,
                 pass_fds=(read_end,),
                 env=env,
                 # A Ctrl-C at the terminal is the parent's to handle; the pipe tells the child.
@@ -60,29 +59,22 @@ class EmbeddedStore:
             )
         finally:
             os.close(read_end)
-            if log:
-                out.close()
+            if err is not None:
+                err.close()
         self.process.stdin.write(encode_config(config))
         self.process.stdin.close()
         self._wait(start_s)
 
     def _wait(self, start_s: float) -> None:
-        until = time.monotonic() + start_s
-        with StoreClient(self.endpoint, shm=False, deadline_s=0.5, retry_s=0.05) as client:
-            while True:
-                if self.process.poll() is not None:
-                    self.stop()
-                    raise StoreError(
-                        f"the embedded store ended with exit code {self.process.returncode}"
-                    )
-                try:
-                    client.connect(0.5)
-                    return
-                except StoreError:
-                    if time.monotonic() > until:
-                        self.stop()
-                        raise
-                    time.sleep(0.05)
+        """Until the child says that it listens (an answer at its address could be another's)."""
+        ready, _, _ = select.select([self.process.stdout], [], [], start_s)
+        line = self.process.stdout.readline() if ready else b""
+        if not line.startswith(b"ready "):
+            if not ready:
+                self.process.kill()
+            code = self.stop()
+            raise StoreError(f"the embedded store did not start: it ended with exit code {code}")
+        self.addresses = line.decode().split()[1:]
 
     def stop(self, timeout_s: float | None = None) -> int:
         """Drain, stop, and wait; killed when that takes longer. Returns the exit code. Idempotent."""
@@ -94,6 +86,7 @@ class EmbeddedStore:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
+        self.process.stdout.close()
         if self._folder is not None:
             self._folder.cleanup()
         return code

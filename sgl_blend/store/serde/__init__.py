@@ -15,7 +15,7 @@ SERDES = ("raw", "int8", "fp8", "cachegen")
 
 
 def make_serde(name: str) -> Serde:
-    """The serde of that name. Raises ConfigError for an unknown one. Lossy ones import torch."""
+    """The serde of that name. Raises ConfigError for an unknown one."""
     if name == "raw":
         return RawSerde()
     if name in ("int8", "fp8"):

@@ -16,12 +16,12 @@ import struct
 import threading
 
 import numpy as np
-import torch
 import zstandard
 
 from sgl_blend.store.chunk import BodyView, ChunkHeader
 from sgl_blend.store.errors import ChunkCorrupt
 from sgl_blend.store.serde.base import Cursor, LossySerde
+from sgl_blend.store.serde.floats import from_float32, to_float32
 
 # Step as a fraction of the coded values' standard deviation, by third of the layers. The entropy
 # of a Gaussian rounded so is 2.05 - log2(fraction) bits: 4.05, 3.79 and 3.56 bits an element.
@@ -51,28 +51,32 @@ class CacheGenSerde(LossySerde):
         layers = header.layout.n_layers
         for i in range(layers):
             fraction = STEPS[min(2, 3 * i // layers)]
-            for x in view.torch_layer(i):
-                if not x.numel():
+            for bits in view.layer(i):
+                if not bits.size:
                     continue
-                x = x.float().reshape(header.n_tokens, -1).T.contiguous()
-                top = x.abs().amax(dim=1)
-                if not torch.isfinite(top).all():
+                # [channels, tokens]: a channel's symbols lie side by side for the entropy coder.
+                x = to_float32(bits.reshape(header.n_tokens, -1).T, header.dtype)
+                x = np.ascontiguousarray(x)
+                top = np.maximum(x.max(axis=1), -x.min(axis=1))
+                if not np.isfinite(top).all():
                     return None
-                plain = x.var(dim=1, correction=0)
-                delta = (x[:, 1:] - x[:, :-1]).square().mean(dim=1) if x.shape[1] > 1 else plain
+                plain = x.var(axis=1)
+                delta = np.square(np.diff(x, axis=1)).mean(axis=1) if x.shape[1] > 1 else plain
                 # One mode for the whole part: as many bits as the mean log spread says.
-                mode = int((delta + 1e-30).log().sum() < (plain + 1e-30).log().sum())
-                spread = (delta if mode else plain).sqrt()
+                tiny = np.float32(1e-30)
+                mode = int(np.log(delta + tiny).sum() < np.log(plain + tiny).sum())
+                spread = np.sqrt(delta if mode else plain)
                 # int16 differences must not overflow, and a constant channel needs some step.
-                step = torch.maximum(spread * fraction, top / 16000.0).clamp_min(1e-30)
-                n = (x / step[:, None]).round_().to(torch.int16)
+                step = np.maximum(spread * np.float32(fraction), top / np.float32(16000))
+                step = np.maximum(step, tiny).astype(np.float32)
+                n = np.rint(x * (1 / step)[:, None]).astype(np.int16)
                 if mode:
-                    n[:, 1:] -= n[:, :-1].clone()
-                z = ((n << 1) ^ (n >> 15)).numpy().view(np.uint16)
+                    n[:, 1:] = np.diff(n, axis=1)
+                z = ((n << 1) ^ (n >> 15)).view(np.uint16)
                 low, high = (z & 0xFF).astype(np.uint8), (z >> 8).astype(np.uint8)
                 planes = [compress(low), compress(high)]
                 out.append(_bytes(_PLANE.pack(mode, len(planes[0]), len(planes[1]))))
-                out.append(step.numpy().view(np.uint8))
+                out.append(step.view(np.uint8))
                 out.extend(_bytes(p) for p in planes)
         return out
 
@@ -81,10 +85,10 @@ class CacheGenSerde(LossySerde):
         dest[: header.tokens_bytes] = at.take(header.tokens_bytes)
         view = BodyView(header, dest)
         for i in range(header.layout.n_layers):
-            for x in view.torch_layer(i):
-                if not x.numel():
+            for bits in view.layer(i):
+                if not bits.size:
                     continue
-                tokens, channels = header.n_tokens, x.numel() // header.n_tokens
+                tokens, channels = header.n_tokens, bits.size // header.n_tokens
                 mode, low_len, high_len = _PLANE.unpack(at.take(_PLANE.size).tobytes())
                 step = np.frombuffer(at.take(4 * channels).tobytes(), dtype=np.float32)
                 low = _expand(at.take(low_len), channels * tokens)
@@ -92,12 +96,12 @@ class CacheGenSerde(LossySerde):
                 z = low.astype(np.uint16)
                 if high.any():
                     z |= high.astype(np.uint16) << 8
-                n = (z >> 1).view(np.int16) ^ -((z & 1).view(np.int16))
-                n = torch.from_numpy(n).view(channels, tokens)
+                n = ((z >> 1).view(np.int16) ^ -((z & 1).view(np.int16))).reshape(channels, tokens)
                 if mode:
-                    n = n.cumsum(dim=1, dtype=torch.int32)
-                values = n.float() * torch.from_numpy(step.copy())[:, None]
-                x.copy_(values.T.reshape(x.shape))
+                    n = n.cumsum(axis=1, dtype=np.int32)
+                values = n.astype(np.float32)
+                values *= step[:, None]
+                from_float32(np.ascontiguousarray(values.T).reshape(bits.shape), header.dtype, bits)
         at.finish()
 
 

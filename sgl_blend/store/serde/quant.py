@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from sgl_blend.store.chunk import BodyView, ChunkHeader
 from sgl_blend.store.serde.base import Cursor, LossySerde
-
-_FORMS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+from sgl_blend.store.serde.floats import FP8_MAX, decode_fp8, encode_fp8, from_float32, to_float32
 
 
 class QuantSerde(LossySerde):
@@ -20,22 +18,27 @@ class QuantSerde(LossySerde):
 
     def __init__(self, name: str):
         self.name = name
-        self._kind, self._top = _FORMS[name]
+        self._top = np.float32(127.0 if name == "int8" else FP8_MAX)
 
     def encode_floats(self, header: ChunkHeader, body: np.ndarray) -> list[np.ndarray] | None:
         view = BodyView(header, body)
         out = [body[: header.tokens_bytes]]
         for i in range(header.layout.n_layers):
-            for x in view.torch_layer(i):
-                x = x.float()
-                top = x.abs().amax(dim=-1) if x.numel() else x.new_zeros(x.shape[:-1])
-                if not torch.isfinite(top).all():
+            for bits in view.layer(i):
+                if not bits.size:
+                    continue
+                x = to_float32(bits, header.dtype)
+                top = np.maximum(x.max(axis=-1), -x.min(axis=-1))
+                if not np.isfinite(top).all():
                     return None
-                scale = (top / self._top).clamp_min(1e-30)
-                q = x / scale[..., None]
-                q = q.round_() if self._kind is torch.int8 else q.clamp_(-self._top, self._top)
-                out.append(scale.numpy().reshape(-1).view(np.uint8))
-                out.append(q.to(self._kind).view(torch.uint8).numpy().reshape(-1))
+                scale = np.maximum(top / self._top, np.float32(1e-30))
+                x *= (1 / scale)[..., None]
+                if self.name == "int8":
+                    q = np.rint(x, out=x).astype(np.int8).view(np.uint8)
+                else:
+                    q = encode_fp8(np.clip(x, -self._top, self._top, out=x))
+                out.append(scale.reshape(-1).view(np.uint8))
+                out.append(q.reshape(-1))
         return out
 
     def decode_floats(self, header: ChunkHeader, blob: np.ndarray, dest: np.ndarray) -> None:
@@ -43,11 +46,14 @@ class QuantSerde(LossySerde):
         dest[: header.tokens_bytes] = at.take(header.tokens_bytes)
         view = BodyView(header, dest)
         for i in range(header.layout.n_layers):
-            for x in view.torch_layer(i):
-                tokens, heads, dim = x.shape
+            for bits in view.layer(i):
+                if not bits.size:
+                    continue
+                tokens, heads, dim = bits.shape
                 # The blob's parts begin at odd bytes: copy them to where floats may lie.
                 scale = np.frombuffer(at.take(4 * tokens * heads).tobytes(), dtype=np.float32)
-                scale = torch.from_numpy(scale.copy()).view(tokens, heads, 1)
-                q = torch.from_numpy(at.take(tokens * heads * dim)).view(self._kind)
-                x.copy_(q.view(tokens, heads, dim).float() * scale)
+                q = at.take(tokens * heads * dim).reshape(tokens, heads, dim)
+                x = q.view(np.int8).astype(np.float32) if self.name == "int8" else decode_fp8(q)
+                x *= scale.reshape(tokens, heads, 1)
+                from_float32(x, header.dtype, bits)
         at.finish()
