@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from sgl_blend.store.chunk import ChunkHeader, Layout, checksum, make_namespace, pack_tokens
+from sgl_blend.store.client import StoreClient
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.embedded import EmbeddedStore
 
@@ -49,6 +50,11 @@ def small_config(tmp_path=None, **changes) -> StoreConfig:
     if tmp_path is not None:
         config = replace(config, disk_path=str(tmp_path / "disk"))
     return replace(config, **changes)
+
+
+def connect(endpoint: str, namespace: bytes = bytes(16), **options) -> StoreClient:
+    """A client with a deadline that a busy machine meets, where the test is not about deadlines."""
+    return StoreClient(endpoint, namespace, **{"deadline_s": 10.0, **options})
 
 
 def start(config: StoreConfig, **options) -> EmbeddedStore:

@@ -11,11 +11,10 @@ import urllib.request
 
 import numpy as np
 import pytest
-from store_testing import NAMESPACE, digest, eventually, make_chunk, small_config, start
+from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import make_namespace, pack_tokens
-from sgl_blend.store.client import StoreClient
 from sgl_blend.store.errors import ChunkCorrupt, ProtocolError, StoreRefused, StoreTimeout
 
 
@@ -27,7 +26,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(params=["shm", "frames"])
 def client(store, request):
-    with StoreClient(store.endpoint, digest(request.node.name), shm=request.param == "shm") as c:
+    with connect(store.endpoint, digest(request.node.name), shm=request.param == "shm") as c:
         c.connect()
         assert c.shm == (request.param == "shm")
         yield c
@@ -62,7 +61,7 @@ def test_store_lookup_load(client):
 
 
 def test_bodies_are_written_in_place_and_read_without_copies(store):
-    with StoreClient(store.endpoint, digest("in place")) as client:
+    with connect(store.endpoint, digest("in place")) as client:
         header, body = make_chunk(1, namespace=client.namespace)
         (slot,) = client.prepare_store([header])
         pack_tokens(np.arange(32), slot.buf)
@@ -76,7 +75,7 @@ def test_bodies_are_written_in_place_and_read_without_copies(store):
 
 def test_namespaces_keep_tenants_apart(store):
     salts = [make_namespace("model", "rank 0", salt) for salt in ("alice", "bob")]
-    with StoreClient(store.endpoint, salts[0]) as a, StoreClient(store.endpoint, salts[1]) as b:
+    with connect(store.endpoint, salts[0]) as a, connect(store.endpoint, salts[1]) as b:
         header, body = make_chunk(1, namespace=salts[0])
         a.put([header], [body])
         assert a.lookup([header.key])[0] is not None
@@ -89,8 +88,8 @@ def test_namespaces_keep_tenants_apart(store):
 
 def test_two_clients_share_chunks_across_transports(store):
     with (
-        StoreClient(store.endpoint, digest("both")) as near,
-        StoreClient(store.endpoint, digest("both"), shm=False) as far,
+        connect(store.endpoint, digest("both")) as near,
+        connect(store.endpoint, digest("both"), shm=False) as far,
     ):
         (a, body_a), (b, body_b) = _chunks(near, 2)
         near.put([a], [body_a])
@@ -103,8 +102,8 @@ def test_two_clients_share_chunks_across_transports(store):
 
 def test_concurrent_storing_of_one_chunk(store):
     with (
-        StoreClient(store.endpoint, digest("race")) as a,
-        StoreClient(store.endpoint, digest("race")) as b,
+        connect(store.endpoint, digest("race")) as a,
+        connect(store.endpoint, digest("race")) as b,
     ):
         header, body = make_chunk(1, namespace=a.namespace)
         (first,) = a.prepare_store([header])
@@ -121,10 +120,10 @@ def test_durable_chunks_survive_a_restart(tmp_path):
     config = small_config(tmp_path)
     made = [make_chunk(i) for i in range(12)]
     keys = [h.key for h, _ in made]
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         assert client.put(*zip(*made, strict=True), durable=True) == ["durable"] * 12
         client.pin(keys[:2])
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         assert {h.tier for h in client.lookup(keys)} == {"disk"}
         with client.load(keys, deadline_s=10) as loaded:
             assert {c.tier for c in loaded} == {"disk"}
@@ -139,11 +138,11 @@ def test_a_stopping_store_writes_out_what_it_has(tmp_path):
     config = small_config(tmp_path, disk_after=9)
     made = [make_chunk(i) for i in range(12)]
     store = start(config)
-    with StoreClient(store.endpoint, NAMESPACE) as client:
+    with connect(store.endpoint, NAMESPACE) as client:
         client.put(*zip(*made, strict=True))
         assert client.stats()["disk_used"] == 0
     assert store.stop() == 0
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         assert None not in client.lookup([h.key for h, _ in made])
 
 
@@ -151,10 +150,10 @@ def test_a_stopping_store_writes_out_what_it_has(tmp_path):
 def test_a_lossy_disk_serves_inexact_chunks(tmp_path, serde):
     config = small_config(tmp_path, disk_serde=serde)
     header, body = make_chunk(1, context=digest("c"), n_tokens=64)
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         client.put([header], [body], durable=True)
         assert client.lookup([header.key], [digest("c")])[0].exact
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE, verify=True) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE, verify=True) as client:
         assert not client.lookup([header.key], [digest("c")])[0].exact
         with client.load([header.key], [digest("c")], deadline_s=20) as (chunk,):
             assert not chunk.exact and chunk.header.serde == serde
@@ -165,17 +164,17 @@ def test_a_lossy_disk_serves_inexact_chunks(tmp_path, serde):
 def test_prefetch_brings_chunks_up(tmp_path):
     config = small_config(tmp_path)
     header, body = make_chunk(1)
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         client.put([header], [body], durable=True)
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         assert client.prefetch([header.key, digest("absent")]) == 1
         assert eventually(lambda: client.lookup([header.key])[0].tier == "memory")
 
 
 def test_verification_on_the_client(store):
     with (
-        StoreClient(store.endpoint, digest("verify"), verify=True) as client,
-        StoreClient(store.endpoint, digest("verify")) as scribbler,
+        connect(store.endpoint, digest("verify"), verify=True) as client,
+        connect(store.endpoint, digest("verify")) as scribbler,
     ):
         header, body = make_chunk(1, namespace=client.namespace)
         (slot,) = scribbler.prepare_store([header])
@@ -205,7 +204,7 @@ def test_limits_are_answers_not_crashes(client):
 
 
 def test_a_dead_endpoint_costs_one_deadline(tmp_path):
-    with StoreClient(f"ipc://{tmp_path}/nobody", deadline_s=0.3) as client:
+    with connect(f"ipc://{tmp_path}/nobody", deadline_s=0.3) as client:
         began = time.monotonic()
         with pytest.raises(StoreTimeout):
             client.lookup([digest(1)])
@@ -215,7 +214,7 @@ def test_a_dead_endpoint_costs_one_deadline(tmp_path):
 
 
 def test_threads_share_a_client(store):
-    with StoreClient(store.endpoint, digest("threads"), deadline_s=20) as client:
+    with connect(store.endpoint, digest("threads"), deadline_s=20) as client:
         made = _chunks(client, 40)
         client.put(*zip(*made, strict=True))
         wrong = []
@@ -243,7 +242,7 @@ def test_one_server_per_address(tmp_path):
     with start(config, private=False) as store:
         with pytest.raises(StoreError, match="exit code 2"):
             start(config, private=False)
-        with StoreClient(store.endpoint) as client:
+        with connect(store.endpoint) as client:
             client.connect()
         # Only this user may connect.
         for name in ("s", "s.shm"):
@@ -261,7 +260,7 @@ def test_the_store_ends_with_its_parent(tmp_path):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid, endpoint = parent.stdout.readline().split()
-    with StoreClient(endpoint) as client:
+    with connect(endpoint) as client:
         client.connect()
     parent.kill()
     parent.wait()
@@ -286,7 +285,7 @@ def test_metrics_are_scraped(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with start(small_config(metrics_port=port)) as store:
-        with StoreClient(store.endpoint, NAMESPACE) as client:
+        with connect(store.endpoint, NAMESPACE) as client:
             header, body = make_chunk(1)
             client.put([header], [body])
             client.lookup([header.key, digest("no")])
@@ -311,7 +310,7 @@ def test_metrics_are_scraped(tmp_path):
 
 def test_read_only_and_drain_over_the_wire(tmp_path):
     store = start(small_config(tmp_path))
-    with StoreClient(store.endpoint, NAMESPACE) as client:
+    with connect(store.endpoint, NAMESPACE) as client:
         header, body = make_chunk(1)
         client.put([header], [body])
         client.set_read_only(True)

@@ -14,11 +14,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zmq
-from store_testing import NAMESPACE, digest, eventually, make_chunk, small_config, start
+from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store import protocol as p
-from sgl_blend.store.client import StoreClient
 from sgl_blend.store.errors import ProtocolError
 
 
@@ -51,14 +50,14 @@ def test_killed_and_restarted_under_load(tmp_path):
     config = _fixed(tmp_path, disk_fsync=False)
     store = start(config, private=False)
     base = [make_chunk(i) for i in range(20)]
-    with StoreClient(store.endpoint, NAMESPACE) as client:
+    with connect(store.endpoint, NAMESPACE) as client:
         assert set(client.put(*zip(*base, strict=True), durable=True)) == {"durable"}
     stop = threading.Event()
     served, failed, wrong, durable = [0] * 4, [0] * 4, [], set()
 
     def work(n: int) -> None:
         rng = np.random.default_rng(n)
-        with StoreClient(
+        with connect(
             config.endpoints[0], NAMESPACE, deadline_s=1.0, shm=n % 2 == 0, retry_s=0.2
         ) as client:
             step = 0
@@ -99,7 +98,7 @@ def test_killed_and_restarted_under_load(tmp_path):
     assert all(n > 0 for n in served)
     # What was acknowledged as durable is there after the last kill.
     numbers = sorted(durable)
-    with StoreClient(store.endpoint, NAMESPACE, deadline_s=10) as client:
+    with connect(store.endpoint, NAMESPACE, deadline_s=10) as client:
         keys = [make_chunk(n)[0].key for n in numbers]
         hits = client.lookup(keys[:4000])
         assert None not in hits and len(hits) > 50
@@ -114,7 +113,7 @@ def test_killed_and_restarted_under_load(tmp_path):
 
 def test_views_stay_readable_when_the_store_is_killed(tmp_path):
     store = start(small_config())
-    with StoreClient(store.endpoint, NAMESPACE, deadline_s=0.3) as client:
+    with connect(store.endpoint, NAMESPACE, deadline_s=0.3) as client:
         header, body = make_chunk(1)
         client.put([header], [body])
         (chunk,) = client.prepare_load([header.key])
@@ -132,8 +131,8 @@ def test_views_stay_readable_when_the_store_is_killed(tmp_path):
 def test_a_slot_of_an_earlier_run_is_expired_in_the_next(tmp_path):
     config = _fixed(tmp_path)
     store = start(config, private=False)
-    with StoreClient(store.endpoint, NAMESPACE, deadline_s=5, retry_s=0.1) as client:
-        for shm_client in (client, StoreClient(store.endpoint, NAMESPACE, shm=False)):
+    with connect(store.endpoint, NAMESPACE, deadline_s=5, retry_s=0.1) as client:
+        for shm_client in (client, connect(store.endpoint, NAMESPACE, shm=False)):
             header, body = make_chunk(1)
             (slot,) = shm_client.prepare_store([header])
             assert slot.granted
@@ -152,7 +151,7 @@ def test_a_slot_of_an_earlier_run_is_expired_in_the_next(tmp_path):
 def test_stopped_for_ten_seconds(tmp_path):
     """SIGSTOP: callers get misses on time, not after ten seconds each; then all is as before."""
     store = start(small_config(tmp_path))
-    with StoreClient(store.endpoint, NAMESPACE, deadline_s=0.5, retry_s=0.5) as client:
+    with connect(store.endpoint, NAMESPACE, deadline_s=0.5, retry_s=0.5) as client:
         header, body = make_chunk(1)
         client.put([header], [body])
         (held,) = client.prepare_load([header.key])
@@ -184,7 +183,7 @@ def test_stopped_for_ten_seconds(tmp_path):
 def test_damage_on_disk_is_a_miss(tmp_path, damage):
     config = small_config(tmp_path)
     made = [make_chunk(i) for i in range(3)]
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         client.put(*zip(*made, strict=True), durable=True)
     path = tmp_path / "disk" / "data"
     name = made[1][0].chunk_id.hex()
@@ -197,7 +196,7 @@ def test_damage_on_disk_is_a_miss(tmp_path, damage):
         os.truncate(path, path.stat().st_size - 4096)
     else:
         path.unlink()
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         keys = [h.key for h, _ in made]
         with client.load(keys, deadline_s=10) as loaded:
             assert loaded[1] is None
@@ -214,7 +213,7 @@ def test_damage_on_disk_is_a_miss(tmp_path, damage):
 def test_damage_while_the_store_runs(tmp_path):
     """Files change under a running store that has the chunk in its index only."""
     config = small_config(tmp_path, memory_bytes=1 << 20)
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE, deadline_s=5) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE, deadline_s=5) as client:
         made = [make_chunk(i, n_tokens=64) for i in range(60)]
         for header, body in made:
             client.put([header], [body], durable=True)
@@ -233,7 +232,7 @@ def test_damage_while_the_store_runs(tmp_path):
 def test_disk_full(tmp_path):
     """The kernel refuses writes to the running store: refused stores, and it serves on."""
     with start(small_config(tmp_path, max_chunk_bytes=8 << 20)) as store:
-        with StoreClient(store.endpoint, NAMESPACE, deadline_s=10) as client:
+        with connect(store.endpoint, NAMESPACE, deadline_s=10) as client:
             small, large = make_chunk(1), make_chunk(2, n_tokens=4000)
             client.put([small[0]], [small[1]], durable=True)
             limits = resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE)
@@ -250,7 +249,7 @@ def test_disk_full(tmp_path):
 
 def test_disk_limit_is_kept(tmp_path):
     config = small_config(tmp_path, disk_bytes=1 << 20, disk_fsync=False)
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE, deadline_s=10) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE, deadline_s=10) as client:
         for i in range(60):
             header, body = make_chunk(i, n_tokens=64)
             assert client.put([header], [body], durable=True) == ["durable"]
@@ -294,7 +293,7 @@ def test_an_old_server_is_an_error_that_says_so(tmp_path):
 
     thread = threading.Thread(target=old_server)
     thread.start()
-    with StoreClient(f"ipc://{tmp_path}/old") as client:
+    with connect(f"ipc://{tmp_path}/old") as client:
         with pytest.raises(ProtocolError, match="version 0 .*upgrade"):
             client.lookup([digest(1)])
     thread.join()
@@ -305,9 +304,8 @@ def test_an_old_server_is_an_error_that_says_so(tmp_path):
 _VANISHING = """
 import os, sys, time
 sys.path[:0] = {path!r}
-from store_testing import NAMESPACE, make_chunk
-from sgl_blend.store.client import StoreClient
-client = StoreClient({endpoint!r}, NAMESPACE, shm={shm})
+from store_testing import NAMESPACE, connect, make_chunk
+client = connect({endpoint!r}, NAMESPACE, shm={shm})
 slots = client.prepare_store([make_chunk(i, n_tokens=256)[0] for i in range(8)])
 assert all(s.granted for s in slots)
 slots[0].buf[:100] = 7
@@ -321,7 +319,7 @@ time.sleep(60)
 @pytest.mark.parametrize("shm", [True, False])
 def test_a_client_that_vanishes_leaks_nothing(tmp_path, shm):
     with start(small_config(lease_s=1.0)) as store:
-        with StoreClient(store.endpoint, NAMESPACE, deadline_s=5) as client:
+        with connect(store.endpoint, NAMESPACE, deadline_s=5) as client:
             header, body = make_chunk(100)
             client.put([header], [body])
             used = client.stats()["memory_used"]
@@ -346,7 +344,7 @@ def test_a_client_that_vanishes_leaks_nothing(tmp_path, shm):
 def test_a_stopped_writer_cannot_wake_up_into_anothers_memory(tmp_path):
     """A writer sleeps past every timeout; its bytes must not have been given to anyone."""
     with start(small_config(memory_bytes=1 << 20, lease_s=0.2)) as store:
-        with StoreClient(store.endpoint, NAMESPACE, deadline_s=5) as client:
+        with connect(store.endpoint, NAMESPACE, deadline_s=5) as client:
             code = _VANISHING.format(path=sys.path, endpoint=store.endpoint, shm=True).replace(
                 "time.sleep(60)", "sys.stdin.read(1); slots[0].buf[:] = 0xEE; print('woke')"
             )
@@ -378,7 +376,7 @@ def test_a_stopped_writer_cannot_wake_up_into_anothers_memory(tmp_path):
 def test_shared_memory_refused_by_the_kernel(tmp_path):
     """The arena cannot grow: what is backed is used, evicting; nothing crashes."""
     with start(small_config(memory_bytes=1 << 30, max_chunk_bytes=64 << 20)) as store:
-        with StoreClient(store.endpoint, NAMESPACE, deadline_s=10) as client:
+        with connect(store.endpoint, NAMESPACE, deadline_s=10) as client:
             client.put(*[[x] for x in make_chunk(0)])
             backed = client.stats()["memory_backed"]
             limits = resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE)
@@ -395,7 +393,7 @@ def test_shared_memory_refused_by_the_kernel(tmp_path):
 
 def test_shared_memory_all_leased(tmp_path):
     config = small_config(memory_bytes=1 << 20, client_lease_bytes=1 << 30)
-    with start(config) as store, StoreClient(store.endpoint, NAMESPACE) as client:
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
         slots = client.prepare_store([make_chunk(i, n_tokens=64)[0] for i in range(80)])
         states = {s.status for s in slots}
         assert states == {"granted", "no_room"}
@@ -408,7 +406,7 @@ def test_nothing_is_left_behind(tmp_path):
     before = set(os.listdir("/dev/shm"))
     store = start(small_config())
     code = _VANISHING.format(path=sys.path, endpoint=store.endpoint, shm=True)
-    with StoreClient(store.endpoint, NAMESPACE) as client:
+    with connect(store.endpoint, NAMESPACE) as client:
         client.put(*[[x] for x in make_chunk(100)])
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
