@@ -23,7 +23,13 @@ import zmq
 from sgl_blend.errors import StoreError
 from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import BodyView, ChunkHeader, checksum
-from sgl_blend.store.errors import ChunkCorrupt, ProtocolError, StoreRefused, StoreTimeout
+from sgl_blend.store.errors import (
+    ChunkCorrupt,
+    ProtocolError,
+    StoreRefused,
+    StoreTimeout,
+    VersionMismatch,
+)
 from sgl_blend.store.security import CurveClient
 from sgl_blend.store.shm import ArenaMapping
 
@@ -243,7 +249,9 @@ class StoreClient:
             p.check_preamble(got[0].bytes)
             reply = p.decode_reply(got[2].buffer)
             if isinstance(reply, p.Failure):
-                if reply.code in ("version", "malformed"):
+                if reply.code == "version":
+                    raise VersionMismatch(f"{verb}: {reply.message}")
+                if reply.code == "malformed":
                     raise ProtocolError(f"{verb}: {reply.message}")
                 raise StoreRefused(reply.code, reply.message)
             return reply, got[3:]

@@ -21,6 +21,10 @@ class ProtocolError(StoreError):
     """A frame that is not this protocol, or not this version of it, or out of its bounds."""
 
 
+class VersionMismatch(ProtocolError):
+    """The other side speaks another version of the protocol."""
+
+
 class ChunkCorrupt(StoreError):
     """A payload whose bytes do not match its checksum. It is dropped, never served."""
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sgl_blend.store.server import StoreServer
 
 _PREFIX = "sgl_blend_store_"
-_MONOTONOUS = ("memory_evictions", "shm_exhausted", "malformed")
+_MONOTONOUS = ("memory_evictions", "shm_exhausted")
 
 
 class StoreCollector(Collector):

@@ -26,7 +26,7 @@ from typing import Annotated
 import msgspec
 
 from sgl_blend.store.chunk import ChunkHeader, Count, Digest, Key, Size
-from sgl_blend.store.errors import ProtocolError
+from sgl_blend.store.errors import ProtocolError, VersionMismatch
 
 VERSION = 1
 MAGIC = b"SGLB"
@@ -283,7 +283,8 @@ def _decode(decoder: msgspec.msgpack.Decoder, body):
         raise ProtocolError(f"message body of {len(body)} bytes is over the limit of {MAX_BODY}")
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as e:
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, MemoryError) as e:
+        # ValueError: msgspec lets a string that is not UTF-8 out as a UnicodeDecodeError.
         raise ProtocolError(f"message does not follow protocol version {VERSION}: {e}") from e
 
 
@@ -305,11 +306,11 @@ def decode_reply(body) -> AnyReply:
 
 
 def check_preamble(frame: bytes) -> None:
-    """Raises ProtocolError unless ``frame`` opens a message of this version."""
+    """Raises VersionMismatch or ProtocolError unless ``frame`` opens a message of this version."""
     if frame == PREAMBLE:
         return
     if len(frame) == len(PREAMBLE) and frame[: len(MAGIC)] == MAGIC:
-        raise ProtocolError(
+        raise VersionMismatch(
             f"protocol version {frame[-1]} is not spoken here (this side: {VERSION}); "
             "upgrade the older of store and server"
         )

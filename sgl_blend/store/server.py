@@ -25,7 +25,7 @@ from sgl_blend.errors import ConfigError
 from sgl_blend.store import protocol as p
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.core import Client, StoreCore
-from sgl_blend.store.errors import ProtocolError
+from sgl_blend.store.errors import ProtocolError, VersionMismatch
 from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.residency import Residency
 from sgl_blend.store.security import check_endpoints, load_pair, split_endpoint
@@ -75,7 +75,6 @@ class StoreServer:
         self._tokens: dict[int, bytes] = {}
         self._identities: dict[tuple[int, bytes], Client] = {}
         self._trackers: list[tuple[zmq.MessageTracker, Callable[[], None]]] = []
-        self.malformed = 0
         self.snapshot: dict = {}
         self._signals = 0
         side = self._side_path()
@@ -197,7 +196,6 @@ class StoreServer:
     def stats(self) -> dict:
         return {
             **self.core.stats(),
-            "malformed": self.malformed,
             "shm_clients": len(self._sessions),
         }
 
@@ -287,9 +285,14 @@ class StoreServer:
                 client = Client(b"net%d:" % n + identity, False)
             self.core.handle(client, request, [f.buffer for f in frames[3:]], reply)
         except ProtocolError as e:
-            self.malformed += 1
-            code = "version" if "version" in str(e)[:40] else "malformed"
+            self.core.res.counters["malformed"] += 1
+            code = "version" if isinstance(e, VersionMismatch) else "malformed"
             reply(p.Failure(code, str(e)[:1000]))
+        except Exception as e:
+            # The last line of defence: one request's bug must not end everyone's store.
+            log.exception("request failed")
+            self.core.res.counters["internal_errors"] += 1
+            reply(p.Failure("internal", f"{type(e).__name__}: {e}"[:1000]))
 
     def _hello(self, n: int, identity: bytes, request: p.Hello) -> p.Welcome:
         client = self._tokens.get(request.session)

@@ -81,7 +81,7 @@ def unpack_head(fd: int, first: bytes) -> tuple[FileHead, int]:
         raise ChunkCorrupt("the head's checksum does not match")
     try:
         return _HEADS.decode(raw), size
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+    except (msgspec.MsgspecError, ValueError) as e:
         raise ChunkCorrupt(f"head: {e}") from e
 
 
