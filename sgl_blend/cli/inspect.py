@@ -48,7 +48,9 @@ def _gather(args: argparse.Namespace) -> dict:
         report = {
             "endpoint": client.endpoint,
             "stats": stats,
-            "lookup_hit_rate": _share(counters.get("lookup_hits", 0), counters.get("lookup_keys", 0)),
+            "lookup_hit_rate": _share(
+                counters.get("lookup_hits", 0), counters.get("lookup_keys", 0)
+            ),
             "load_hit_rate": _share(
                 counters.get("load_hits", 0),
                 counters.get("load_hits", 0) + counters.get("load_misses", 0),
@@ -99,7 +101,10 @@ def _print_table(report: dict) -> None:
         ("lookup hits", _percent(report["lookup_hit_rate"])),
         ("load hits", _percent(report["load_hit_rate"])),
         ("loaded", _mib(counters.get("load_bytes", 0))),
-        ("evictions", f"{stats['memory_evictions']:,} memory, {counters.get('disk_evictions', 0):,} disk"),
+        (
+            "evictions",
+            f"{stats['memory_evictions']:,} memory, {counters.get('disk_evictions', 0):,} disk",
+        ),
         ("damaged chunks", f"{counters.get('corrupt', 0):,}"),
         ("leases, backlog", f"{stats['leases']:,}, {stats['backlog']:,}"),
     ]

@@ -65,9 +65,13 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     for name, text in _CONFIG_HELP.items():
         flag = "--" + name.replace("_", "-")
         if name == "endpoints":
-            parser.add_argument("--endpoint", dest=name, action="append", metavar="ADDRESS", help=text)
+            parser.add_argument(
+                "--endpoint", dest=name, action="append", metavar="ADDRESS", help=text
+            )
         elif name in _FLAGS:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
         else:
             parser.add_argument(flag, type=_NUMBERS.get(name, str), metavar="X", help=text)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")

@@ -24,9 +24,7 @@ Key = Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 
-DType = Literal[
-    "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"
-]
+DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
 ITEMSIZE = {
     "float32": 4,
     "float16": 2,
@@ -164,9 +162,7 @@ class BodyView:
     memory: until ``complete_load``).
     """
 
-    def __init__(
-        self, header: ChunkHeader, buf: np.ndarray, layers: tuple[int, int] | None = None
-    ):
+    def __init__(self, header: ChunkHeader, buf: np.ndarray, layers: tuple[int, int] | None = None):
         self.header = header
         self.buf = buf
         self.first, self.last = layers or (0, header.layout.n_layers)

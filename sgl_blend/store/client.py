@@ -348,9 +348,7 @@ class StoreClient:
             buf = np.frombuffer(frames[grant.frame].buffer, dtype=np.uint8)
             mapping = None
         buf.flags.writeable = False
-        return LoadedChunk(
-            grant.header, buf, grant.tier, grant.exact, layers, grant.lease, mapping
-        )
+        return LoadedChunk(grant.header, buf, grant.tier, grant.exact, layers, grant.lease, mapping)
 
     def _check(self, loaded: list[LoadedChunk | None]) -> None:
         for chunk in loaded:

@@ -83,7 +83,9 @@ class StoreConfig:
 
         for name in ("policy", "disk_policy"):
             if getattr(self, name) not in POLICIES:
-                raise ConfigError(f"{name}: {unknown_name('policy', getattr(self, name), POLICIES)}")
+                raise ConfigError(
+                    f"{name}: {unknown_name('policy', getattr(self, name), POLICIES)}"
+                )
         for name in ("disk_serde", "remote_serde"):
             if getattr(self, name) not in SERDES:
                 raise ConfigError(f"{name}: {unknown_name('serde', getattr(self, name), SERDES)}")

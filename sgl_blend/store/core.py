@@ -76,9 +76,7 @@ class StoreCore:
         full = [ns + k for k in request.keys]
         res.sketch.add(full, contexts)
         best = res.index.best
-        found = [
-            best(k, contexts[i]) if contexts else best(k) for i, k in enumerate(full)
-        ]
+        found = [best(k, contexts[i]) if contexts else best(k) for i, k in enumerate(full)]
         hits = [
             None if e is None else _hit(e, contexts[i] if contexts else None)
             for i, e in enumerate(found)
@@ -308,6 +306,7 @@ class StoreCore:
         n = 0
         for key in request.keys:
             for entry in self.res.index.copies(request.namespace + key):
+                self.res.forget_remote(entry)
                 self.res.remove(entry)
                 n += 1
         reply(p.Done(n))

@@ -67,9 +67,7 @@ class LoadRequest:
                 if key not in heads:
                     self._settle(i, None)
                 else:
-                    self.core.res.fetch_remote(
-                        heads[key], lambda e, i=i: self._ready(i, e, name)
-                    )
+                    self.core.res.fetch_remote(heads[key], lambda e, i=i: self._ready(i, e, name))
 
     def _ready(self, i: int, entry: Entry | None, tier: str) -> None:
         if entry is None or self.done:
@@ -100,9 +98,7 @@ class LoadRequest:
         entry.refs += 1
         offset = entry.offset + begin
         lease = core.leases.grant(LOAD, client.id, entry, offset, end - begin, math.inf)
-        self._settle(
-            i, p.LoadGrant(lease.id, header, offset, end - begin, -1, tier, exact)
-        )
+        self._settle(i, p.LoadGrant(lease.id, header, offset, end - begin, -1, tier, exact))
 
     def _ranged(self, i: int, offset: int | None, header: ChunkHeader | None) -> None:
         if offset is None:
@@ -117,9 +113,7 @@ class LoadRequest:
             self._settle(i, None)
             return
         exact = (
-            header.generation == 0
-            and header.serde == "raw"
-            and header.context == self._context(i)
+            header.generation == 0 and header.serde == "raw" and header.context == self._context(i)
         )
         if not client.shm:
             view = core.res.memory.view(offset, nbytes)

@@ -295,9 +295,7 @@ def decode_request(body) -> AnyRequest:
     if contexts and len(contexts) != len(message.keys):
         raise ProtocolError(f"{len(contexts)} contexts for {len(message.keys)} keys")
     if isinstance(message, CompleteStore) and len(message.checksums) != len(message.leases):
-        raise ProtocolError(
-            f"{len(message.checksums)} checksums for {len(message.leases)} leases"
-        )
+        raise ProtocolError(f"{len(message.checksums)} checksums for {len(message.leases)} leases")
     return message
 
 

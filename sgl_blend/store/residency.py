@@ -126,7 +126,7 @@ class Residency:
 
     def _only_count(self, _result, error: BaseException | None) -> None:
         if error is not None:
-            self.counters["disk_errors"] += 1
+            self.counters["tier_errors"] += 1
 
     # Disk, downwards.
 
@@ -351,6 +351,12 @@ class Residency:
             self.unref(entry)
 
         self.jobs.submit("remote-put", lambda: remote.put([item]), done)
+
+    def forget_remote(self, entry: Entry) -> None:
+        """Take a chunk that was deleted here out of the shared tier as well, in the background."""
+        if self.remote is not None and entry.ready:
+            header, remote = entry.decoded(), self.remote
+            self.jobs.submit("remote-put", lambda: remote.delete([header]), self._only_count)
 
     def remote_heads(
         self,

@@ -79,8 +79,16 @@ class StoreServer:
         self._signals = 0
         side = self._side_path()
         self._lock(side)
-        self.jobs = Jobs({"disk": 1, "read": config.disk_readers, "copy": 1,
-                          "remote": 2, "remote-put": 1, "sweep": 1})
+        self.jobs = Jobs(
+            {
+                "disk": 1,
+                "read": config.disk_readers,
+                "copy": 1,
+                "remote": 2,
+                "remote-put": 1,
+                "sweep": 1,
+            }
+        )
         self.disk, self.remote = make_tiers(config)
         self.arena = Arena(config.memory_bytes)
         self.core = StoreCore(Residency(config, self.arena, self.jobs, self.disk, self.remote))

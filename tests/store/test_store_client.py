@@ -277,9 +277,9 @@ def _is_zombie(pid: str) -> bool:
 
 
 def test_metrics_are_scraped(tmp_path):
-    from prometheus_client.parser import text_string_to_metric_families
-
     import socket
+
+    from prometheus_client.parser import text_string_to_metric_families
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

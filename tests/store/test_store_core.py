@@ -122,13 +122,13 @@ def test_random_use_keeps_books_and_bytes(tmp_path, seed):
                 driver.core.handle(client, p.CompleteLoad(leases), [], None)
         elif roll < 0.86:
             layers = (1, 3)
-            grant, frames = driver.ask(client, p.PrepareLoad(NAMESPACE, [header.key], [], 9999, layers))
+            grant, frames = driver.ask(
+                client, p.PrepareLoad(NAMESPACE, [header.key], [], 9999, layers)
+            )
             grant = grant.grants[0]
             if grant is not None:
                 begin, end = header.layer_range(*layers)
-                got = (
-                    driver.arena.view(grant.offset, grant.nbytes) if client.shm else frames[0]
-                )
+                got = driver.arena.view(grant.offset, grant.nbytes) if client.shm else frames[0]
                 np.testing.assert_array_equal(got, body[begin:end])
                 if client.shm:
                     driver.core.handle(client, p.CompleteLoad([grant.lease]), [], None)

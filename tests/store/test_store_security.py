@@ -63,9 +63,7 @@ def test_curve_admits_known_clients_alone(tmp_path):
         address = store.addresses[0].replace("0.0.0.0", "127.0.0.1")
         server_key = tmp_path / "keys" / "server.key"
         good = load_client_keys(tmp_path / "keys" / "clients" / "client.key_secret", server_key)
-        bad = load_client_keys(
-            tmp_path / "strangers" / "clients" / "client.key_secret", server_key
-        )
+        bad = load_client_keys(tmp_path / "strangers" / "clients" / "client.key_secret", server_key)
         header, body = make_chunk(1)
         with connect(address, NAMESPACE, curve=good, shm=False) as client:
             assert client.put([header], [body]) == ["stored"]

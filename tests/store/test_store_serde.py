@@ -20,7 +20,10 @@ from sgl_blend.store.serde.floats import decode_fp8, encode_fp8, from_float32, t
 LOSSY = [s for s in SERDES if s != "raw"]
 
 
-def _kv(dtype="bfloat16", layout=Layout(6, 2, 32, 32), n_tokens=128, rho=0.9, seed=0):
+USUAL = Layout(6, 2, 32, 32)
+
+
+def _kv(dtype="bfloat16", layout=USUAL, n_tokens=128, rho=0.9, seed=0):
     """KV whose neighbouring tokens correlate (``rho``), with channels of unlike scale."""
     header = ChunkHeader(NAMESPACE, digest(seed), layout, dtype, n_tokens)
     body = np.zeros(header.body_bytes, dtype=np.uint8)
@@ -149,9 +152,11 @@ def test_unknown_serde_names_the_nearest():
 
 
 def test_fp8_codes_are_torchs():
-    x = np.concatenate(
-        [np.linspace(-448, 448, 20_001), np.geomspace(1e-4, 448, 20_000)]
-    ).astype(np.float16).astype(np.float32)
+    x = (
+        np.concatenate([np.linspace(-448, 448, 20_001), np.geomspace(1e-4, 448, 20_000)])
+        .astype(np.float16)
+        .astype(np.float32)
+    )
     ours = encode_fp8(x)
     theirs = torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     np.testing.assert_array_equal(ours, theirs)

@@ -20,13 +20,11 @@ import fcntl
 import os
 import shutil
 import sqlite3
-import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import xxhash
 
@@ -35,54 +33,23 @@ from sgl_blend.store.chunk import HEADER_DECODER, HEADER_ENCODER, ChunkHeader, c
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.tiers.base import PutResult, Tier, TierItem, TierRecord
+from sgl_blend.store.tiers.record import (
+    BLOCK,
+    RecordHead,
+    check_layers,
+    head_size,
+    make_record,
+    open_record,
+    pack_head,
+    unpack_head,
+)
 
-BLOCK = 4096
-_PREFIX = struct.Struct("<8sII16s")
-_MAGIC = b"SGLBCHK1"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCHEMA = """
 create table if not exists chunks(
   seq integer primary key autoincrement, id blob not null unique, header blob not null,
   mark blob not null, nbytes integer not null, lossy integer not null, pinned integer not null
 )"""
-
-
-class FileHead(msgspec.Struct, frozen=True, array_like=True):
-    """First block(s) of a chunk's file. sums: xxh3-64 of [token ids, layer 0, layer 1, ...]."""
-
-    header: ChunkHeader
-    serde: str
-    nbytes: int
-    digest: bytes
-    sums: bytes
-
-
-_HEADS = msgspec.msgpack.Decoder(FileHead)
-
-
-def pack_head(head: FileHead) -> bytes:
-    raw = msgspec.msgpack.encode(head)
-    size = (_PREFIX.size + len(raw) + BLOCK - 1) // BLOCK * BLOCK
-    prefix = _PREFIX.pack(_MAGIC, size, len(raw), xxhash.xxh3_128_digest(raw))
-    return (prefix + raw).ljust(size, b"\0")
-
-
-def unpack_head(fd: int, first: bytes) -> tuple[FileHead, int]:
-    """Head and its size in the file, from its first block. Raises ChunkCorrupt."""
-    if len(first) < _PREFIX.size:
-        raise ChunkCorrupt("file ends inside its head")
-    magic, size, length, digest = _PREFIX.unpack_from(first)
-    if magic != _MAGIC or not _PREFIX.size + length <= size <= (1 << 20):
-        raise ChunkCorrupt("file does not begin with a chunk's head")
-    if size > len(first):
-        first = os.pread(fd, size, 0)
-    raw = bytes(first[_PREFIX.size : _PREFIX.size + length])
-    if xxhash.xxh3_128_digest(raw) != digest:
-        raise ChunkCorrupt("the head's checksum does not match")
-    try:
-        return _HEADS.decode(raw), size
-    except (msgspec.MsgspecError, ValueError) as e:
-        raise ChunkCorrupt(f"head: {e}") from e
 
 
 class DiskTier(Tier):
@@ -151,7 +118,7 @@ class DiskTier(Tier):
             except OSError:
                 continue
             try:
-                head, size = unpack_head(fd, os.pread(fd, BLOCK, 0))
+                head, size = _head_of(fd, os.pread(fd, BLOCK, 0))
                 stat = os.fstat(fd)
                 if stat.st_size == size + head.nbytes:
                     rows.append((stat.st_mtime_ns, self._row(head, stat.st_size)))
@@ -170,7 +137,7 @@ class DiskTier(Tier):
             yield from (f.path for f in os.scandir(bucket.path))
 
     @staticmethod
-    def _row(head: FileHead, nbytes: int) -> tuple:
+    def _row(head: RecordHead, nbytes: int) -> tuple:
         packed = HEADER_ENCODER.encode(head.header)
         mark = xxhash.xxh3_64_digest(packed)
         return head.header.chunk_id, packed, mark, nbytes, int(head.serde != "raw"), 0
@@ -207,20 +174,9 @@ class DiskTier(Tier):
             return [r if r.reason else PutResult(0, reason) for r in results]
         return results
 
-    def _write(self, item: TierItem) -> tuple[FileHead, int]:
+    def _write(self, item: TierItem) -> tuple[RecordHead, int]:
         header, body = item
-        if checksum(body) != header.checksum:
-            raise ChunkCorrupt("the body does not match the checksum it was stored with")
-        parts = self._serde.encode(header, body)
-        sums = b""
-        if self._serde.name == "raw":
-            digest = header.checksum
-            sums = _layer_sums(header, body)
-        else:
-            parts = [np.concatenate(parts)]
-            digest = checksum(parts[0])
-        nbytes = sum(p.nbytes for p in parts)
-        head = FileHead(header, self._serde.name, nbytes, digest, sums)
+        head, parts = make_record(self._serde, header, body)
         final = self.path_of(header.chunk_id)
         tmp = self.root / "tmp" / final.name
         fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -236,7 +192,7 @@ class DiskTier(Tier):
         except OSError:
             tmp.unlink(missing_ok=True)
             raise
-        return head, len(raw) + nbytes
+        return head, len(raw) + head.nbytes
 
     def read(
         self, header: ChunkHeader, dest: np.ndarray, layers: tuple[int, int] | None = None
@@ -259,38 +215,22 @@ class DiskTier(Tier):
         # The common case in one system call: a head of one block, then the raw body.
         whole = layers is None and self._serde.name == "raw"
         got = os.preadv(fd, [first, memoryview(dest)] if whole else [first], 0)
-        head, size = unpack_head(fd, first[: min(got, BLOCK)])
+        head, size = _head_of(fd, first[: min(got, BLOCK)])
         if head.header.chunk_id != header.chunk_id or head.header.body_bytes != header.body_bytes:
             raise ChunkCorrupt("the file holds another chunk")
-        if layers is not None and head.serde == "raw":
-            at, end = header.layer_range(*layers)
-            _read_all(fd, dest, size + at)
-            sums = np.frombuffer(head.sums, dtype=np.uint64)
-            for n, i in enumerate(range(*layers)):
-                part = dest[n * header.layer_bytes : (n + 1) * header.layer_bytes]
-                if xxhash.xxh3_64_intdigest(part) != int(sums[1 + i]):
-                    raise ChunkCorrupt(f"layer {i} does not match its checksum")
-            return head.header
-        if head.serde == "raw":
-            if not (whole and size == BLOCK and got == BLOCK + dest.nbytes):
-                _read_all(fd, dest, size)
-            if checksum(dest) != head.digest:
-                raise ChunkCorrupt("the body does not match its checksum")
-            return head.header
-        blob = np.empty(head.nbytes, dtype=np.uint8)
-        _read_all(fd, blob, size)
-        if checksum(blob) != head.digest:
-            raise ChunkCorrupt("the encoded body does not match its checksum")
-        serde = self._serde if self._serde.name == head.serde else make_serde(head.serde)
-        body = dest if layers is None else np.empty(header.body_bytes, dtype=np.uint8)
-        lossy = serde.decode(header, blob, body)
+        if head.serde != "raw":
+            blob = np.empty(head.nbytes, dtype=np.uint8)
+            _read_all(fd, blob, size)
+            return open_record(head, blob, dest, layers)
         if layers is not None:
-            dest[:] = body[slice(*header.layer_range(*layers))]
-        return msgspec.structs.replace(
-            head.header,
-            checksum=checksum(body),
-            serde=head.serde if lossy else head.header.serde,
-        )
+            _read_all(fd, dest, size + header.layer_range(*layers)[0])
+            check_layers(head, dest, layers)
+            return head.header
+        if not (whole and size == BLOCK and got == BLOCK + dest.nbytes):
+            _read_all(fd, dest, size)
+        if checksum(dest) != head.digest:
+            raise ChunkCorrupt("the body does not match its checksum")
+        return head.header
 
     def delete(self, headers: Sequence[ChunkHeader]) -> None:
         ids = [h.chunk_id for h in headers]
@@ -358,13 +298,12 @@ _INSERT = (
 )
 
 
-def _layer_sums(header: ChunkHeader, body: np.ndarray) -> bytes:
-    edges = [0, header.tokens_bytes]
-    edges += [header.layer_range(i, i + 1)[1] for i in range(header.layout.n_layers)]
-    sums = [
-        xxhash.xxh3_64_intdigest(body[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
-    return np.array(sums, dtype=np.uint64).tobytes()
+def _head_of(fd: int, first: bytes) -> tuple[RecordHead, int]:
+    """Head of a file and its size, given its first block. Raises ChunkCorrupt."""
+    size = head_size(first)
+    if size > len(first):
+        first = os.pread(fd, size, 0)
+    return unpack_head(first), size
 
 
 def _write_all(fd: int, parts: list[memoryview]) -> None:
