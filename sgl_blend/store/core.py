@@ -390,6 +390,7 @@ class StoreCore:
             self.res.counters["leases_expired"] += 1
             self.release(lease)
         memory = self.res.memory
+        memory.grow_ahead(self.res.jobs)
         if memory.used > self.config.high_watermark * memory.arena.capacity:
             memory.shrink_to(int(self.config.low_watermark * memory.arena.capacity))
         for item in list(self._draining):

@@ -10,6 +10,7 @@ import numpy as np
 from sgl_blend.store.alloc import Allocator, round_up
 from sgl_blend.store.errors import ArenaExhausted
 from sgl_blend.store.index import MEMORY, Entry
+from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.policy import make_policy
 from sgl_blend.store.shm import GROW_STEP, Arena
 from sgl_blend.store.sketch import FrequencySketch
@@ -40,6 +41,7 @@ class MemoryTier:
         self.policy = make_policy(policy, arena.capacity, sketch, _arena_size)
         self._on_evict = on_evict
         self._no_growth_until = 0.0
+        self._growing = False
         self.entries = 0
         self.evictions = 0
         self.exhausted = 0
@@ -84,11 +86,35 @@ class MemoryTier:
         try:
             self.arena.ensure(have + step)
         except ArenaExhausted:
-            self.exhausted += 1
-            self._no_growth_until = time.monotonic() + _RETRY_GROWTH_S
+            self._no_more()
             return False
-        self._alloc.grow(step)
+        self.adopt()
         return True
+
+    def _no_more(self) -> None:
+        self.exhausted += 1
+        self._no_growth_until = time.monotonic() + _RETRY_GROWTH_S
+
+    def adopt(self) -> None:
+        """Take what the arena has backed since into use."""
+        self._alloc.grow(self.arena.backed - self._alloc.capacity)
+
+    def grow_ahead(self, jobs: Jobs) -> None:
+        """Back the next step in a worker thread before it is needed: zeroing pages takes a while."""
+        have = self._alloc.capacity
+        step = min(GROW_STEP, self.arena.capacity - have)
+        roomy = have - self._alloc.used > GROW_STEP // 2
+        if self._growing or step <= 0 or roomy or time.monotonic() < self._no_growth_until:
+            return
+
+        def done(_result, error: BaseException | None) -> None:
+            self._growing = False
+            if error is not None:
+                self._no_more()
+            self.adopt()
+
+        self._growing = True
+        jobs.submit("copy", lambda: self.arena.ensure(have + step), done)
 
     def place(self, entry: Entry, offset: int) -> None:
         """The region now holds the entry's published body."""

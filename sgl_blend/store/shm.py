@@ -21,6 +21,8 @@ import mmap
 import os
 import socket
 import struct
+import threading
+import weakref
 
 import numpy as np
 
@@ -35,15 +37,43 @@ _GREETING_MAGIC = b"SGLBSHM1"
 GROW_STEP = 64 << 20
 
 
-def _advise(m: mmap.mmap, advice: int, offset: int, length: int) -> bool:
-    """madvise; False where this kernel lacks that advice. Out of memory raises OSError."""
-    try:
-        m.madvise(advice, offset, length)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _map(fd: int, length: int) -> np.ndarray:
+    """uint8 [length]: a shared mapping that may be longer than the file is yet.
+
+    Python's own mmap refuses such a length, and remapping at each growth would fault every page
+    in again. Unmapped when the last view of it is gone. Raises OSError.
+    """
+    at = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if at is None or at == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mapping {length} bytes: {os.strerror(code)}")
+
+    class Region(ctypes.c_ubyte * length):
+        pass
+
+    region = Region.from_address(at)
+    weakref.finalize(region, _libc.munmap, at, length).atexit = False
+    return np.frombuffer(region, dtype=np.uint8)
+
+
+def _advise(array: np.ndarray, advice: int) -> bool:
+    """madvise on a page-aligned part of a mapping; False where this kernel lacks that advice.
+
+    Raises OSError, for example when there is no memory to populate with.
+    """
+    if not array.nbytes or _libc.madvise(array.ctypes.data, array.nbytes, advice) == 0:
         return True
-    except OSError as e:
-        if e.errno == errno.EINVAL:
-            return False
-        raise
+    code = ctypes.get_errno()
+    if code == errno.EINVAL:
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def available_memory() -> int:
@@ -65,22 +95,30 @@ class Arena:
     def __init__(self, capacity: int):
         self.capacity = (capacity + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
         self.backed = 0
+        self._growing = threading.Lock()
         self.fd = os.memfd_create("sgl-blend-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # A client must not be able to pull the pages from under the server.
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK)
-            self._map = mmap.mmap(-1, 1)
-            self._array = np.empty(0, dtype=np.uint8)
-        except OSError:
+            self._array = _map(self.fd, self.capacity)
+            _advise(self._array, _MADV_HUGEPAGE)
+        except OSError as e:
             os.close(self.fd)
-            raise
+            raise ArenaExhausted(f"an arena of {self.capacity} bytes: {e}") from e
 
     def ensure(self, end: int) -> None:
-        """Raises ArenaExhausted when the kernel refuses; what is backed already stays usable."""
-        if end <= self.backed:
-            return
+        """Back the bytes up to ``end``. From any thread; the pages are zeroed meanwhile.
+
+        Raises ArenaExhausted when the kernel refuses; what is backed already stays usable.
+        """
         if end > self.capacity:
             raise ArenaExhausted(f"{end} bytes asked of an arena of {self.capacity}")
+        with self._growing:
+            self._ensure(end)
+
+    def _ensure(self, end: int) -> None:
+        if end <= self.backed:
+            return
         target = min(self.capacity, max(end, self.backed + GROW_STEP))
         step = target - self.backed
         # Ask first: overcommitted tmpfs pages summon the OOM killer instead of an error.
@@ -90,16 +128,10 @@ class Arena:
             )
         try:
             os.ftruncate(self.fd, target)
-            grown = mmap.mmap(self.fd, target)
-            begin = self.backed // mmap.PAGESIZE * mmap.PAGESIZE
-            _advise(grown, _MADV_HUGEPAGE, 0, target)
-            if not _advise(grown, _MADV_POPULATE_WRITE, begin, target - begin):
-                os.posix_fallocate(self.fd, begin, target - begin)
-        except (OSError, ValueError) as e:
+            if not _advise(self._array[self.backed : target], _MADV_POPULATE_WRITE):
+                os.posix_fallocate(self.fd, self.backed, step)
+        except OSError as e:
             raise ArenaExhausted(f"shared memory of {target} bytes: {e}") from e
-        # Readers and zmq frames may still look through the old mapping; it goes when they do.
-        self._map = grown
-        self._array = np.frombuffer(grown, dtype=np.uint8)
         self.backed = target
 
     def view(self, offset: int, nbytes: int) -> np.ndarray:
@@ -161,7 +193,7 @@ class SideSocket:
 class ArenaMapping:
     """Client side: the server's arena in this process, and the connection that keeps leases alive.
 
-    Grows its mapping when a descriptor lies past it. Views stay valid memory for as long as
+    Views stay valid memory for as long as
     they are referenced, even after the server is gone (their content is then frozen).
     """
 
@@ -169,7 +201,7 @@ class ArenaMapping:
         self._fd = -1
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._array = np.empty(0, dtype=np.uint8)
-        self._mapped = 0
+        self._backed = 0
         self.registered: list[tuple[int, int]] = []
         self.holds = 0
         self.retired = False
@@ -184,6 +216,8 @@ class ArenaMapping:
             if magic != _GREETING_MAGIC:
                 raise StoreError(f"side socket {path!r} is not a chunk store's")
             self._sock.setblocking(False)
+            self._array = _map(self._fd, self.capacity)
+            _advise(self._array, _MADV_HUGEPAGE)
         except (OSError, StoreError) as e:
             self.close()
             raise StoreError(f"no shared memory through {path!r}: {e}") from e
@@ -191,16 +225,13 @@ class ArenaMapping:
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes], no copy. Raises StoreError when the server's arena is not that large."""
         end = offset + nbytes
-        if end > self._mapped:
+        if end > self._backed:
             size = min(os.fstat(self._fd).st_size, self.capacity)
             if end > size:
                 raise StoreError(f"descriptor [{offset}, {end}) lies outside the arena of {size}")
-            grown = mmap.mmap(self._fd, size)
-            _advise(grown, _MADV_HUGEPAGE, 0, size)
-            begin = self._mapped // mmap.PAGESIZE * mmap.PAGESIZE
-            _advise(grown, _MADV_POPULATE_READ, begin, size - begin)
-            self._array = np.frombuffer(grown, dtype=np.uint8)
-            self._mapped = size
+            # Now rather than page by page in the first copy.
+            _advise(self._array[self._backed : size], _MADV_POPULATE_READ)
+            self._backed = size
         return self._array[offset:end]
 
     def alive(self) -> bool:
@@ -215,21 +246,22 @@ class ArenaMapping:
     def register_cuda(self) -> int:
         """Page-lock what is mapped so far for CUDA copies; returns the bytes registered.
 
-        Raises StoreError without a working CUDA runtime. Call again after the arena grew: a new
-        mapping is a new address range.
+        Raises StoreError without a working CUDA runtime. Call again after the arena grew: it
+        registers what came since.
         """
         import torch
 
         if not torch.cuda.is_available():
             raise StoreError("shared memory can be pinned only where CUDA is")
-        at = self._array.ctypes.data
-        if not self._mapped or (at, self._mapped) in self.registered:
+        done = sum(n for _, n in self.registered)
+        part = self._array[done : self._backed]
+        if not part.nbytes:
             return 0
-        code = torch.cuda.cudart().cudaHostRegister(ctypes.c_void_p(at).value, self._mapped, 0)
+        code = torch.cuda.cudart().cudaHostRegister(part.ctypes.data, part.nbytes, 0)
         if int(code) != 0:
-            raise StoreError(f"cudaHostRegister of {self._mapped} bytes failed: {code}")
-        self.registered.append((at, self._mapped))
-        return self._mapped
+            raise StoreError(f"cudaHostRegister of {part.nbytes} bytes failed: {code}")
+        self.registered.append((part.ctypes.data, part.nbytes))
+        return part.nbytes
 
     def close(self) -> None:
         if self.registered:

@@ -199,13 +199,15 @@ def test_arena_cannot_be_shrunk_by_a_client():
 
 
 def test_arena_refuses_more_than_the_machine_has():
-    arena = Arena(1 << 50)
+    arena = Arena(1 << 44)
     with pytest.raises(ArenaExhausted, match="without memory"):
-        arena.ensure(1 << 49)
+        arena.ensure(1 << 43)
     assert arena.backed == 0
     arena.ensure(1 << 20)
     arena.view(0, 10)[:] = 1
     arena.close()
+    with pytest.raises(ArenaExhausted, match="an arena of"):
+        Arena(1 << 60)
 
 
 def test_sketch_counts_saturates_and_ages():

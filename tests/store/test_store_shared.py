@@ -143,9 +143,7 @@ def test_a_store_over_a_shared_tier_that_hangs():
         grants, frames = second.ask(client, p.PrepareLoad(NAMESPACE, keys[:3], wait_ms=9999))
         for grant, (_, body) in zip(grants.grants, made, strict=False):
             got = (
-                second.arena.view(grant.offset, grant.nbytes)
-                if client.shm
-                else frames[grant.frame]
+                second.arena.view(grant.offset, grant.nbytes) if client.shm else frames[grant.frame]
             )
             np.testing.assert_array_equal(got, body)
     second.core.client_gone(LOCAL.id)
@@ -178,7 +176,9 @@ def test_what_a_shared_tier_claims_is_bounded():
 
     objects = ScriptedObjects()
     tier = SharedTier(objects)
-    huge = type(make_chunk(1)[0])(NAMESPACE, digest("huge"), Layout(1024, 64, 512, 512), "float32", 1 << 20)
+    huge = type(make_chunk(1)[0])(
+        NAMESPACE, digest("huge"), Layout(1024, 64, 512, 512), "float32", 1 << 20
+    )
     raw = np.frombuffer(pack_head(RecordHead(huge, "raw", 10, bytes(16), b"")), dtype=np.uint8)
     objects.held[tier._head_name(NAMESPACE, huge.key)] = raw
     objects.held[tier._head_name(NAMESPACE, digest("other"))] = raw
@@ -282,9 +282,7 @@ def mooncake_master(tmp_path):
 def _node(master: str, **changes):
     options = (("buffer_bytes", "64MiB"), ("master", master), ("segment_bytes", "64MiB"))
     return start(
-        small_config(
-            remote="mooncake", remote_options=options, remote_deadline_s=3.0, **changes
-        ),
+        small_config(remote="mooncake", remote_options=options, remote_deadline_s=3.0, **changes),
         start_s=60,
     )
 
