@@ -75,12 +75,11 @@ class StoreCore:
         res, ns, contexts = self.res, request.namespace, request.contexts
         full = [ns + k for k in request.keys]
         res.sketch.add(full, contexts)
-        best = res.index.best
-        found = [best(k, contexts[i]) if contexts else best(k) for i, k in enumerate(full)]
-        hits = [
-            None if e is None else _hit(e, contexts[i] if contexts else None)
-            for i, e in enumerate(found)
-        ]
+        found = res.index.best_of(full, contexts)
+        if contexts:
+            hits = [None if e is None else _hit(e, c) for e, c in zip(found, contexts, strict=True)]
+        else:
+            hits = [None if e is None else _hit(e, None) for e in found]
         res.counters["lookup_keys"] += len(hits)
         missing = [k for k, h in zip(request.keys, hits, strict=True) if h is None]
         res.counters["lookup_hits"] += len(hits) - len(missing)
@@ -420,7 +419,7 @@ def _hit(entry: Entry, context: bytes | None, tier: str = "") -> p.Hit:
         entry.n_tokens,
         entry.start,
         entry.generation,
-        entry.exact_in(context),
+        context is not None and entry.exact_in(context),
         entry.nbytes,
     )
 

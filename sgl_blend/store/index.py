@@ -113,6 +113,20 @@ class ChunkIndex:
             key=lambda e: (not e.exact_in(context), e.generation, not e.tiers & MEMORY),
         )
 
+    def best_of(self, file_keys: list[bytes], contexts: list[bytes]) -> list[Entry | None]:
+        """``best`` for a whole prompt; the common case, one copy, costs one dict access."""
+        get = self._by_key.get
+        out: list[Entry | None] = []
+        for i, key in enumerate(file_keys):
+            held = get(key)
+            if held is not None:
+                if type(held) is tuple:
+                    held = self.best(key, contexts[i] if contexts else None)
+                elif not held.ready:
+                    held = None
+            out.append(held)
+        return out
+
     def add(self, entry: Entry) -> None:
         held = self._by_key.get(entry.file_key)
         if held is None:
