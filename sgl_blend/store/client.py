@@ -11,25 +11,18 @@ valid until ``complete_load``. Elsewhere they are the frames that arrived.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import zmq
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import BodyView, ChunkHeader, checksum
-from sgl_blend.store.errors import (
-    ChunkCorrupt,
-    ProtocolError,
-    StoreRefused,
-    StoreTimeout,
-    VersionMismatch,
-)
+from sgl_blend.store.connection import Connection
+from sgl_blend.store.errors import ChunkCorrupt, ProtocolError
 from sgl_blend.store.security import CurveClient
 from sgl_blend.store.shm import ArenaMapping
 
@@ -98,112 +91,28 @@ class StoreClient:
         if len(namespace) != 16:
             raise ValueError(f"namespace is {len(namespace)} bytes; make_namespace gives 16")
         self.endpoint, self.namespace, self.deadline_s = endpoint, namespace, deadline_s
-        self._curve, self._use_shm, self._verify = curve, shm, verify
-        self._name = name or f"pid {os.getpid()}"
-        self.retry_s = retry_s
-        self._backoff_s, self._down_until = 0.0, 0.0
-        self._lock = threading.RLock()
-        self._next_id = 0
-        self._context = zmq.Context()
-        self._socket: zmq.Socket | None = None
-        self._mapping: ArenaMapping | None = None
-        self.welcome: p.Welcome | None = None
-
-    # Connection.
+        self._verify = verify
+        self._wire = Connection(endpoint, name or f"pid {os.getpid()}", curve, shm, retry_s)
 
     def connect(self, deadline_s: float | None = None) -> p.Welcome:
         """Say hello now rather than with the first call. Raises StoreError."""
-        with self._lock:
-            return self._greet(time.monotonic() + (deadline_s or self.deadline_s))
+        until = self._until(deadline_s)
+        with self._wire.turn(until):
+            return self._wire.greet(until)
 
     @property
     def shm(self) -> bool:
         """Whether payloads go through shared memory."""
-        return self._mapping is not None
+        return self._wire.mapping is not None
 
     @property
     def mapping(self) -> ArenaMapping | None:
         """The mapped arena (``register_cuda`` page-locks it), or None."""
-        return self._mapping
-
-    def _open(self) -> zmq.Socket:
-        if self._socket is None:
-            sock = self._context.socket(zmq.DEALER)
-            sock.linger = 0
-            sock.reconnect_ivl, sock.reconnect_ivl_max = 20, 500
-            # A peer that vanished without a word (a host that died) is noticed in seconds.
-            sock.heartbeat_ivl, sock.heartbeat_timeout = 2000, 6000
-            if self._curve is not None and self.endpoint.startswith("tcp:"):
-                sock.curve_publickey = self._curve.public
-                sock.curve_secretkey = self._curve.secret
-                sock.curve_serverkey = self._curve.server
-            sock.connect(self.endpoint)
-            self._socket = sock
-        return self._socket
-
-    def _greet(self, until: float) -> p.Welcome:
-        """Hello, unless this very run of the server has answered one and is still there."""
-        alive = self._mapping is not None and self._mapping.alive()
-        if self.welcome is not None and (alive or self._mapping is None):
-            return self.welcome
-        if time.monotonic() < self._down_until:
-            raise StoreTimeout(f"{self.endpoint} did not answer lately; not asked again yet")
-        try:
-            token = self._mapping.token if alive else 0
-            welcome, _ = self._exchange(p.Hello(self._name, token), (), until)
-            if self._mapping is not None and not (alive and self._mapping.server == welcome.server):
-                self._retire()
-            if self._mapping is None and self._use_shm and welcome.shm:
-                welcome = self._map(welcome, until)
-        except StoreTimeout:
-            self._missed()
-            raise
-        self.welcome, self._backoff_s = welcome, 0.0
-        return welcome
-
-    def _map(self, welcome: p.Welcome, until: float) -> p.Welcome:
-        """Shared memory, where the side socket exists and is this server's; frames otherwise."""
-        try:
-            mapping = ArenaMapping(welcome.shm, max(0.01, until - time.monotonic()))
-        except StoreError:
-            return welcome
-        if mapping.server != welcome.server:
-            mapping.close()
-            return welcome
-        self._mapping = mapping
-        return self._exchange(p.Hello(self._name, mapping.token), (), until)[0]
-
-    def _missed(self) -> None:
-        """A deadline passed: the next call begins with a hello, and not at once."""
-        self.welcome = None
-        self._backoff_s = min(self.retry_s, max(0.05, self._backoff_s * 2))
-        self._down_until = time.monotonic() + self._backoff_s
-
-    def _retire(self) -> None:
-        """Let go of a mapping, but not of the leases of those who still hold its views."""
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            if mapping.holds == 0:
-                mapping.close()
-            else:
-                mapping.retired = True
-
-    def _unhold(self, mapping: ArenaMapping) -> None:
-        mapping.holds -= 1
-        if mapping.retired and mapping.holds <= 0:
-            mapping.close()
+        return self._wire.mapping
 
     def close(self) -> None:
         """Let go of the connection; the store frees every lease. Views become unsafe to keep."""
-        with self._lock:
-            if self._mapping is not None:
-                self._mapping.close()
-                self._mapping = None
-            if self._socket is not None:
-                self._socket.close(0)
-                self._socket = None
-            self.welcome = None
-            self._context.term()
+        self._wire.close()
 
     def __enter__(self) -> StoreClient:
         return self
@@ -211,78 +120,16 @@ class StoreClient:
     def __exit__(self, *_exc) -> None:
         self.close()
 
-    # Requests.
+    def _until(self, deadline_s: float | None) -> float:
+        return time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
 
     def call(
         self, request: p.Request, frames: Sequence = (), deadline_s: float | None = None
     ) -> tuple[p.Reply, list]:
         """Send one request, wait for its reply: ``(reply, payload frames)``. Raises StoreError."""
-        until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
-        with self._lock:
-            self._greet(until)
-            try:
-                return self._exchange(request, frames, until)
-            except StoreTimeout:
-                self._missed()
-                raise
-
-    def _exchange(self, request: p.Request, frames: Sequence, until: float):
-        sock = self._open()
-        self._next_id += 1
-        request_id = self._next_id.to_bytes(p.REQUEST_ID_BYTES, "little")
-        parts = [p.PREAMBLE, request_id, p.encode(request), *frames]
-        verb = type(request).__name__
-        try:
-            sock.send_multipart(parts, zmq.NOBLOCK, copy=not frames)
-        except zmq.Again as e:
-            raise StoreTimeout(f"{verb}: {self.endpoint} takes no more messages") from e
-        while True:
-            left = until - time.monotonic()
-            if left <= 0 or not sock.poll(max(1, int(left * 1000))):
-                raise StoreTimeout(f"{verb}: no answer from {self.endpoint} before the deadline")
-            got = sock.recv_multipart(copy=False)
-            if len(got) < 3:
-                continue
-            if got[1].bytes != request_id:
-                self._give_back(got)
-                continue
-            p.check_preamble(got[0].bytes)
-            reply = p.decode_reply(got[2].buffer)
-            if isinstance(reply, p.Failure):
-                if reply.code == "version":
-                    raise VersionMismatch(f"{verb}: {reply.message}")
-                if reply.code == "malformed":
-                    raise ProtocolError(f"{verb}: {reply.message}")
-                raise StoreRefused(reply.code, reply.message)
-            return reply, got[3:]
-
-    def _give_back(self, late: list) -> None:
-        """A reply that its caller no longer waits for: what it grants must not stay leased."""
-        try:
-            p.check_preamble(late[0].bytes)
-            reply = p.decode_reply(late[2].buffer)
-        except ProtocolError:
-            return
-        if isinstance(reply, p.Loads):
-            leases = [g.lease for g in reply.grants if g is not None and g.lease]
-            if leases:
-                self._send(p.CompleteLoad(leases))
-        elif isinstance(reply, p.Grants):
-            leases = [g.lease for g in reply.grants if g.status == "granted"]
-            if leases:
-                self._send(p.AbortStore(leases))
-
-    def _send(self, request: p.Request) -> None:
-        """One way; lost with the server, which then has nothing to complete."""
-        with self._lock:
-            if self._socket is None:
-                return
-            parts = [p.PREAMBLE, bytes(p.REQUEST_ID_BYTES - 1) + b"\xff", p.encode(request)]
-            try:
-                self._socket.send_multipart(parts, zmq.NOBLOCK)
-            except zmq.Again:
-                # A store that takes nothing is as good as gone; its end frees the leases.
-                self._missed()
+        until = self._until(deadline_s)
+        with self._wire.turn(until):
+            return self._wire.call(request, frames, until)
 
     # Lookup and load.
 
@@ -328,9 +175,14 @@ class StoreClient:
         request = p.PrepareLoad(
             self.namespace, list(keys), list(contexts), int(wait * 1000), layers
         )
-        with self._lock:
-            reply, frames = self.call(request, deadline_s=deadline)
-            loaded = [self._loaded(g, frames, layers) for g in reply.grants]
+        until = self._until(deadline)
+        with self._wire.turn(until):
+            reply, frames = self._wire.call(request, (), until)
+            try:
+                loaded = [self._loaded(g, frames, layers) for g in reply.grants]
+            except StoreError:
+                self._wire.give_back(reply)
+                raise
         if self._verify or any(c is not None and c._mapping is None for c in loaded):
             self._check(loaded)
         return loaded
@@ -339,9 +191,8 @@ class StoreClient:
         if grant is None:
             return None
         if grant.offset >= 0:
-            buf = self._mapping.view(grant.offset, grant.nbytes)
-            mapping = self._mapping
-            mapping.holds += 1
+            buf = self._wire.mapping.view(grant.offset, grant.nbytes)
+            mapping = self._wire.hold()
         else:
             if not 0 <= grant.frame < len(frames) or len(frames[grant.frame]) != grant.nbytes:
                 raise ProtocolError("a load grant names a payload frame that did not come")
@@ -366,14 +217,10 @@ class StoreClient:
             return [None] * len(keys)
 
     def complete_load(self, chunks: Sequence[LoadedChunk | None]) -> None:
-        """Done reading; the views must not be used any more. Needs no answer, never raises."""
-        with self._lock:
-            held = [c for c in chunks if c is not None and c._mapping is not None]
-            leases = [c._lease for c in held if c._mapping is self._mapping]
-            if leases:
-                self._send(p.CompleteLoad(leases))
-            for chunk in held:
-                self._unhold(chunk._mapping)
+        """Done reading; the views must not be used any more. Waits for nothing, never raises."""
+        held = [(c._mapping, c._lease) for c in chunks if c is not None and c._mapping is not None]
+        if held:
+            self._wire.release(held)
 
     @contextmanager
     def load(self, keys: Sequence[bytes], contexts: Sequence[bytes] = (), **options) -> Iterator:
@@ -390,9 +237,14 @@ class StoreClient:
         self, headers: Sequence[ChunkHeader], deadline_s: float | None = None
     ) -> list[StoreSlot]:
         """Ask room for chunks. Fill ``slot.buf`` of each granted one, then ``complete_store``."""
-        with self._lock:
-            grants = self.call(p.PrepareStore(list(headers)), deadline_s=deadline_s)[0].grants
-            return [self._slot(h, g) for h, g in zip(headers, grants, strict=True)]
+        until = self._until(deadline_s)
+        with self._wire.turn(until):
+            reply, _ = self._wire.call(p.PrepareStore(list(headers)), (), until)
+            try:
+                return [self._slot(h, g) for h, g in zip(headers, reply.grants, strict=True)]
+            except StoreError:
+                self._wire.give_back(reply)
+                raise
 
     def _slot(self, header: ChunkHeader, grant: p.StoreGrant) -> StoreSlot:
         if grant.status != "granted":
@@ -400,8 +252,8 @@ class StoreClient:
         if grant.nbytes != header.body_bytes:
             raise ProtocolError(f"granted {grant.nbytes} bytes for a body of {header.body_bytes}")
         if grant.offset >= 0:
-            buf, mapping = self._mapping.view(grant.offset, grant.nbytes), self._mapping
-            mapping.holds += 1
+            buf = self._wire.mapping.view(grant.offset, grant.nbytes)
+            mapping = self._wire.hold()
         else:
             buf, mapping = np.empty(grant.nbytes, dtype=np.uint8), None
         return StoreSlot(header, grant.status, buf, grant.lease, mapping)
@@ -417,32 +269,36 @@ class StoreClient:
 
         durable: answer once the disk tier has them; they then survive a kill of the store.
         """
-        with self._lock:
-            live = [s for s in slots if s.granted and s._mapping is self._mapping]
-            sums = [checksum(s.buf) for s in live]
-            frames = [] if self._mapping is not None else [s.buf for s in live]
-            request = p.CompleteStore([s._lease for s in live], sums, durable)
+        until = self._until(deadline_s)
+        granted = [s for s in slots if s.granted]
+        sums = {s._lease: checksum(s.buf) for s in granted}
+        with self._wire.turn(until):
+            live = [s for s in granted if s._mapping is self._wire.mapping]
+            frames = [s.buf for s in live if s._mapping is None]
+            leases = [s._lease for s in live]
+            request = p.CompleteStore(leases, [sums[i] for i in leases], durable)
             try:
-                status = self.call(request, frames, deadline_s)[0].status if live else []
+                status = self._wire.call(request, frames, until)[0].status if live else []
             finally:
-                self._unhold_slots(slots)
+                self._unhold(slots)
         by_lease = dict(zip((s._lease for s in live), status, strict=True))
         return [by_lease.get(s._lease, "expired") if s.granted else s.status for s in slots]
 
     def abort_store(self, slots: Sequence[StoreSlot]) -> None:
         """Give granted slots back unfilled."""
-        with self._lock:
-            leases = [s._lease for s in slots if s.granted and s._mapping is self._mapping]
+        until = self._until(None)
+        with self._wire.turn(until):
+            leases = [s._lease for s in slots if s.granted and s._mapping is self._wire.mapping]
             try:
                 if leases:
-                    self.call(p.AbortStore(leases))
+                    self._wire.call(p.AbortStore(leases), (), until)
             finally:
-                self._unhold_slots(slots)
+                self._unhold(slots)
 
-    def _unhold_slots(self, slots: Sequence[StoreSlot]) -> None:
+    def _unhold(self, slots: Sequence[StoreSlot]) -> None:
         for slot in slots:
             if slot._mapping is not None:
-                self._unhold(slot._mapping)
+                self._wire.unhold(slot._mapping)
 
     def put(
         self, headers: Sequence[ChunkHeader], bodies: Sequence[np.ndarray], *, durable=False
