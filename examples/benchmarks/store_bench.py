@@ -1,0 +1,569 @@
+"""The chunk store measured beside memcpy, plain pyzmq frames, and Redis. One command, one table.
+
+    python examples/benchmarks/store_bench.py --json store_bench.json
+
+Sections (all without an argument): ``get`` ``lookup`` ``disk`` ``restart`` ``serde`` ``engines``.
+Figures of one section come from one run on one machine; baselines are interleaved with what they
+are compared to. Redis is measured when ``redis-server`` and the Python package ``redis`` are
+there; LMDB (in ``engines``) when the package ``lmdb`` is. Needs a few GiB of memory and disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import zmq
+
+from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout, checksum, make_namespace
+from sgl_blend.store.client import StoreClient
+from sgl_blend.store.config import StoreConfig
+from sgl_blend.store.embedded import EmbeddedStore
+from sgl_blend.store.serde import SERDES, make_serde
+from sgl_blend.store.serde.floats import from_float32, to_float32
+from sgl_blend.store.tiers.base import TierItem
+from sgl_blend.store.tiers.disk import _INSERT, DiskTier
+
+NAMESPACE = make_namespace("bench")
+MIB = 1 << 20
+# Twice 16 KiB a token and layer pair: a small model's bf16 KV; the chunk's size follows n_tokens.
+LAYOUT = Layout(n_layers=16, n_kv_heads=8, head_dim=64, v_head_dim=64)
+TOKEN_BYTES = LAYOUT.layer_bytes(1, "bfloat16") * LAYOUT.n_layers
+
+
+def header_of(i: int, nbytes: int) -> ChunkHeader:
+    key = i.to_bytes(8, "little") + checksum(i.to_bytes(8, "little"))
+    return ChunkHeader(NAMESPACE, key, LAYOUT, "bfloat16", max(1, nbytes // TOKEN_BYTES))
+
+
+def seconds(fn: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    fn()
+    return time.perf_counter() - began
+
+
+def gbs(nbytes: int, times: list[float]) -> float:
+    return nbytes / statistics.median(times) / 1e9
+
+
+def percentile(times: list[float], q: float) -> float:
+    return float(np.percentile(times, q))
+
+
+# Baselines.
+
+
+def _frame_server(endpoint: str, bodies: list[np.ndarray]) -> None:
+    """A plain ROUTER that answers the indices asked for with one frame each, without copies."""
+    router = zmq.Context().socket(zmq.ROUTER)
+    router.bind(endpoint)
+    while True:
+        identity, indices = router.recv_multipart()
+        wanted = np.frombuffer(indices, dtype=np.int64)
+        router.send_multipart([identity, *(bodies[i] for i in wanted)], copy=False)
+
+
+@contextmanager
+def frame_server(folder: str, bodies: list[np.ndarray]):
+    endpoint = f"ipc://{folder}/frames"
+    child = multiprocessing.get_context("fork").Process(
+        target=_frame_server, args=(endpoint, bodies), daemon=True
+    )
+    child.start()
+    context = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.linger = 0
+    sock.connect(endpoint)
+    try:
+        yield sock
+    finally:
+        sock.close()
+        context.term()
+        child.kill()
+        child.join()
+
+
+@contextmanager
+def redis_server(folder: str):
+    """A Redis on a Unix socket without persistence, or None where it is not installed."""
+    try:
+        import redis
+    except ImportError:
+        yield None
+        return
+    if shutil.which("redis-server") is None:
+        yield None
+        return
+    path = f"{folder}/redis.sock"
+    child = subprocess.Popen(
+        ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no"],
+        stdout=subprocess.DEVNULL,
+    )
+    client = redis.Redis(unix_socket_path=path)
+    for _ in range(200):
+        try:
+            client.ping()
+            break
+        except redis.exceptions.ConnectionError:
+            time.sleep(0.05)
+    try:
+        yield client
+    finally:
+        client.close()
+        child.terminate()
+        child.wait()
+
+
+# Sections.
+
+
+def bench_get(args) -> list[dict]:
+    """Chunks from shared memory into a buffer of the caller's, as an engine does."""
+    rows = []
+    for size in (MIB, 4 * MIB, 16 * MIB, 64 * MIB):
+        count = max(2, min(128, 512 * MIB // size))
+        batch = max(1, min(32, 64 * MIB // size))
+        headers = [header_of(i, size) for i in range(count)]
+        nbytes = headers[0].body_bytes
+        rng = np.random.default_rng(0)
+        bodies = [rng.integers(0, 255, nbytes, dtype=np.uint8) for _ in range(count)]
+        dest = [np.ones(nbytes, dtype=np.uint8) for _ in range(batch)]
+        picks = [rng.choice(count, batch, replace=False) for _ in range(args.repeat)]
+        config = StoreConfig(memory_bytes=count * (nbytes + 4096) * 5 // 4 + 64 * MIB)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            frame_server(folder, bodies) as frames,
+            redis_server(folder) as redis,
+            EmbeddedStore(config) as store,
+            StoreClient(store.endpoint, NAMESPACE, deadline_s=30) as near,
+            StoreClient(store.endpoint, NAMESPACE, deadline_s=30, shm=False) as far,
+        ):
+            # Twice: into fresh shared memory, and again where its pages are there already.
+            put: list[list[float]] = [[], []]
+            for times in put:
+                near.delete([h.key for h in headers])
+                for i in range(0, count, batch):
+                    some = headers[i : i + batch], bodies[i : i + batch]
+                    times.append(seconds(lambda s=some: near.put(*s)) / len(some[0]))
+            if redis is not None:
+                for i, body in enumerate(bodies):
+                    redis.set(headers[i].key, memoryview(body))
+
+            def shm(pick):
+                with near.load([headers[i].key for i in pick]) as loaded:
+                    for out, chunk in zip(dest, loaded, strict=True):
+                        np.copyto(out, chunk.buf)
+
+            def one(pick):
+                for i in pick:
+                    with near.load([headers[i].key]) as (chunk,):
+                        np.copyto(dest[0], chunk.buf)
+
+            def memcpy(pick):
+                for out, i in zip(dest, pick, strict=True):
+                    np.copyto(out, bodies[i])
+
+            def plain(pick):
+                frames.send(np.asarray(pick, dtype=np.int64).tobytes())
+                assert len(frames.recv_multipart(copy=False)) == len(pick)
+
+            def sent(pick):
+                with far.load([headers[i].key for i in pick]) as loaded:
+                    assert None not in loaded
+
+            def from_redis(pick):
+                for i in pick:
+                    assert len(redis.get(headers[i].key)) == nbytes
+
+            ways = {"memcpy": memcpy, "shm": shm, "shm_one_by_one": one, "pyzmq": plain}
+            ways["store_frames"] = sent
+            if redis is not None:
+                ways["redis"] = from_redis
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for name, way in ways.items():
+                way(picks[0])
+            for pick in picks:
+                for name, way in ways.items():
+                    times[name].append(seconds(lambda w=way, p=pick: w(p)))
+            shm(picks[-1])
+            for out, i in zip(dest, picks[-1], strict=True):
+                assert np.array_equal(out, bodies[i])
+        row = {"chunk_mib": round(nbytes / MIB, 2), "batch": batch}
+        row |= {f"{name}_gbs": gbs(nbytes * batch, t) for name, t in times.items()}
+        row["put_fresh_gbs"], row["put_gbs"] = gbs(nbytes, put[0]), gbs(nbytes, put[1])
+        row["shm_of_memcpy"] = row["shm_gbs"] / row["memcpy_gbs"]
+        row["one_of_memcpy"] = row["shm_one_by_one_gbs"] / row["memcpy_gbs"]
+        row["shm_over_pyzmq"] = row["shm_gbs"] / row["pyzmq_gbs"]
+        rows.append(row)
+        show(row)
+    return rows
+
+
+def bench_lookup(args) -> list[dict]:
+    """Round trips of 128 keys against a store (and a Redis) that hold ``--chunks`` keys."""
+    n = args.chunks
+    tiny = Layout(1, 1, 16, 0)
+
+    def header(i: int) -> ChunkHeader:
+        raw = i.to_bytes(8, "little")
+        return ChunkHeader(NAMESPACE, raw + checksum(raw), tiny, "uint8", 1)
+
+    rows = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        redis_server(folder) as redis,
+        EmbeddedStore(StoreConfig(memory_bytes=max(64 * MIB, n * 280))) as store,
+        StoreClient(store.endpoint, NAMESPACE, deadline_s=60) as client,
+    ):
+        began = time.perf_counter()
+        for i in range(0, n, 2048):
+            client.complete_store(
+                client.prepare_store([header(j) for j in range(i, min(n, i + 2048))])
+            )
+        fill_s = time.perf_counter() - began
+        stats = client.stats()
+        with open(f"/proc/{store.process.pid}/statm") as f:
+            rss = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if redis is not None:
+            for i in range(0, n, 10_000):
+                pipe = redis.pipeline(transaction=False)
+                for j in range(i, min(n, i + 10_000)):
+                    pipe.set(header(j).key, b"x" * 40)
+                pipe.execute()
+        rng = np.random.default_rng(1)
+        ours, with_context, theirs, hits = [], [], [], 0
+        for _ in range(args.lookups):
+            keys = [header(int(j)).key for j in rng.integers(0, n * 5 // 4, 128)]
+            began = time.perf_counter()
+            found = client.lookup(keys)
+            ours.append(time.perf_counter() - began)
+            hits += sum(h is not None for h in found)
+            contexts = [bytes(16)] * 128
+            with_context.append(seconds(lambda k=keys, c=contexts: client.lookup(k, c)))
+            if redis is not None:
+                theirs.append(seconds(lambda k=keys: redis.mget(k)))
+        for name, times in (("store", ours), ("store, contexts", with_context), ("redis", theirs)):
+            if times:
+                rows.append(
+                    {
+                        "who": name,
+                        "chunks": stats["chunks"],
+                        "p50_ms": percentile(times, 50) * 1e3,
+                        "p99_ms": percentile(times, 99) * 1e3,
+                        "max_ms": max(times) * 1e3,
+                        "hit_rate": hits / (128 * len(ours)) if name == "store" else None,
+                        "fill_s": fill_s if name == "store" else None,
+                        "rss_gib": rss / 2**30 if name == "store" else None,
+                    }
+                )
+                show(rows[-1])
+    return rows
+
+
+def bench_disk(args) -> list[dict]:
+    """Chunks through the disk tier of a running store, each serde; reads after a restart."""
+    rows = []
+    header = header_of(0, 16 * MIB)
+    made = []
+    for i in range(12):
+        header, body = correlated(i, header_of(i, 16 * MIB))
+        made.append((header, body))
+    total = sum(b.nbytes for _, b in made)
+    for serde in SERDES:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            config = StoreConfig(
+                memory_bytes=2 * total, disk_path=folder, disk_bytes=1 << 33, disk_serde=serde
+            )
+            with EmbeddedStore(config) as store:
+                with StoreClient(store.endpoint, NAMESPACE, deadline_s=120) as client:
+                    heads, bodies = zip(*made, strict=True)
+                    write = seconds(lambda h=heads, b=bodies: client.put(h, b, durable=True))
+                    used = client.stats()["disk_used"]
+            with EmbeddedStore(config) as store:
+                with StoreClient(store.endpoint, NAMESPACE, deadline_s=120) as client:
+                    client.connect()
+
+                    def read():
+                        with client.load([h.key for h, _ in made]) as loaded:
+                            assert {c.tier for c in loaded} == {"disk"}
+
+                    took = seconds(read)
+        rows.append(
+            {
+                "serde": serde,
+                "durable_write_gbs": total / write / 1e9,
+                "cached_read_gbs": total / took / 1e9,
+                "size_ratio": total / used,
+            }
+        )
+        show(rows[-1])
+    return rows
+
+
+def bench_restart(args) -> list[dict]:
+    """Time until a store with ``--chunks`` chunks on disk has its index back (no payload read)."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        tier = DiskTier(folder)
+        made = (header_of(i, MIB) for i in range(args.chunks))
+        encode = msgspec.msgpack.Encoder().encode
+        from xxhash import xxh3_64_digest
+
+        tier._db.execute("begin")
+        for header in made:
+            raw = encode(header)
+            row = (header.chunk_id, raw, xxh3_64_digest(raw), header.body_bytes, 0, 0)
+            tier._db.execute(_INSERT, row)
+        tier._db.execute("commit")
+        tier.close()
+        config = StoreConfig(memory_bytes=64 * MIB, disk_path=folder, disk_bytes=1 << 42)
+        began = time.perf_counter()
+        with EmbeddedStore(config, start_s=300) as store:
+            took = time.perf_counter() - began
+            with StoreClient(store.endpoint, NAMESPACE, deadline_s=10) as client:
+                chunks = client.stats()["chunks"]
+    began = time.perf_counter()
+    with EmbeddedStore(StoreConfig(memory_bytes=64 * MIB)):
+        empty = time.perf_counter() - began
+    rows.append({"chunks": chunks, "start_s": took, "empty_start_s": empty})
+    show(rows[-1])
+    return rows
+
+
+def correlated(seed: int, header: ChunkHeader, rho: float = 0.9) -> tuple[ChunkHeader, np.ndarray]:
+    """KV with neighbouring tokens correlated and channels of unlike scale (synthetic)."""
+    body = np.zeros(header.body_bytes, dtype=np.uint8)
+    rng = np.random.default_rng(seed)
+    view = BodyView(header, body)
+    for i in range(header.layout.n_layers):
+        for bits in view.layer(i):
+            x = rng.standard_normal(bits.shape, dtype=np.float32)
+            for t in range(1, len(x)):
+                x[t] = rho * x[t - 1] + np.sqrt(1 - rho**2) * x[t]
+            scale = np.exp(rng.standard_normal(bits.shape[1:], dtype=np.float32))
+            from_float32(np.ascontiguousarray(x * scale), header.dtype, bits)
+    return msgspec.structs.replace(header, checksum=checksum(body)), body
+
+
+def bench_serde(args) -> list[dict]:
+    """Size, speed and reconstruction error of each form, by correlation of neighbouring tokens."""
+    rows = []
+    for rho in (0.0, 0.9):
+        header, body = correlated(0, header_of(0, 16 * MIB), rho)
+        for name in SERDES:
+            serde, out = make_serde(name), np.zeros_like(body)
+            enc, dec = [], []
+            for _ in range(3):
+                began = time.perf_counter()
+                blob = np.concatenate(serde.encode(header, body))
+                enc.append(time.perf_counter() - began)
+                dec.append(seconds(lambda s=serde, b=blob, o=out: s.decode(header, b, o)))
+            errors = []
+            for i in range(header.layout.n_layers):
+                pairs = zip(
+                    BodyView(header, body).layer(i), BodyView(header, out).layer(i), strict=True
+                )
+                for a, b in pairs:
+                    a, b = to_float32(a, header.dtype), to_float32(b, header.dtype)
+                    errors.append(float(np.linalg.norm(a - b) / np.linalg.norm(a)))
+            rows.append(
+                {
+                    "serde": name,
+                    "rho": rho,
+                    "size_ratio": body.nbytes / blob.nbytes,
+                    "encode_gbs": gbs(body.nbytes, enc),
+                    "decode_gbs": gbs(body.nbytes, dec),
+                    "relative_error": float(np.sqrt(np.mean(np.square(errors)))),
+                }
+            )
+            show(rows[-1])
+    return rows
+
+
+def bench_engines(args) -> list[dict]:
+    """What the disk tier is built on: files with a SQLite index, beside LMDB with payload values.
+
+    Sizes vary between half and one and a half times the nominal one; every write is synced.
+    """
+    rows = []
+    for size in (MIB, 8 * MIB):
+        count = (512 * MIB) // size
+        rng = np.random.default_rng(2)
+        sizes = rng.integers(size // 2, size * 3 // 2, 2 * count)
+        made = []
+        for i in range(2 * count):
+            header = header_of(i, int(sizes[i]))
+            made.append(header)
+        noise = rng.integers(0, 255, made[int(np.argmax(sizes))].body_bytes, dtype=np.uint8)
+        bodies = [noise[: h.body_bytes] for h in made]
+        made = [
+            msgspec.structs.replace(h, checksum=checksum(b))
+            for h, b in zip(made, bodies, strict=True)
+        ]
+        engines: list[tuple[str, Callable]] = [("files + sqlite", _files_engine)]
+        try:
+            import lmdb  # noqa: F401
+
+            engines.append(("lmdb values", _lmdb_engine))
+        except ImportError:
+            pass
+        for name, engine in engines:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                put, get, delete, close = engine(folder, int(count * size * 1.5))
+                out = np.empty(noise.nbytes, dtype=np.uint8)
+                write = [seconds(lambda i=i: put(made[i], bodies[i])) for i in range(count)]
+                order = rng.permutation(count)
+                read = [seconds(lambda i=i: get(made[i], out)) for i in order]
+                churn = []
+                for n, i in enumerate(order):
+                    new = count + n
+                    churn.append(
+                        seconds(lambda o=i, w=new: (delete(made[o]), put(made[w], bodies[w])))
+                    )
+                close()
+            first = sum(b.nbytes for b in bodies[:count])
+            second = sum(b.nbytes for b in bodies[count:])
+            rows.append(
+                {
+                    "engine": name,
+                    "chunk_mib": size / MIB,
+                    "write_gbs": first / sum(write) / 1e9,
+                    "cached_read_gbs": first / sum(read) / 1e9,
+                    "replace_gbs": second / sum(churn) / 1e9,
+                    "replace_p99_ms": percentile(churn, 99) * 1e3,
+                }
+            )
+            show(rows[-1])
+    return rows
+
+
+def _files_engine(folder: str, limit: int):
+    tier = DiskTier(folder)
+    return (
+        lambda h, b: tier.put([TierItem(h, b)]),
+        lambda h, out: tier.read(h, out[: h.body_bytes]),
+        lambda h: tier.delete([h]),
+        tier.close,
+    )
+
+
+def _lmdb_engine(folder: str, limit: int):
+    """Does the same work: checksum before the write and after the read, header beside the body."""
+    import lmdb
+
+    env = lmdb.open(folder, map_size=limit + 64 * MIB, max_dbs=2)
+    index, data = env.open_db(b"index"), env.open_db(b"data")
+
+    def put(h, b):
+        assert checksum(b) == h.checksum
+        with env.begin(write=True) as txn:
+            txn.put(h.chunk_id, msgspec.msgpack.encode(h), db=index)
+            txn.put(h.chunk_id, memoryview(b), db=data)
+
+    def get(h, out):
+        with env.begin(buffers=True) as txn:
+            np.copyto(out[: h.body_bytes], np.frombuffer(txn.get(h.chunk_id, db=data), np.uint8))
+        assert checksum(out[: h.body_bytes]) == h.checksum
+
+    def delete(h):
+        with env.begin(write=True) as txn:
+            txn.delete(h.chunk_id, db=index)
+            txn.delete(h.chunk_id, db=data)
+
+    return put, get, delete, env.close
+
+
+SECTIONS = {
+    "get": bench_get,
+    "lookup": bench_lookup,
+    "disk": bench_disk,
+    "restart": bench_restart,
+    "serde": bench_serde,
+    "engines": bench_engines,
+}
+
+
+def show(row: dict) -> None:
+    parts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
+    print("  " + "  ".join(parts), flush=True)
+
+
+def table(rows: list[dict]) -> str:
+    names = list(dict.fromkeys(k for row in rows for k in row))
+
+    def cell(value) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(cell(r.get(n)) for n in names) + " |" for r in rows]
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--json", metavar="FILE", help="write figures here, and a table beside")
+    parser.add_argument("--repeat", type=int, default=30, help="rounds of the get section")
+    parser.add_argument("--lookups", type=int, default=2000, help="rounds of the lookup section")
+    parser.add_argument("--chunks", type=int, default=1_000_000, help="chunks indexed")
+    parser.add_argument("--folder", help="where disk sections write (default: a temporary folder)")
+    args = parser.parse_args()
+    for name in args.sections:
+        if name not in SECTIONS:
+            parser.error(f"unknown section {name!r} (known: {', '.join(SECTIONS)})")
+    chosen = args.sections or list(SECTIONS)
+    command = ["python examples/benchmarks/store_bench.py", *args.sections]
+    for name in ("repeat", "lookups", "chunks"):
+        if getattr(args, name) != parser.get_default(name):
+            command.append(f"--{name} {getattr(args, name)}")
+    result = {
+        "command": " ".join(command),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "pyzmq": zmq.__version__,
+        "sections": {},
+    }
+    for name in chosen:
+        print(f"{name}: {SECTIONS[name].__doc__.splitlines()[0]}", flush=True)
+        result["sections"][name] = SECTIONS[name](args)
+    result["load_after"] = os.getloadavg()[0]
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        text = [
+            f"`{result['command']}` on {result['cpu']}, {result['cores']} cores, load average "
+            f"{result['load_before']:.1f} before and {result['load_after']:.1f} after",
+            "",
+        ]
+        for name, rows in result["sections"].items():
+            text += [f"## {name}", "", SECTIONS[name].__doc__.splitlines()[0], "", table(rows), ""]
+        Path(args.json).with_suffix(".md").write_text("\n".join(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

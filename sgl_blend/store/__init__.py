@@ -1,0 +1,37 @@
+"""The chunk store: KV chunks by content, in shared memory, on disk, and in a cluster's tiers.
+
+Imports no SGLang (but for the optional HiCache adapter, when it is configured) and runs alone:
+``sgl-blend store``. See README.md in this folder for the layers and where a new part goes.
+Names below load on first use.
+"""
+
+from __future__ import annotations
+
+_HOMES = {
+    "StoreClient": "client",
+    "LoadedChunk": "client",
+    "StoreSlot": "client",
+    "ChunkHeader": "chunk",
+    "Layout": "chunk",
+    "BodyView": "chunk",
+    "make_namespace": "chunk",
+    "pack_tokens": "chunk",
+    "checksum": "chunk",
+    "StoreConfig": "config",
+    "load_config": "config",
+    "StoreServer": "server",
+    "EmbeddedStore": "embedded",
+    "LoadingController": "controller",
+    "CurveClient": "security",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+__all__ = sorted(_HOMES)  # noqa: PLE0604 - resolved by __getattr__

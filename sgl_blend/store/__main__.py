@@ -1,0 +1,38 @@
+"""``python -m sgl_blend.store``: a store whose configuration comes on standard input, as JSON.
+
+For ``EmbeddedStore`` and tests; people use ``sgl-blend store``. Prints ``ready ADDRESS...`` once
+it listens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from sgl_blend.errors import BlendError
+from sgl_blend.store.embedded import decode_config
+from sgl_blend.store.server import StoreServer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m sgl_blend.store")
+    parser.add_argument("--parent-fd", type=int, default=None)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    try:
+        server = StoreServer(decode_config(sys.stdin.buffer.read()), args.parent_fd)
+    except BlendError as e:
+        print(f"sgl-blend store: {e}", file=sys.stderr)
+        return 2
+    server.install_signals()
+    if server.config.metrics_port:
+        from sgl_blend.store.metrics import serve_metrics
+
+        serve_metrics(server, server.config.metrics_host, server.config.metrics_port)
+    print("ready", *server.addresses, flush=True)
+    return server.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

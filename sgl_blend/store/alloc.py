@@ -1,0 +1,141 @@
+"""Where in the arena a chunk goes: a two-level segregated-fit allocator over a range of bytes.
+
+Free blocks are binned by size (power of two, then 16 steps), found through bitmaps, and merged
+with their neighbours when freed: both operations take constant time however full the arena is.
+Sizes are rounded up to ``GRANULE``. Single-threaded; owns no memory.
+"""
+
+from __future__ import annotations
+
+GRANULE = 256
+_SUB_BITS = 4
+_SUB = 1 << _SUB_BITS
+
+
+def round_up(n: int) -> int:
+    return (max(n, 1) + GRANULE - 1) // GRANULE * GRANULE
+
+
+class Allocator:
+    """``alloc`` gives an offset or None (full or fragmented); ``free`` takes it back.
+
+    ``grow(n)`` appends ``n`` bytes of free space at the end. Offsets are multiples of GRANULE.
+    """
+
+    def __init__(self, capacity: int = 0):
+        self.capacity = 0
+        self.used = 0
+        self._live: dict[int, int] = {}
+        self._free: dict[int, int] = {}
+        self._free_end: dict[int, int] = {}
+        self._bins: dict[int, dict[int, None]] = {}
+        self._map = 0
+        if capacity:
+            self.grow(capacity)
+
+    @staticmethod
+    def _bin(units: int) -> int:
+        """Bin that a block of ``units`` granules lies in (rounds down)."""
+        if units < _SUB:
+            return units
+        top = units.bit_length() - 1
+        return ((top - _SUB_BITS + 1) << _SUB_BITS) + ((units >> (top - _SUB_BITS)) & (_SUB - 1))
+
+    @classmethod
+    def _bin_for(cls, units: int) -> int:
+        """Lowest bin whose every block holds ``units`` granules."""
+        if units >= _SUB:
+            units += (1 << (units.bit_length() - 1 - _SUB_BITS)) - 1
+        return cls._bin(units)
+
+    def _insert(self, at: int, size: int) -> None:
+        b = self._bin(size // GRANULE)
+        self._free[at] = size
+        self._free_end[at + size] = at
+        self._bins.setdefault(b, {})[at] = None
+        self._map |= 1 << b
+
+    def _take(self, at: int) -> int:
+        size = self._free.pop(at)
+        del self._free_end[at + size]
+        b = self._bin(size // GRANULE)
+        held = self._bins[b]
+        del held[at]
+        if not held:
+            self._map &= ~(1 << b)
+        return size
+
+    def grow(self, n: int) -> None:
+        n = n // GRANULE * GRANULE
+        if n <= 0:
+            return
+        at, size = self.capacity, n
+        self.capacity += n
+        before = self._free_end.get(at)
+        if before is not None:
+            size += self._take(before)
+            at = before
+        self._insert(at, size)
+
+    def alloc(self, n: int) -> int | None:
+        need = round_up(n)
+        found = self._map >> (b := self._bin_for(need // GRANULE))
+        if found:
+            b += (found & -found).bit_length() - 1
+            at = next(iter(self._bins[b]))
+        else:
+            # The block's own bin may still hold one that is large enough.
+            fits = self._bins.get(self._bin(need // GRANULE), ())
+            at = next((a for a in fits if self._free[a] >= need), None)
+            if at is None:
+                return None
+        size = self._take(at)
+        if size > need:
+            self._insert(at + need, size - need)
+        self._live[at] = need
+        self.used += need
+        return at
+
+    def free(self, at: int) -> None:
+        size = self._live.pop(at)
+        self.used -= size
+        after = at + size
+        if after in self._free:
+            size += self._take(after)
+        before = self._free_end.get(at)
+        if before is not None:
+            size += self._take(before)
+            at = before
+        self._insert(at, size)
+
+    @property
+    def largest_free(self) -> int:
+        """Size of the largest free block, bytes (scans the top bin only)."""
+        if not self._map:
+            return 0
+        return max(self._free[a] for a in self._bins[self._map.bit_length() - 1])
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError unless live and free blocks tile the arena, merged, and binned."""
+        blocks = sorted(
+            [(a, s, True) for a, s in self._live.items()]
+            + [(a, s, False) for a, s in self._free.items()]
+        )
+        at, last_free = 0, False
+        for start, size, live in blocks:
+            if start != at or size <= 0 or size % GRANULE:
+                raise RuntimeError(f"arena block at {start} size {size}: expected start {at}")
+            if not live and last_free:
+                raise RuntimeError(f"two free blocks meet at {start}")
+            at, last_free = start + size, not live
+        if at != self.capacity:
+            raise RuntimeError(f"blocks end at {at}, capacity is {self.capacity}")
+        if self.used != sum(self._live.values()):
+            raise RuntimeError(f"used is {self.used}, blocks say {sum(self._live.values())}")
+        for b, held in self._bins.items():
+            if bool(held) != bool(self._map >> b & 1):
+                raise RuntimeError(f"bitmap and bin {b} disagree")
+            if any(self._bin(self._free[a] // GRANULE) != b for a in held):
+                raise RuntimeError(f"a block lies in the wrong bin {b}")
+        if sum(map(len, self._bins.values())) != len(self._free):
+            raise RuntimeError("bins and free blocks disagree")

@@ -1,0 +1,107 @@
+"""A store of one's own: started as a child process, and gone with its parent however that ends.
+
+The child holds the read end of a pipe whose other end only the parent has: when the parent exits,
+or is killed, the kernel closes it, and the child drains and stops.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from sgl_blend.store.config import StoreConfig, load_config
+from sgl_blend.store.errors import StoreError
+
+
+class EmbeddedStore:
+    """``EmbeddedStore(config)`` returns once the store answers. Raises StoreError if it does not.
+
+    Without endpoints in ``config`` that others should know, pass ``private=True``: the store then
+    listens in a fresh directory that goes with it. log: file for the child's output.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        *,
+        private: bool = True,
+        start_s: float = 20.0,
+        log: str | Path | None = None,
+    ):
+        self._folder = tempfile.TemporaryDirectory(prefix="sgl-blend-") if private else None
+        if self._folder is not None:
+            endpoint = f"ipc://{self._folder.name}/store"
+            config = replace(config, endpoints=(endpoint,))
+        self.config = config
+        self.endpoint = config.endpoints[0]
+        read_end, self._write_end = os.pipe()
+        env = dict(os.environ)
+        root = str(Path(__file__).resolve().parents[2])
+        env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH")) if p)
+        err = open(log, "ab") if log else None
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sgl_blend.store", "--parent-fd", str(read_end)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                pass_fds=(read_end,),
+                env=env,
+                # A Ctrl-C at the terminal is the parent's to handle; the pipe tells the child.
+                start_new_session=True,
+            )
+        finally:
+            os.close(read_end)
+            if err is not None:
+                err.close()
+        self.process.stdin.write(encode_config(config))
+        self.process.stdin.close()
+        self._wait(start_s)
+
+    def _wait(self, start_s: float) -> None:
+        """Until the child says that it listens (an answer at its address could be another's)."""
+        ready, _, _ = select.select([self.process.stdout], [], [], start_s)
+        line = self.process.stdout.readline() if ready else b""
+        if not line.startswith(b"ready "):
+            if not ready:
+                self.process.kill()
+            code = self.stop()
+            raise StoreError(f"the embedded store did not start: it ended with exit code {code}")
+        self.addresses = line.decode().split()[1:]
+
+    def stop(self, timeout_s: float | None = None) -> int:
+        """Drain, stop, and wait; killed when that takes longer. Returns the exit code. Idempotent."""
+        if self._write_end >= 0:
+            os.close(self._write_end)
+            self._write_end = -1
+        try:
+            code = self.process.wait(timeout_s or self.config.drain_s + 5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.process.stdout.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+        return code
+
+    def __enter__(self) -> EmbeddedStore:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.stop()
+
+
+def encode_config(config: StoreConfig) -> bytes:
+    """For a child's standard input: options never show in a process list."""
+    return msgspec.json.encode(config)
+
+
+def decode_config(raw: bytes) -> StoreConfig:
+    return load_config(None, **msgspec.json.decode(raw))

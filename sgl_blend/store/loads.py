@@ -1,0 +1,158 @@
+"""One ``prepare_load`` on its way: gathers chunks from wherever they lie, replies once.
+
+It replies when every key is readable or known missing, or at its deadline with what is readable
+by then; reads that come later stay as prefetches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from sgl_blend.store import protocol as p
+from sgl_blend.store.chunk import ChunkHeader
+from sgl_blend.store.index import MEMORY, Entry
+from sgl_blend.store.leases import LOAD, TRANSIENT
+
+if TYPE_CHECKING:
+    from sgl_blend.store.core import Client, StoreCore
+
+
+class LoadRequest:
+    def __init__(self, core: StoreCore, client: Client, request: p.PrepareLoad, reply):
+        self.core, self.client, self.request, self.reply = core, client, request, reply
+        self.deadline = core.clock() + request.wait_ms / 1000
+        self.grants: list[p.LoadGrant | None] = [None] * len(request.keys)
+        self.frames: list = []
+        self._sent: list = []
+        self._left = len(request.keys)
+        self.done = False
+
+    def start(self) -> None:
+        core, request = self.core, self.request
+        core.loads[id(self)] = self
+        far: dict[bytes, list[int]] = {}
+        for i, key in enumerate(request.keys):
+            entry = core.res.index.best(request.namespace + key, self._context(i))
+            if entry is None:
+                far.setdefault(key, []).append(i)
+            else:
+                self._near(i, entry)
+        if far:
+            core.res.remote_heads(
+                request.namespace, list(far), lambda heads: self._found_far(far, heads)
+            )
+        if self._left == 0:
+            self.finish()
+
+    def _context(self, i: int) -> bytes | None:
+        return p.context_of(self.request.contexts, i)
+
+    def _near(self, i: int, entry: Entry) -> None:
+        layers = self.request.layers
+        if layers is not None and layers[1] > entry.decoded().layout.n_layers:
+            self._settle(i, None)
+        elif layers is not None and not entry.tiers & MEMORY and not entry.loading:
+            self.core.res.fetch_range(
+                entry, layers, lambda offset, head: self._ranged(i, offset, head)
+            )
+        else:
+            tier = "memory" if entry.tiers & MEMORY else "disk"
+            self.core.res.fetch(entry, lambda e: self._ready(i, e, tier))
+
+    def _found_far(self, far: dict[bytes, list[int]], heads: dict[bytes, ChunkHeader]) -> None:
+        name = self.core.res.remote.name if self.core.res.remote is not None else ""
+        for key, places in far.items():
+            for i in places:
+                if key not in heads:
+                    self._settle(i, None)
+                else:
+                    self.core.res.fetch_remote(heads[key], lambda e, i=i: self._ready(i, e, name))
+
+    def _ready(self, i: int, entry: Entry | None, tier: str) -> None:
+        if entry is None or self.done:
+            self._settle(i, None)
+            return
+        core, client, layers = self.core, self.client, self.request.layers
+        begin, end = 0, entry.nbytes
+        header = entry.decoded()
+        if layers is not None:
+            if layers[1] > header.layout.n_layers:
+                self._settle(i, None)
+                return
+            begin, end = header.layer_range(*layers)
+        exact = entry.exact_in(self._context(i))
+        core.res.memory.policy.touch(entry)
+        if not client.shm:
+            if not core.frames_fit(end - begin):
+                self._settle(i, None)
+                return
+            entry.refs += 1
+            view = core.res.memory.view(entry.offset + begin, end - begin)
+            self._frame(i, header, view, tier, exact, lambda: core.res.unref(entry))
+            return
+        if not core.lease_fits(client, end - begin):
+            core.res.counters["lease_quota"] += 1
+            self._settle(i, None)
+            return
+        entry.refs += 1
+        offset = entry.offset + begin
+        lease = core.leases.grant(LOAD, client.id, entry, offset, end - begin, math.inf)
+        self._settle(i, p.LoadGrant(lease.id, header, offset, end - begin, -1, tier, exact))
+
+    def _ranged(self, i: int, offset: int | None, header: ChunkHeader | None) -> None:
+        if offset is None:
+            self._settle(i, None)
+            return
+        core, client = self.core, self.client
+        begin, end = header.layer_range(*self.request.layers)
+        nbytes = end - begin
+        fits = core.lease_fits(client, nbytes) if client.shm else core.frames_fit(nbytes)
+        if self.done or not fits:
+            core.res.memory.release(offset)
+            self._settle(i, None)
+            return
+        exact = (
+            header.generation == 0 and header.serde == "raw" and header.context == self._context(i)
+        )
+        if not client.shm:
+            view = core.res.memory.view(offset, nbytes)
+            self._frame(i, header, view, "disk", exact, lambda: core.res.memory.release(offset))
+            return
+        lease = core.leases.grant(TRANSIENT, client.id, None, offset, nbytes, math.inf)
+        self._settle(i, p.LoadGrant(lease.id, header, offset, nbytes, -1, "disk", exact))
+
+    def _frame(self, i: int, header: ChunkHeader, view, tier: str, exact: bool, sent) -> None:
+        grant = p.LoadGrant(0, header, -1, view.nbytes, len(self.frames), tier, exact)
+        self.frames.append(view)
+        self._sent.append(sent)
+        self.core.frame_bytes += view.nbytes
+        self._settle(i, grant)
+
+    def _settle(self, i: int, grant: p.LoadGrant | None) -> None:
+        if self.done:
+            return
+        self.grants[i] = grant
+        self._left -= 1
+        if self._left == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Reply with what is there. Called by the last chunk, or by the deadline."""
+        if self.done:
+            return
+        self.done = True
+        self.core.loads.pop(id(self), None)
+        counters = self.core.res.counters
+        got = sum(g is not None for g in self.grants)
+        counters["load_hits"] += got
+        counters["load_misses"] += len(self.grants) - got
+        counters["load_bytes"] += sum(g.nbytes for g in self.grants if g is not None)
+        released, nbytes = self._sent, sum(v.nbytes for v in self.frames)
+
+        def sent() -> None:
+            self.core.frame_bytes -= nbytes
+            for release in released:
+                release()
+
+        self.reply(p.Loads(self.grants), self.frames, sent if released else None)

@@ -1,0 +1,320 @@
+"""The wire protocol, version 1, told as lifecycle verbs.
+
+====================  ===========================================================================
+``hello``             who are you, which version, where is your shared memory
+``lookup``            which of these keys are there, in which tier, exact in my context or not
+``prefetch``          start pulling these keys up from slow tiers; answers at once
+``prepare_load``      make these readable and keep them in place: a *lease* for each
+``complete_load``     I am done reading (one way: no reply)
+``prepare_store``     give me room for these headers: granted, or why not
+``complete_store``    the bytes are in place: publish (with ``durable``: once they are on disk)
+``abort_store``       I could not fill these after all
+``pin`` ``delete`` ``clear`` ``list`` ``stats`` ``drain`` ``set_read_only``  operations
+====================  ===========================================================================
+
+One message is ``[MAGIC + version, request id, msgpack body, payload frames...]``. Nothing is
+unpickled. Every bytes, list and string type below has a bound that is checked while decoding,
+before anything is allocated from it; the sizes in a header are computed from bounded fields and
+compared with ``Limits.chunk_bytes`` before the arena is asked. Replies repeat the request id, so
+that a reply which comes after its caller has given up is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from sgl_blend.store.chunk import ChunkHeader, Count, Digest, Key, Size
+from sgl_blend.store.errors import ProtocolError, VersionMismatch
+
+VERSION = 1
+MAGIC = b"SGLB"
+PREAMBLE = MAGIC + bytes((VERSION,))
+MAX_BATCH = 4096
+MAX_BODY = 8 << 20
+MAX_FRAMES = 3 + MAX_BATCH
+REQUEST_ID_BYTES = 8
+
+Keys = Annotated[list[Key], msgspec.Meta(max_length=MAX_BATCH)]
+Digests = Annotated[list[Digest], msgspec.Meta(max_length=MAX_BATCH)]
+Lease = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Leases = Annotated[list[Lease], msgspec.Meta(max_length=MAX_BATCH)]
+Headers = Annotated[list[ChunkHeader], msgspec.Meta(max_length=MAX_BATCH)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Millis = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
+Layers = tuple[
+    Annotated[int, msgspec.Meta(ge=0, le=1024)], Annotated[int, msgspec.Meta(ge=0, le=1024)]
+]
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all requests. The tag is the class name."""
+
+
+class Hello(Request, frozen=True):
+    """session: token got over the side socket, 0 for a client without shared memory."""
+
+    client: Name
+    session: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
+
+
+class Lookup(Request, frozen=True):
+    """contexts: one per key, or empty when no copy can be exact. ``remote``: ask far tiers too."""
+
+    namespace: Digest
+    keys: Keys
+    contexts: Digests = []
+    remote: bool = True
+
+
+class Prefetch(Request, frozen=True):
+    namespace: Digest
+    keys: Keys
+    contexts: Digests = []
+
+
+class PrepareLoad(Request, frozen=True):
+    """wait_ms: what is not readable by then is reported as a miss (and goes on as a prefetch)."""
+
+    namespace: Digest
+    keys: Keys
+    contexts: Digests = []
+    wait_ms: Millis = 1000
+    layers: Layers | None = None
+
+
+class CompleteLoad(Request, frozen=True):
+    leases: Leases
+
+
+class PrepareStore(Request, frozen=True):
+    headers: Headers
+
+
+class CompleteStore(Request, frozen=True):
+    """checksums: one per lease. Without shared memory, one payload frame per lease follows."""
+
+    leases: Leases
+    checksums: Digests
+    durable: bool = False
+
+
+class AbortStore(Request, frozen=True):
+    leases: Leases
+
+
+class Pin(Request, frozen=True):
+    """on: pin or unpin. A pinned chunk is not evicted from the tiers it lies in."""
+
+    namespace: Digest
+    keys: Keys
+    on: bool = True
+
+
+class Delete(Request, frozen=True):
+    namespace: Digest
+    keys: Keys
+
+
+class Clear(Request, frozen=True):
+    """namespace: clear only this one; empty for all. Pinned and leased chunks stay."""
+
+    namespace: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+
+
+class List(Request, frozen=True):
+    namespace: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    offset: Count = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)] = 1000
+
+
+class Stats(Request, frozen=True):
+    pass
+
+
+class Drain(Request, frozen=True):
+    """Refuse new stores, finish what is under way, write out what is only in memory, then exit."""
+
+    stop: bool = True
+
+
+class SetReadOnly(Request, frozen=True):
+    on: bool
+
+
+AnyRequest = (
+    Hello
+    | Lookup
+    | Prefetch
+    | PrepareLoad
+    | CompleteLoad
+    | PrepareStore
+    | CompleteStore
+    | AbortStore
+    | Pin
+    | Delete
+    | Clear
+    | List
+    | Stats
+    | Drain
+    | SetReadOnly
+)
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all replies."""
+
+
+class Limits(msgspec.Struct, frozen=True, array_like=True):
+    batch: Count
+    chunk_bytes: Size
+    lease_s: float
+
+
+class Welcome(Reply, frozen=True):
+    """server: random id of this run of the server. shm: path of the side socket, or empty."""
+
+    server: Digest
+    version: Count
+    shm: Name
+    arena_bytes: Size
+    read_only: bool
+    limits: Limits
+
+
+class Hit(msgspec.Struct, frozen=True, array_like=True):
+    """exact: computed in the very context that was asked for, and generation 0."""
+
+    tier: Annotated[str, msgspec.Meta(max_length=32)]
+    n_tokens: Count
+    start: Count
+    generation: Count
+    exact: bool
+    nbytes: Size
+
+
+class Found(Reply, frozen=True):
+    hits: Annotated[list[Hit | None], msgspec.Meta(max_length=MAX_BATCH)]
+
+
+class LoadGrant(msgspec.Struct, frozen=True, array_like=True):
+    """offset: in the arena, or -1 when payload frame number ``frame`` carries the bytes."""
+
+    lease: Lease
+    header: ChunkHeader
+    offset: Annotated[int, msgspec.Meta(ge=-1, le=1 << 48)]
+    nbytes: Size
+    frame: Annotated[int, msgspec.Meta(ge=-1, le=MAX_BATCH)]
+    tier: Annotated[str, msgspec.Meta(max_length=32)]
+    exact: bool
+
+
+class Loads(Reply, frozen=True):
+    grants: Annotated[list[LoadGrant | None], msgspec.Meta(max_length=MAX_BATCH)]
+
+
+class StoreGrant(msgspec.Struct, frozen=True, array_like=True):
+    """status: ``granted``, ``exists``, ``busy``, ``duplicate``, ``too_large``, ``no_room``.
+
+    exists: this very copy is there. busy: another client is storing it. duplicate: enough copies
+    of these tokens are there. Only ``granted`` has a lease; offset -1: send frames.
+    """
+
+    status: Annotated[str, msgspec.Meta(max_length=16)]
+    lease: Lease = 0
+    offset: Annotated[int, msgspec.Meta(ge=-1, le=1 << 48)] = -1
+    nbytes: Size = 0
+
+
+class Grants(Reply, frozen=True):
+    grants: Annotated[list[StoreGrant], msgspec.Meta(max_length=MAX_BATCH)]
+
+
+class Stored(Reply, frozen=True):
+    """status per lease: ``stored``, ``durable``, ``expired``, ``corrupt``, ``disk_full``."""
+
+    status: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=MAX_BATCH)
+    ]
+
+
+class Done(Reply, frozen=True):
+    count: Count
+
+
+class Listed(msgspec.Struct, frozen=True, array_like=True):
+    header: ChunkHeader
+    tiers: Annotated[str, msgspec.Meta(max_length=64)]
+    pinned: bool
+
+
+class Listing(Reply, frozen=True):
+    total: Count
+    entries: Annotated[list[Listed], msgspec.Meta(max_length=MAX_BATCH)]
+
+
+class Report(Reply, frozen=True):
+    """JSON of the server's counters (see ``core.StoreCore.stats``)."""
+
+    json: Annotated[bytes, msgspec.Meta(max_length=MAX_BODY)]
+
+
+class Failure(Reply, frozen=True):
+    """code: ``version``, ``malformed``, ``limits``, ``read_only``, ``draining``, ``internal``."""
+
+    code: Annotated[str, msgspec.Meta(max_length=32)]
+    message: Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+AnyReply = Welcome | Found | Loads | Grants | Stored | Done | Listing | Report | Failure
+
+_ENCODER = msgspec.msgpack.Encoder()
+_REQUESTS = msgspec.msgpack.Decoder(AnyRequest)
+_REPLIES = msgspec.msgpack.Decoder(AnyReply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, body):
+    if len(body) > MAX_BODY:
+        raise ProtocolError(f"message body of {len(body)} bytes is over the limit of {MAX_BODY}")
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError, MemoryError) as e:
+        # ValueError: msgspec lets a string that is not UTF-8 out as a UnicodeDecodeError.
+        raise ProtocolError(f"message does not follow protocol version {VERSION}: {e}") from e
+
+
+def decode_request(body) -> AnyRequest:
+    """Raises ProtocolError on anything that is not a well-formed, bounded request."""
+    message = _decode(_REQUESTS, body)
+    contexts = getattr(message, "contexts", None)
+    if contexts and len(contexts) != len(message.keys):
+        raise ProtocolError(f"{len(contexts)} contexts for {len(message.keys)} keys")
+    if isinstance(message, CompleteStore) and len(message.checksums) != len(message.leases):
+        raise ProtocolError(f"{len(message.checksums)} checksums for {len(message.leases)} leases")
+    return message
+
+
+def decode_reply(body) -> AnyReply:
+    return _decode(_REPLIES, body)
+
+
+def check_preamble(frame: bytes) -> None:
+    """Raises VersionMismatch or ProtocolError unless ``frame`` opens a message of this version."""
+    if frame == PREAMBLE:
+        return
+    if len(frame) == len(PREAMBLE) and frame[: len(MAGIC)] == MAGIC:
+        raise VersionMismatch(
+            f"protocol version {frame[-1]} is not spoken here (this side: {VERSION}); "
+            "upgrade the older of store and server"
+        )
+    raise ProtocolError("not a message of the chunk store")
+
+
+def context_of(contexts: list[bytes], i: int) -> bytes | None:
+    """The context asked for with key ``i``, or None when the caller named none."""
+    return contexts[i] if contexts else None

@@ -1,0 +1,102 @@
+"""Who may talk to the store: CURVE keys, and which addresses may do without.
+
+``ipc://`` is guarded by file permissions. ``tcp://`` on a loopback address is open to the machine.
+Any other ``tcp://`` address needs CURVE keys (``sgl-blend store keygen``), or an explicit flag.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgl_blend.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CurveClient:
+    """What a client needs: its own key pair and the server's public key (Z85 bytes)."""
+
+    public: bytes
+    secret: bytes
+    server: bytes
+
+
+def split_endpoint(endpoint: str) -> tuple[str, str]:
+    """(scheme, rest). Raises ConfigError unless it is ipc:// or tcp://."""
+    scheme, mark, rest = endpoint.partition("://")
+    if scheme not in ("ipc", "tcp") or not mark or not rest:
+        raise ConfigError(f"endpoint {endpoint!r} is neither ipc://PATH nor tcp://HOST:PORT")
+    if scheme == "tcp" and not rest.rpartition(":")[0]:
+        raise ConfigError(f"endpoint {endpoint!r} has no port; write tcp://HOST:PORT")
+    return scheme, rest
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether a tcp:// endpoint can be reached from this machine alone."""
+    host = split_endpoint(endpoint)[1].rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_endpoints(endpoints: tuple[str, ...], has_keys: bool, insecure: bool) -> None:
+    """Raises ConfigError for an address beyond loopback with neither keys nor the flag."""
+    for endpoint in endpoints:
+        scheme, _ = split_endpoint(endpoint)
+        if scheme == "tcp" and not is_loopback(endpoint) and not has_keys and not insecure:
+            raise ConfigError(
+                f"{endpoint} can be reached from other machines: make keys with "
+                "'sgl-blend store keygen DIR' and pass --curve-secret, or accept anyone "
+                "with --insecure-tcp"
+            )
+
+
+def make_keys(folder: str | Path) -> list[Path]:
+    """Write ``server.key[_secret]`` and ``client.key[_secret]``; secrets are mode 0600.
+
+    Raises ConfigError when keys are already there: they are never overwritten.
+    """
+    import zmq.auth
+
+    folder = Path(folder)
+    clients = folder / "clients"
+    made = []
+    for where, name in ((folder, "server"), (clients, "client")):
+        where.mkdir(parents=True, exist_ok=True, mode=0o700)
+        secret = where / f"{name}.key_secret"
+        if secret.exists():
+            raise ConfigError(f"{secret} exists; remove it first if it is to be replaced")
+        before = os.umask(0o177)
+        try:
+            made += map(Path, zmq.auth.create_certificates(where, name))
+        finally:
+            os.umask(before)
+    return made
+
+
+def load_client_keys(client_secret: str | Path, server_public: str | Path) -> CurveClient:
+    """From ``client.key_secret`` and ``server.key``. Raises ConfigError."""
+    public, secret = load_pair(client_secret)
+    return CurveClient(public, secret, _load(server_public)[0])
+
+
+def load_pair(secret_file: str | Path) -> tuple[bytes, bytes]:
+    """(public, secret) of a secret key file. Raises ConfigError."""
+    public, secret = _load(secret_file)
+    if secret is None:
+        raise ConfigError(f"{str(secret_file)!r} holds no secret key; give the .key_secret file")
+    return public, secret
+
+
+def _load(path: str | Path) -> tuple[bytes, bytes | None]:
+    import zmq.auth
+
+    try:
+        return zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"key file {str(path)!r}: {e}") from e

@@ -1,0 +1,277 @@
+"""Shared memory that cannot leak: an anonymous memfd whose descriptor is handed over a socket.
+
+The arena has no name in ``/dev/shm``: the kernel frees it when the last process that holds it is
+gone, however that process ended, so a ``kill -9`` of server or client leaves nothing to clean
+up, and no resource tracker is involved. A client connects to the server's *side socket*, a Unix
+socket next to the endpoint (mode 0600: same user), and receives the descriptor, a session token,
+and the server's run id. It keeps the connection open: the kernel closes it when the client dies,
+which is how the server learns that the client's leases are free. A client that is merely stopped
+keeps its leases, so that it can never wake up and write into memory that belongs to another.
+
+Linux only, as SGLang is. ``PROT_WRITE`` mappings of one arena see all chunks: processes that do
+not trust each other use different stores, or connect without shared memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import socket
+import struct
+import threading
+import weakref
+
+import numpy as np
+
+from sgl_blend.store.errors import ArenaExhausted, StoreError
+
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+_F_ADD_SEALS, _F_SEAL_SHRINK = 1033, 0x0002
+_GREETING = struct.Struct("<8s16sQQ")
+_GREETING_MAGIC = b"SGLBSHM1"
+GROW_STEP = 64 << 20
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _map(fd: int, length: int) -> np.ndarray:
+    """uint8 [length]: a shared mapping that may be longer than the file is yet.
+
+    Python's own mmap refuses such a length, and remapping at each growth would fault every page
+    in again. Unmapped when the last view of it is gone. Raises OSError.
+    """
+    at = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if at is None or at == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mapping {length} bytes: {os.strerror(code)}")
+
+    class Region(ctypes.c_ubyte * length):
+        pass
+
+    region = Region.from_address(at)
+    weakref.finalize(region, _libc.munmap, at, length).atexit = False
+    return np.frombuffer(region, dtype=np.uint8)
+
+
+def _advise(array: np.ndarray, advice: int) -> bool:
+    """madvise on a page-aligned part of a mapping; False where this kernel lacks that advice.
+
+    Raises OSError, for example when there is no memory to populate with.
+    """
+    if not array.nbytes or _libc.madvise(array.ctypes.data, array.nbytes, advice) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.EINVAL:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def available_memory() -> int:
+    """Bytes that the kernel thinks can be had without swapping."""
+    with open("/proc/meminfo") as f:
+        for line in f:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+class Arena:
+    """Server side. ``capacity`` bytes of address space, backed step by step as it fills.
+
+    ``ensure(end)`` backs the bytes up to ``end`` with real pages, so that a shortage is one
+    ``ArenaExhausted`` here and never a SIGBUS in a reader.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = (capacity + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.backed = 0
+        self._growing = threading.Lock()
+        self.fd = os.memfd_create("sgl-blend-store", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            # A client must not be able to pull the pages from under the server.
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK)
+            self._array = _map(self.fd, self.capacity)
+            _advise(self._array, _MADV_HUGEPAGE)
+        except OSError as e:
+            os.close(self.fd)
+            raise ArenaExhausted(f"an arena of {self.capacity} bytes: {e}") from e
+
+    def ensure(self, end: int) -> None:
+        """Back the bytes up to ``end``. From any thread; the pages are zeroed meanwhile.
+
+        Raises ArenaExhausted when the kernel refuses; what is backed already stays usable.
+        """
+        if end > self.capacity:
+            raise ArenaExhausted(f"{end} bytes asked of an arena of {self.capacity}")
+        with self._growing:
+            self._ensure(end)
+
+    def _ensure(self, end: int) -> None:
+        if end <= self.backed:
+            return
+        target = min(self.capacity, max(end, self.backed + GROW_STEP))
+        step = target - self.backed
+        # Ask first: overcommitted tmpfs pages summon the OOM killer instead of an error.
+        if step > available_memory() - (64 << 20):
+            raise ArenaExhausted(
+                f"{step} more bytes of shared memory would leave the machine without memory"
+            )
+        try:
+            os.ftruncate(self.fd, target)
+            if not _advise(self._array[self.backed : target], _MADV_POPULATE_WRITE):
+                os.posix_fallocate(self.fd, self.backed, step)
+        except OSError as e:
+            raise ArenaExhausted(f"shared memory of {target} bytes: {e}") from e
+        self.backed = target
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes], writable, no copy."""
+        return self._array[offset : offset + nbytes]
+
+    def close(self) -> None:
+        self._array = np.empty(0, dtype=np.uint8)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class SideSocket:
+    """Server side of the hand-over: a listening Unix socket, polled by the server's loop."""
+
+    def __init__(self, path: str):
+        self.path = path
+        if len(path.encode()) > 100:
+            raise StoreError(f"side socket path {path!r} is longer than Unix sockets allow")
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        if os.path.exists(path):
+            os.unlink(path)
+        before = os.umask(0o177)
+        try:
+            self._sock.bind(path)
+        finally:
+            os.umask(before)
+        self._sock.listen(128)
+        self._sock.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def accept(self, server: bytes, token: int, arena: Arena) -> socket.socket | None:
+        """Greet one client; None when it is already gone or is another user's."""
+        try:
+            conn, _ = self._sock.accept()
+        except OSError:
+            return None
+        conn.setblocking(False)
+        try:
+            creds = conn.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            if struct.unpack("3i", creds)[1] not in (os.getuid(), 0):
+                raise PermissionError("another user")
+            greeting = _GREETING.pack(_GREETING_MAGIC, server, token, arena.capacity)
+            socket.send_fds(conn, [greeting], [arena.fd])
+        except OSError:
+            conn.close()
+            return None
+        return conn
+
+    def close(self) -> None:
+        self._sock.close()
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+
+
+class ArenaMapping:
+    """Client side: the server's arena in this process, and the connection that keeps leases alive.
+
+    Views stay valid memory for as long as
+    they are referenced, even after the server is gone (their content is then frozen).
+    """
+
+    def __init__(self, path: str, timeout_s: float):
+        self._fd = -1
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._array = np.empty(0, dtype=np.uint8)
+        self._backed = 0
+        self.registered: list[tuple[int, int]] = []
+        self.holds = 0
+        self.retired = False
+        try:
+            self._sock.settimeout(timeout_s)
+            self._sock.connect(path)
+            raw, fds, _, _ = socket.recv_fds(self._sock, _GREETING.size, 1)
+            if len(raw) != _GREETING.size or len(fds) != 1:
+                raise StoreError(f"side socket {path!r} gave no shared memory")
+            self._fd = fds[0]
+            magic, self.server, self.token, self.capacity = _GREETING.unpack(raw)
+            if magic != _GREETING_MAGIC:
+                raise StoreError(f"side socket {path!r} is not a chunk store's")
+            self._sock.setblocking(False)
+            self._array = _map(self._fd, self.capacity)
+            _advise(self._array, _MADV_HUGEPAGE)
+        except (OSError, StoreError) as e:
+            self.close()
+            raise StoreError(f"no shared memory through {path!r}: {e}") from e
+
+    def view(self, offset: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes], no copy. Raises StoreError when the server's arena is not that large."""
+        end = offset + nbytes
+        if end > self._backed:
+            size = min(os.fstat(self._fd).st_size, self.capacity)
+            if end > size:
+                raise StoreError(f"descriptor [{offset}, {end}) lies outside the arena of {size}")
+            # Now rather than page by page in the first copy.
+            _advise(self._array[self._backed : size], _MADV_POPULATE_READ)
+            self._backed = size
+        return self._array[offset:end]
+
+    def alive(self) -> bool:
+        """False once the server has closed the connection or ended."""
+        try:
+            return self._sock.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def register_cuda(self) -> int:
+        """Page-lock what is mapped so far for CUDA copies; returns the bytes registered.
+
+        Raises StoreError without a working CUDA runtime. Call again after the arena grew: it
+        registers what came since.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            raise StoreError("shared memory can be pinned only where CUDA is")
+        done = sum(n for _, n in self.registered)
+        part = self._array[done : self._backed]
+        if not part.nbytes:
+            return 0
+        code = torch.cuda.cudart().cudaHostRegister(part.ctypes.data, part.nbytes, 0)
+        if int(code) != 0:
+            raise StoreError(f"cudaHostRegister of {part.nbytes} bytes failed: {code}")
+        self.registered.append((part.ctypes.data, part.nbytes))
+        return part.nbytes
+
+    def close(self) -> None:
+        if self.registered:
+            import torch
+
+            for at, _ in self.registered:
+                torch.cuda.cudart().cudaHostUnregister(at)
+            self.registered.clear()
+        self._sock.close()
+        self._array = np.empty(0, dtype=np.uint8)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,1 @@
+"""Places for chunks below shared memory. ``base`` is the contract; one file a tier."""

@@ -1,0 +1,325 @@
+"""Disk tier: one file a chunk, and SQLite (write-ahead log) as the index.
+
+Why this engine. Measured side by side (``store_bench.py engines``): LMDB, with payloads as values,
+replaces chunks faster, but reads through mmap, where a truncated file or a bad sector is a SIGBUS
+that kills the server; here it is a short read and a miss. Files are read with one ``preadv``
+straight into shared memory, by layer ranges if need be, and give their space back at once. SQLite
+is the best-kept crash-safe index there is, comes with Python, and reads with ``pread`` too.
+
+Crash safety. A chunk is written to ``tmp/``, synced, renamed into place, then entered in the
+index; ``put`` returns after that. A kill in between leaves a file that no row names: ``tmp/`` is
+emptied at start, and ``sweep`` removes the rest. A row whose file is missing or short is a miss.
+Each file begins with a self-describing head (its own checksum, the header, a checksum of the
+encoded bytes and, for raw bodies, of every layer), so the index can be rebuilt when it is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from sgl_blend.errors import ConfigError
+from sgl_blend.store.chunk import HEADER_DECODER, HEADER_ENCODER, ChunkHeader, checksum
+from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss
+from sgl_blend.store.serde import make_serde
+from sgl_blend.store.tiers.base import PutResult, Tier, TierItem, TierRecord
+from sgl_blend.store.tiers.record import (
+    BLOCK,
+    RecordHead,
+    check_layers,
+    head_size,
+    make_record,
+    open_record,
+    pack_head,
+    unpack_head,
+)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SCHEMA = """
+create table if not exists chunks(
+  seq integer primary key autoincrement, id blob not null unique, header blob not null,
+  mark blob not null, nbytes integer not null, lossy integer not null, pinned integer not null
+)"""
+
+
+class DiskTier(Tier):
+    """``root``: a directory of its own on any local file system; one server at a time holds it.
+
+    fsync: sync each file before it counts (needed against power loss; a kill alone does not need
+    it). Raises ConfigError when the directory cannot be used or another process holds it.
+    """
+
+    name = "disk"
+    indexed = True
+
+    def __init__(self, root: str | Path, serde: str = "raw", fsync: bool = True):
+        self.root = Path(root)
+        self._serde = make_serde(serde)
+        self.lossy = self._serde.lossy
+        self._fsync = fsync
+        self._db_lock = threading.Lock()
+        self.rebuilt = False
+        try:
+            (self.root / "data").mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.root / "tmp", ignore_errors=True)
+            self._lock_fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as e:
+            raise ConfigError(f"disk tier at {str(root)!r} cannot be used: {e}") from e
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(self._lock_fd)
+            raise ConfigError(f"disk tier at {str(root)!r} is held by another store") from e
+        (self.root / "tmp").mkdir(exist_ok=True)
+        for i in range(256):
+            (self.root / "data" / f"{i:02x}").mkdir(exist_ok=True)
+        self._db = self._open_index()
+
+    def _open_index(self) -> sqlite3.Connection:
+        path = self.root / "index.sqlite"
+        fresh = not path.exists()
+        try:
+            db = self._connect(path)
+            if db.execute("pragma quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check failed")
+        except sqlite3.DatabaseError:
+            for suffix in ("", "-wal", "-shm"):
+                Path(str(path) + suffix).unlink(missing_ok=True)
+            db, fresh = self._connect(path), True
+        if fresh:
+            self._rebuild(db)
+        return db
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        db.execute("pragma journal_mode=wal")
+        db.execute("pragma synchronous=normal")
+        db.execute("pragma mmap_size=0")
+        db.execute(_SCHEMA)
+        return db
+
+    def _rebuild(self, db: sqlite3.Connection) -> None:
+        """Fill an empty index from the heads of the files: one block read for each."""
+        rows = []
+        for path in self._files():
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except OSError:
+                continue
+            try:
+                head, size = _head_of(fd, os.pread(fd, BLOCK, 0))
+                stat = os.fstat(fd)
+                if stat.st_size == size + head.nbytes:
+                    rows.append((stat.st_mtime_ns, self._row(head, stat.st_size)))
+            except (OSError, ChunkCorrupt):
+                os.unlink(path)
+            finally:
+                os.close(fd)
+        rows.sort(key=lambda r: r[0])
+        db.execute("begin")
+        db.executemany(_INSERT, [row for _, row in rows])
+        db.execute("commit")
+        self.rebuilt = bool(rows)
+
+    def _files(self) -> Iterator[str]:
+        for bucket in os.scandir(self.root / "data"):
+            yield from (f.path for f in os.scandir(bucket.path))
+
+    @staticmethod
+    def _row(head: RecordHead, nbytes: int) -> tuple:
+        packed = HEADER_ENCODER.encode(head.header)
+        mark = xxhash.xxh3_64_digest(packed)
+        return head.header.chunk_id, packed, mark, nbytes, int(head.serde != "raw"), 0
+
+    def path_of(self, chunk_id: bytes) -> Path:
+        name = chunk_id.hex()
+        return self.root / "data" / name[:2] / name
+
+    def put(self, items: Sequence[TierItem]) -> list[PutResult]:
+        results, rows = [], []
+        for item in items:
+            try:
+                head, nbytes = self._write(item)
+            except ChunkCorrupt:
+                results.append(PutResult(0, "corrupt"))
+                continue
+            except OSError as e:
+                results.append(PutResult(0, "full" if e.errno in _FULL else "down"))
+                continue
+            rows.append(self._row(head, nbytes))
+            results.append(PutResult(nbytes))
+        try:
+            with self._db_lock:
+                self._db.execute("begin")
+                self._db.executemany(_INSERT, rows)
+                self._db.execute("commit")
+        except sqlite3.Error as e:
+            with self._db_lock:
+                if self._db.in_transaction:
+                    self._db.execute("rollback")
+            for row in rows:
+                self.path_of(row[0]).unlink(missing_ok=True)
+            reason = "full" if "full" in str(e) else "down"
+            return [r if r.reason else PutResult(0, reason) for r in results]
+        return results
+
+    def _write(self, item: TierItem) -> tuple[RecordHead, int]:
+        header, body = item
+        head, parts = make_record(self._serde, header, body)
+        final = self.path_of(header.chunk_id)
+        tmp = self.root / "tmp" / final.name
+        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                raw = pack_head(head)
+                _write_all(fd, [memoryview(raw), *(memoryview(p) for p in parts)])
+                if self._fsync:
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            os.rename(tmp, final)
+        except OSError:
+            tmp.unlink(missing_ok=True)
+            raise
+        return head, len(raw) + head.nbytes
+
+    def read(
+        self, header: ChunkHeader, dest: np.ndarray, layers: tuple[int, int] | None = None
+    ) -> ChunkHeader:
+        try:
+            fd = os.open(self.path_of(header.chunk_id), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as e:
+            raise TierMiss("no file for this chunk") from e
+        except OSError as e:
+            raise TierDown(f"disk tier: {e}") from e
+        try:
+            return self._read(fd, header, dest, layers)
+        except OSError as e:
+            raise TierDown(f"disk tier: {e}") from e
+        finally:
+            os.close(fd)
+
+    def _read(self, fd: int, header: ChunkHeader, dest: np.ndarray, layers) -> ChunkHeader:
+        first = bytearray(BLOCK)
+        # The common case in one system call: a head of one block, then the raw body.
+        whole = layers is None and self._serde.name == "raw"
+        got = os.preadv(fd, [first, memoryview(dest)] if whole else [first], 0)
+        head, size = _head_of(fd, first[: min(got, BLOCK)])
+        if head.header.chunk_id != header.chunk_id or head.header.body_bytes != header.body_bytes:
+            raise ChunkCorrupt("the file holds another chunk")
+        if head.serde != "raw":
+            blob = np.empty(head.nbytes, dtype=np.uint8)
+            _read_all(fd, blob, size)
+            return open_record(head, blob, dest, layers)
+        if layers is not None:
+            _read_all(fd, dest, size + header.layer_range(*layers)[0])
+            check_layers(head, dest, layers)
+            return head.header
+        if not (whole and size == BLOCK and got == BLOCK + dest.nbytes):
+            _read_all(fd, dest, size)
+        if checksum(dest) != head.digest:
+            raise ChunkCorrupt("the body does not match its checksum")
+        return head.header
+
+    def delete(self, headers: Sequence[ChunkHeader]) -> None:
+        ids = [h.chunk_id for h in headers]
+        try:
+            with self._db_lock:
+                self._db.execute("begin")
+                self._db.executemany("delete from chunks where id=?", [(i,) for i in ids])
+                self._db.execute("commit")
+        except sqlite3.Error as e:
+            with self._db_lock:
+                if self._db.in_transaction:
+                    self._db.execute("rollback")
+            raise TierDown(f"disk index: {e}") from e
+        finally:
+            # Even where the row stays, a row without its file is only a miss.
+            for i in ids:
+                self.path_of(i).unlink(missing_ok=True)
+
+    def scan(self) -> Iterator[TierRecord]:
+        query = "select id, header, mark, nbytes, lossy, pinned from chunks order by seq"
+        bad = []
+        for chunk_id, packed, mark, nbytes, lossy, pinned in self._db.execute(query):
+            if xxhash.xxh3_64_digest(packed) != mark:
+                bad.append((chunk_id,))
+                continue
+            header = HEADER_DECODER.decode(packed)
+            yield TierRecord(header, packed, nbytes, bool(lossy), bool(pinned))
+        with self._db_lock:
+            self._db.executemany("delete from chunks where id=?", bad)
+
+    def sweep(self) -> int:
+        """Remove files that no row names and that are over a minute old; returns how many."""
+        removed = 0
+        for path in self._files():
+            name = os.path.basename(path)
+            try:
+                old = time.time() - os.stat(path).st_mtime > 60
+                with self._db_lock:
+                    row = self._db.execute(
+                        "select 1 from chunks where id=?", (bytes.fromhex(name),)
+                    ).fetchone()
+                if old and row is None:
+                    os.unlink(path)
+                    removed += 1
+            except (OSError, ValueError):
+                continue
+        return removed
+
+    def set_pinned(self, headers: Sequence[ChunkHeader], on: bool) -> None:
+        rows = [(int(on), h.chunk_id) for h in headers]
+        try:
+            with self._db_lock:
+                self._db.executemany("update chunks set pinned=? where id=?", rows)
+        except sqlite3.Error as e:
+            raise TierDown(f"disk index: {e}") from e
+
+    def close(self) -> None:
+        with self._db_lock:
+            self._db.close()
+        os.close(self._lock_fd)
+
+
+_INSERT = (
+    "insert or replace into chunks(id, header, mark, nbytes, lossy, pinned) values(?,?,?,?,?,?)"
+)
+
+
+def _head_of(fd: int, first: bytes) -> tuple[RecordHead, int]:
+    """Head of a file and its size, given its first block. Raises ChunkCorrupt."""
+    size = head_size(first)
+    if size > len(first):
+        first = os.pread(fd, size, 0)
+    return unpack_head(first), size
+
+
+def _write_all(fd: int, parts: list[memoryview]) -> None:
+    parts = [p.cast("B") for p in parts if p.nbytes]
+    while parts:
+        done = os.writev(fd, parts[:64])
+        while parts and done >= parts[0].nbytes:
+            done -= parts.pop(0).nbytes
+        if done:
+            parts[0] = parts[0][done:]
+
+
+def _read_all(fd: int, dest: np.ndarray, at: int) -> None:
+    left = memoryview(dest).cast("B")
+    while left.nbytes:
+        got = os.preadv(fd, [left], at)
+        if got == 0:
+            raise ChunkCorrupt("the file ends before its body does")
+        left, at = left[got:], at + got

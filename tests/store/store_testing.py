@@ -1,0 +1,71 @@
+"""Helpers of the store's tests: chunks with recognisable bytes, and stores as real processes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+
+from sgl_blend.store.chunk import ChunkHeader, Layout, checksum, make_namespace, pack_tokens
+from sgl_blend.store.client import StoreClient
+from sgl_blend.store.config import StoreConfig
+from sgl_blend.store.embedded import EmbeddedStore
+
+NAMESPACE = make_namespace("test-model", "tenant-a")
+SMALL = Layout(n_layers=4, n_kv_heads=2, head_dim=16, v_head_dim=16)
+
+
+def digest(*parts) -> bytes:
+    """16 bytes that depend on all parts."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def make_chunk(
+    seed: int,
+    *,
+    namespace: bytes = NAMESPACE,
+    layout: Layout = SMALL,
+    n_tokens: int = 32,
+    dtype: str = "float16",
+    **fields,
+) -> tuple[ChunkHeader, np.ndarray]:
+    """Header (with checksum) and body whose values follow from ``seed`` alone."""
+    header = ChunkHeader(namespace, digest("key", seed), layout, dtype, n_tokens, **fields)
+    rng = np.random.default_rng([seed, *fields.get("context", b"")])
+    body = np.zeros(header.body_bytes, dtype=np.uint8)
+    pack_tokens(rng.integers(0, 50_000, n_tokens), body)
+    values = rng.standard_normal((header.body_bytes - header.tokens_bytes) // 2)
+    body[header.tokens_bytes :] = values.astype(np.float16).view(np.uint8)
+    return msgspec.structs.replace(header, checksum=checksum(body)), body
+
+
+def small_config(tmp_path=None, **changes) -> StoreConfig:
+    """16 MiB of memory, and 64 MiB of disk under ``tmp_path`` when one is given."""
+    config = StoreConfig(
+        memory_bytes=16 << 20, max_chunk_bytes=8 << 20, disk_bytes=64 << 20, drain_s=10.0
+    )
+    if tmp_path is not None:
+        config = replace(config, disk_path=str(tmp_path / "disk"))
+    return replace(config, **changes)
+
+
+def connect(endpoint: str, namespace: bytes = bytes(16), **options) -> StoreClient:
+    """A client with a deadline that a busy machine meets, where the test is not about deadlines."""
+    return StoreClient(endpoint, namespace, **{"deadline_s": 10.0, **options})
+
+
+def start(config: StoreConfig, **options) -> EmbeddedStore:
+    return EmbeddedStore(config, **options)
+
+
+def eventually(check, seconds: float = 10.0) -> bool:
+    """Whether ``check()`` comes true before the time is up."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if check():
+            return True
+        time.sleep(0.02)
+    return bool(check())

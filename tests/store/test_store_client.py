@@ -1,0 +1,323 @@
+"""Client and server as they are used: a store process, real sockets, real shared memory. CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
+
+from sgl_blend.errors import StoreError
+from sgl_blend.store.chunk import make_namespace, pack_tokens
+from sgl_blend.store.errors import ChunkCorrupt, ProtocolError, StoreRefused, StoreTimeout
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with start(small_config(tmp_path_factory.mktemp("store"))) as running:
+        yield running
+
+
+@pytest.fixture(params=["shm", "frames"])
+def client(store, request):
+    with connect(store.endpoint, digest(request.node.name), shm=request.param == "shm") as c:
+        c.connect()
+        assert c.shm == (request.param == "shm")
+        yield c
+
+
+def _chunks(client, n, **fields):
+    return [make_chunk(i, namespace=client.namespace, **fields) for i in range(n)]
+
+
+def test_store_lookup_load(client):
+    made = _chunks(client, 6, start=512, context=digest("ctx"))
+    keys = [h.key for h, _ in made]
+    assert client.lookup(keys) == [None] * 6
+    assert client.put(*zip(*made, strict=True)) == ["stored"] * 6
+    assert client.put(*zip(*made, strict=True)) == ["exists"] * 6
+    hits = client.lookup([*keys, digest("no")], [digest("ctx")] * 3 + [digest("other")] * 4)
+    assert hits[6] is None
+    assert [h.exact for h in hits[:6]] == [True] * 3 + [False] * 3
+    assert {(h.tier, h.start, h.n_tokens) for h in hits[:6]} == {("memory", 512, 32)}
+    with client.load(keys) as loaded:
+        for chunk, (header, body) in zip(loaded, made, strict=True):
+            assert chunk.header == header
+            np.testing.assert_array_equal(chunk.buf, body)
+            with pytest.raises(ValueError, match="read-only"):
+                chunk.buf[0] = 1
+    with client.load(keys, layers=(1, 3)) as loaded:
+        for chunk, (header, body) in zip(loaded, made, strict=True):
+            begin, end = header.layer_range(1, 3)
+            np.testing.assert_array_equal(chunk.buf, body[begin:end])
+            assert chunk.body.layer(2)[0].shape == (32, 2, 16)
+    assert eventually(lambda: client.stats()["leases"] == 0)
+
+
+def test_bodies_are_written_in_place_and_read_without_copies(store):
+    with connect(store.endpoint, digest("in place")) as client:
+        header, body = make_chunk(1, namespace=client.namespace)
+        (slot,) = client.prepare_store([header])
+        pack_tokens(np.arange(32), slot.buf)
+        slot.body.layer(2)[1][:] = 3
+        assert client.complete_store([slot]) == ["stored"]
+        with client.load([header.key]) as (chunk,):
+            assert chunk.body.token_ids.tolist() == list(range(32))
+            assert (chunk.body.layer(2)[1] == 3).all()
+            assert np.shares_memory(chunk.buf, slot.buf)
+
+
+def test_namespaces_keep_tenants_apart(store):
+    salts = [make_namespace("model", "rank 0", salt) for salt in ("alice", "bob")]
+    with connect(store.endpoint, salts[0]) as a, connect(store.endpoint, salts[1]) as b:
+        header, body = make_chunk(1, namespace=salts[0])
+        a.put([header], [body])
+        assert a.lookup([header.key])[0] is not None
+        assert b.lookup([header.key]) == [None]
+        assert b.prepare_load([header.key]) == [None]
+        assert b.pin([header.key]) == b.delete([header.key]) == b.clear() == 0
+        assert b.list().total == 0
+        assert a.list().entries[0].header == header
+
+
+def test_two_clients_share_chunks_across_transports(store):
+    with (
+        connect(store.endpoint, digest("both")) as near,
+        connect(store.endpoint, digest("both"), shm=False) as far,
+    ):
+        (a, body_a), (b, body_b) = _chunks(near, 2)
+        near.put([a], [body_a])
+        far.put([b], [body_b])
+        for client in (near, far):
+            with client.load([a.key, b.key]) as loaded:
+                np.testing.assert_array_equal(loaded[0].buf, body_a)
+                np.testing.assert_array_equal(loaded[1].buf, body_b)
+
+
+def test_concurrent_storing_of_one_chunk(store):
+    with (
+        connect(store.endpoint, digest("race")) as a,
+        connect(store.endpoint, digest("race")) as b,
+    ):
+        header, body = make_chunk(1, namespace=a.namespace)
+        (first,) = a.prepare_store([header])
+        (second,) = b.prepare_store([header])
+        assert (first.status, second.status) == ("granted", "busy")
+        assert b.lookup([header.key]) == [None]
+        a.abort_store([first])
+        (second,) = b.prepare_store([header])
+        second.buf[:] = body
+        assert b.complete_store([second]) == ["stored"]
+
+
+def test_durable_chunks_survive_a_restart(tmp_path):
+    config = small_config(tmp_path)
+    made = [make_chunk(i) for i in range(12)]
+    keys = [h.key for h, _ in made]
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        assert client.put(*zip(*made, strict=True), durable=True) == ["durable"] * 12
+        client.pin(keys[:2])
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        assert {h.tier for h in client.lookup(keys)} == {"disk"}
+        with client.load(keys, deadline_s=10) as loaded:
+            assert {c.tier for c in loaded} == {"disk"}
+            for chunk, (header, body) in zip(loaded, made, strict=True):
+                assert chunk.header == header
+                np.testing.assert_array_equal(chunk.buf, body)
+        assert {h.tier for h in client.lookup(keys)} == {"memory"}
+        assert sum(e.pinned for e in client.list().entries) == 2
+
+
+def test_a_stopping_store_writes_out_what_it_has(tmp_path):
+    config = small_config(tmp_path, disk_after=9)
+    made = [make_chunk(i) for i in range(12)]
+    store = start(config)
+    with connect(store.endpoint, NAMESPACE) as client:
+        client.put(*zip(*made, strict=True))
+        assert client.stats()["disk_used"] == 0
+    assert store.stop() == 0
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        assert None not in client.lookup([h.key for h, _ in made])
+
+
+@pytest.mark.parametrize("serde", ["int8", "fp8", "cachegen"])
+def test_a_lossy_disk_serves_inexact_chunks(tmp_path, serde):
+    config = small_config(tmp_path, disk_serde=serde)
+    header, body = make_chunk(1, context=digest("c"), n_tokens=64)
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        client.put([header], [body], durable=True)
+        assert client.lookup([header.key], [digest("c")])[0].exact
+    with start(config) as store, connect(store.endpoint, NAMESPACE, verify=True) as client:
+        assert not client.lookup([header.key], [digest("c")])[0].exact
+        with client.load([header.key], [digest("c")], deadline_s=20) as (chunk,):
+            assert not chunk.exact and chunk.header.serde == serde
+            assert chunk.body.token_ids.tolist() == body[:256].view(np.int32).tolist()
+        assert not client.lookup([header.key], [digest("c")])[0].exact
+
+
+def test_prefetch_brings_chunks_up(tmp_path):
+    config = small_config(tmp_path)
+    header, body = make_chunk(1)
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        client.put([header], [body], durable=True)
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        assert client.prefetch([header.key, digest("absent")]) == 1
+        assert eventually(lambda: client.lookup([header.key])[0].tier == "memory")
+
+
+def test_verification_on_the_client(store):
+    with (
+        connect(store.endpoint, digest("verify"), verify=True) as client,
+        connect(store.endpoint, digest("verify")) as scribbler,
+    ):
+        header, body = make_chunk(1, namespace=client.namespace)
+        (slot,) = scribbler.prepare_store([header])
+        slot.buf[:] = body
+        scribbler.complete_store([slot])
+        slot.buf[-1] ^= 1
+        with pytest.raises(ChunkCorrupt):
+            client.prepare_load([header.key])
+        slot.buf[-1] ^= 1
+        with client.load([header.key]) as (chunk,):
+            np.testing.assert_array_equal(chunk.buf, body)
+
+
+def test_limits_are_answers_not_crashes(client):
+    large, _ = make_chunk(1, namespace=client.namespace)
+    large = type(large)(client.namespace, large.key, large.layout, "float16", 1 << 20)
+    assert client.prepare_store([large])[0].status == "too_large"
+    with pytest.raises(ProtocolError, match="Lookup"):
+        client.lookup([b"tiny"])
+    assert client.lookup([]) == [] and client.prepare_load([]) == []
+    assert client.prepare_load([digest("none")], layers=(0, 1)) == [None]
+    with pytest.raises(ProtocolError, match="no range"):
+        client.prepare_load([digest("none")], layers=(2, 1))
+    made = _chunks(client, 1)
+    client.put(*zip(*made, strict=True))
+    assert client.prepare_load([made[0][0].key], layers=(0, 99)) == [None]
+
+
+def test_a_dead_endpoint_costs_one_deadline(tmp_path):
+    with connect(f"ipc://{tmp_path}/nobody", deadline_s=0.3) as client:
+        began = time.monotonic()
+        with pytest.raises(StoreTimeout):
+            client.lookup([digest(1)])
+        assert client.try_lookup([digest(1)]) == [None]
+        assert client.try_prepare_load([digest(1)] * 3) == [None] * 3
+        assert time.monotonic() - began < 3.0
+
+
+def test_threads_share_a_client(store):
+    with connect(store.endpoint, digest("threads"), deadline_s=20) as client:
+        made = _chunks(client, 40)
+        client.put(*zip(*made, strict=True))
+        wrong = []
+
+        def work(n):
+            rng = np.random.default_rng(n)
+            for _ in range(60):
+                pick = rng.integers(0, 40, 3)
+                with client.load([made[i][0].key for i in pick]) as loaded:
+                    for i, chunk in zip(pick, loaded, strict=True):
+                        if not np.array_equal(chunk.buf, made[i][1]):
+                            wrong.append(i)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert not wrong
+        assert eventually(lambda: client.stats()["leases"] == 0)
+
+
+def test_one_server_per_address(tmp_path):
+    from dataclasses import replace
+
+    config = replace(small_config(), endpoints=(f"ipc://{tmp_path}/s",))
+    with start(config, private=False) as store:
+        with pytest.raises(StoreError, match="exit code 2"):
+            start(config, private=False)
+        with connect(store.endpoint) as client:
+            client.connect()
+        # Only this user may connect.
+        for name in ("s", "s.shm"):
+            assert os.stat(tmp_path / name).st_mode & 0o077 == 0
+
+
+def test_the_store_ends_with_its_parent(tmp_path):
+    """The parent is killed outright; its embedded store notices and goes."""
+    code = (
+        f"import sys, time; sys.path[:0] = {sys.path!r}\n"
+        "from store_testing import small_config, start\n"
+        "store = start(small_config())\n"
+        "print(store.process.pid, store.endpoint, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid, endpoint = parent.stdout.readline().split()
+    with connect(endpoint) as client:
+        client.connect()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert eventually(lambda: not os.path.exists(f"/proc/{pid}") or _is_zombie(pid))
+
+
+def _is_zombie(pid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_metrics_are_scraped(tmp_path):
+    import socket
+
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with start(small_config(metrics_port=port)) as store:
+        with connect(store.endpoint, NAMESPACE) as client:
+            header, body = make_chunk(1)
+            client.put([header], [body])
+            client.lookup([header.key, digest("no")])
+
+            def scrape():
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+                    text = page.read().decode()
+                samples = {}
+                for family in text_string_to_metric_families(text):
+                    for s in family.samples:
+                        samples[s.name + "".join(s.labels.values())] = s.value
+                return samples
+
+            assert eventually(
+                lambda: scrape().get("sgl_blend_store_events_totallookup_keys") == 2.0
+            )
+            got = scrape()
+            assert got["sgl_blend_store_chunks"] == 1.0
+            assert got["sgl_blend_store_events_totallookup_hits"] == 1.0
+            assert got["sgl_blend_store_memory_used"] > 0
+
+
+def test_read_only_and_drain_over_the_wire(tmp_path):
+    store = start(small_config(tmp_path))
+    with connect(store.endpoint, NAMESPACE) as client:
+        header, body = make_chunk(1)
+        client.put([header], [body])
+        client.set_read_only(True)
+        with pytest.raises(StoreRefused, match="read_only") as caught:
+            client.put([make_chunk(2)[0]], [make_chunk(2)[1]])
+        assert caught.value.code == "read_only"
+        client.set_read_only(False)
+        assert client.drain(stop=True) == 0
+        assert store.process.wait(10) == 0
+    store.stop()

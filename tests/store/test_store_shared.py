@@ -1,0 +1,363 @@
+"""Shared tiers: guard, a scripted object store, HiCache's file backend, a two-node Mooncake.
+
+CPU only. The HiCache tests import SGLang; the Mooncake tests need mooncake-transfer-engine-non-cuda
+and libibverbs1 and start mooncake_master.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
+from test_store_core import FAR, LOCAL, Driver
+
+from sgl_blend.errors import ConfigError
+from sgl_blend.store import protocol as p
+from sgl_blend.store.chunk import Layout
+from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierFull, TierMiss
+from sgl_blend.store.tiers.base import TierItem
+from sgl_blend.store.tiers.guard import Guard
+from sgl_blend.store.tiers.shared import ObjectStore, SharedTier, make_shared_tier
+
+
+class ScriptedObjects(ObjectStore):
+    """A stand-in for a cluster's store whose failures can be called for."""
+
+    name = "scripted"
+
+    def __init__(self):
+        self.held: dict[str, np.ndarray] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.full = False
+        self.calls = 0
+
+    def _wait(self):
+        self.calls += 1
+        self.gate.wait()
+
+    def put(self, name, data):
+        self._wait()
+        if self.full:
+            raise TierFull("as told")
+        self.held.setdefault(name, data.copy())
+
+    def get_many(self, names):
+        self._wait()
+        return [self.held.get(n) for n in names]
+
+    def remove(self, names):
+        self._wait()
+        for n in names:
+            self.held.pop(n, None)
+
+    def close(self):
+        return None
+
+
+def test_guard_deadline_breaker_and_recovery():
+    guard = Guard("slow", 0.1, most_s=0.5)
+    gate = threading.Event()
+    assert guard.call(lambda: 5) == 5
+    with pytest.raises(TierDown, match="within 0.1 s"):
+        guard.call(gate.wait)
+    assert guard.abandoned == 1 and guard.is_open
+    with pytest.raises(TierDown, match="not asked again yet"):
+        guard.call(lambda: pytest.fail("the breaker is open"))
+    gate.set()
+    assert eventually(lambda: guard.abandoned == 0)
+    assert eventually(lambda: not guard.is_open)
+    assert guard.call(lambda: 6) == 6
+    with pytest.raises(TierDown, match="ValueError"):
+        guard.call(lambda: int("x"))
+    assert guard.is_open
+
+
+@pytest.mark.parametrize("serde", ["raw", "cachegen"])
+def test_shared_tier_round_trip(serde):
+    tier = SharedTier(ScriptedObjects(), serde)
+    header, body = make_chunk(1, n_tokens=64)
+    assert tier.put([TierItem(header, body)])[0].reason == ""
+    assert tier.heads(NAMESPACE, [digest("no"), header.key]) == [None, header]
+    assert tier.heads(digest("other tenant"), [header.key]) == [None]
+    dest = np.zeros_like(body)
+    got = tier.read(header, dest)
+    part = np.zeros(header.layer_bytes, dtype=np.uint8)
+    tier.read(header, part, (2, 3))
+    begin, end = header.layer_range(2, 3)
+    np.testing.assert_array_equal(part, dest[begin:end])
+    if serde == "raw":
+        assert got == header
+        np.testing.assert_array_equal(dest, body)
+    else:
+        assert got.serde == "cachegen"
+
+
+def test_shared_tier_damage_is_taken_down():
+    objects = ScriptedObjects()
+    tier = SharedTier(objects)
+    header, body = make_chunk(1)
+    for damage in ("flip", "cut", "gone"):
+        tier.put([TierItem(header, body)])
+        (name,) = [n for n in objects.held if n.endswith(header.checksum.hex())]
+        if damage == "flip":
+            objects.held[name][-5] ^= 1
+        elif damage == "cut":
+            objects.held[name] = objects.held[name][:-5]
+        else:
+            del objects.held[name]
+        with pytest.raises(TierMiss if damage == "gone" else ChunkCorrupt):
+            tier.read(header, np.zeros_like(body))
+        assert objects.held == {}
+    tier.put([TierItem(header, body)])
+    objects.held[tier._head_name(NAMESPACE, header.key)][100] ^= 1
+    assert tier.heads(NAMESPACE, [header.key]) == [None]
+    objects.full = True
+    assert tier.put([TierItem(*make_chunk(2))])[0].reason == "full"
+
+
+def test_a_store_over_a_shared_tier_that_hangs():
+    """Two stores, one shared tier: the second reuses what the first computed; then it hangs."""
+    objects = ScriptedObjects()
+    made = [make_chunk(i, context=digest("c")) for i in range(6)]
+    keys = [h.key for h, _ in made]
+    first = Driver(small_config(), remote=SharedTier(objects, deadline_s=5))
+    for m in made:
+        assert first.put(LOCAL, *m) == "stored"
+    first.settle()
+    second = Driver(small_config(), remote=SharedTier(objects, deadline_s=0.2))
+    hits = second.ask(LOCAL, p.Lookup(NAMESPACE, keys, [digest("c")] * 6))[0].hits
+    assert [(h.tier, h.exact) for h in hits] == [("scripted", True)] * 6
+    assert second.ask(LOCAL, p.Lookup(NAMESPACE, keys, remote=False))[0].hits == [None] * 6
+    for client in (FAR, LOCAL):
+        grants, frames = second.ask(client, p.PrepareLoad(NAMESPACE, keys[:3], wait_ms=9999))
+        for grant, (_, body) in zip(grants.grants, made, strict=False):
+            got = (
+                second.arena.view(grant.offset, grant.nbytes) if client.shm else frames[grant.frame]
+            )
+            np.testing.assert_array_equal(got, body)
+    second.core.client_gone(LOCAL.id)
+    assert second.ask(LOCAL, p.Prefetch(NAMESPACE, keys[3:5]))[0].count == 0
+    second.settle()
+    hits = second.ask(LOCAL, p.Lookup(NAMESPACE, keys, remote=False))[0].hits
+    assert [h is not None for h in hits] == [True] * 5 + [False]
+    # It hangs: the chunk that only it has is a miss, on time; the rest is served.
+    objects.gate.clear()
+    began = time.monotonic()
+    grants = second.ask(LOCAL, p.PrepareLoad(NAMESPACE, keys, wait_ms=9999))[0].grants
+    assert [g is not None for g in grants] == [True] * 5 + [False]
+    assert second.put(LOCAL, *make_chunk(50)) == "stored"
+    calls = objects.calls
+    assert second.ask(LOCAL, p.Lookup(NAMESPACE, [digest("x")]))[0].hits == [None]
+    assert time.monotonic() - began < 5
+    objects.gate.set()
+    second.settle()
+    assert calls <= objects.calls
+    second.core.client_gone(LOCAL.id)
+    assert second.ask(LOCAL, p.Delete(NAMESPACE, keys[:1]))[0].count == 1
+    assert eventually(lambda: not second.core.res.remote.guard.is_open)
+    second.close()
+    first.close()
+
+
+def test_what_a_shared_tier_claims_is_bounded():
+    """A head that claims a giant chunk, or another key, is not believed."""
+    from sgl_blend.store.tiers.record import RecordHead, pack_head
+
+    objects = ScriptedObjects()
+    tier = SharedTier(objects)
+    huge = type(make_chunk(1)[0])(
+        NAMESPACE, digest("huge"), Layout(1024, 64, 512, 512), "float32", 1 << 20
+    )
+    raw = np.frombuffer(pack_head(RecordHead(huge, "raw", 10, bytes(16), b"")), dtype=np.uint8)
+    objects.held[tier._head_name(NAMESPACE, huge.key)] = raw
+    objects.held[tier._head_name(NAMESPACE, digest("other"))] = raw
+    driver = Driver(small_config(), remote=tier)
+    keys = [huge.key, digest("other")]
+    assert driver.ask(LOCAL, p.Lookup(NAMESPACE, keys))[0].hits == [None, None]
+    assert driver.ask(LOCAL, p.PrepareLoad(NAMESPACE, keys))[0].grants == [None, None]
+    driver.close()
+
+
+def test_hicache_file_backend(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "hicache"))
+    options = {"backend": "file", "page_bytes": "16KiB", "pages": 32}
+    a, b = (make_shared_tier("hicache", options, "raw", 30.0) for _ in range(2))
+    # Bodies of one page, of many, and of more pages than are staged at a time.
+    made = [make_chunk(i, n_tokens=n) for i, n in enumerate((1, 100, 900))]
+    assert [r.reason for r in a.put([TierItem(*m) for m in made])] == [""] * 3
+    keys = [h.key for h, _ in made]
+    assert b.heads(NAMESPACE, [digest("no"), *keys]) == [None, *(h for h, _ in made)]
+    for header, body in made:
+        dest = np.zeros_like(body)
+        assert b.read(header, dest) == header
+        np.testing.assert_array_equal(dest, body)
+    body_pages = sorted(
+        (f for f in Path(tmp_path / "hicache").iterdir() if made[2][0].checksum.hex() in f.name),
+        key=lambda f: int(f.name.split(".")[1].split("_")[0]),
+    )
+    assert len(body_pages) > 8
+    raw = bytearray(body_pages[5].read_bytes())
+    raw[77] ^= 1
+    body_pages[5].write_bytes(raw)
+    with pytest.raises(ChunkCorrupt):
+        b.read(made[2][0], np.zeros_like(made[2][1]))
+    body_pages[3].unlink()
+    with pytest.raises(TierMiss):
+        b.read(made[2][0], np.zeros_like(made[2][1]))
+    a.close()
+    b.close()
+
+
+def test_hicache_is_a_tier_of_a_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "hicache"))
+    config = small_config(
+        remote="hicache",
+        remote_options=(("backend", "file"), ("page_bytes", "64KiB")),
+        remote_deadline_s=20.0,
+    )
+    made = [make_chunk(i) for i in range(4)]
+    keys = [h.key for h, _ in made]
+    options = {"backend": "file", "page_bytes": "64KiB"}
+    other = make_shared_tier("hicache", options, "raw", 30.0)
+    other.put([TierItem(*m) for m in made[:3]])
+    with start(config, start_s=120) as store:
+        with connect(store.endpoint, NAMESPACE, deadline_s=60) as client:
+            hits = client.lookup(keys)
+            assert [h and h.tier for h in hits] == ["hicache"] * 3 + [None]
+            assert client.put([made[3][0]], [made[3][1]]) == ["stored"]
+            assert eventually(lambda: client.stats()["counters"].get("remote_writes") == 1, 30)
+            assert other.heads(NAMESPACE, [keys[3]]) == [made[3][0]]
+            with client.load(keys) as loaded:
+                for chunk, (header, body) in zip(loaded, made, strict=True):
+                    assert chunk.header == header
+                    np.testing.assert_array_equal(chunk.buf, body)
+
+
+def test_wrong_options_of_shared_tiers_are_named():
+    with pytest.raises(ConfigError, match="did you mean 'master'"):
+        make_shared_tier("mooncake", {"mastr": "x"}, "raw", 1.0)
+    with pytest.raises(ConfigError, match="did you mean 'page_bytes'"):
+        make_shared_tier("hicache", {"page_byte": 1}, "raw", 1.0)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def mooncake_master(tmp_path):
+    binary = shutil.which("mooncake_master") or str(Path(sys.executable).parent / "mooncake_master")
+    port = _free_port()
+    with open(tmp_path / "master.log", "wb") as log:
+        master = subprocess.Popen(
+            [binary, "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
+            + ["--metrics_host=127.0.0.1", f"--metrics_port={_free_port()}"],
+            stdout=log,
+            stderr=log,
+        )
+
+    def listening() -> bool:
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", port)) == 0
+
+    assert eventually(listening, 20)
+    yield f"127.0.0.1:{port}"
+    master.terminate()
+    master.wait()
+
+
+def _node(master: str, **changes):
+    options = (("buffer_bytes", "64MiB"), ("master", master), ("segment_bytes", "64MiB"))
+    return start(
+        small_config(remote="mooncake", remote_options=options, remote_deadline_s=3.0, **changes),
+        start_s=60,
+    )
+
+
+def test_two_mooncake_nodes_and_the_death_of_one(mooncake_master):
+    """What one node computed the other reuses; a killed node costs misses, never wrong bytes."""
+    made = [make_chunk(i, n_tokens=512) for i in range(40)]
+    keys = [h.key for h, _ in made]
+    first, second = _node(mooncake_master), _node(mooncake_master)
+    try:
+        with connect(first.endpoint, NAMESPACE) as a, connect(second.endpoint, NAMESPACE) as b:
+            for m in made:
+                assert a.put([m[0]], [m[1]]) == ["stored"]
+            assert eventually(lambda: a.stats()["counters"].get("remote_writes") == 40, 30)
+            assert {h.tier for h in b.lookup(keys[:20])} == {"mooncake"}
+            with b.load(keys[:20], deadline_s=30) as loaded:
+                for chunk, (header, body) in zip(loaded, made, strict=False):
+                    assert chunk.header == header and chunk.tier == "mooncake"
+                    np.testing.assert_array_equal(chunk.buf, body)
+            # A second look is served from the second node's own memory.
+            assert {h.tier for h in b.lookup(keys[:20])} == {"memory"}
+            first.process.send_signal(signal.SIGKILL)
+            first.process.wait()
+            hits = misses = 0
+            slowest = 0.0
+            for (header, body), key in zip(made, keys, strict=True):
+                began = time.monotonic()
+                chunks = b.try_prepare_load([key], deadline_s=6.0)
+                slowest = max(slowest, time.monotonic() - began)
+                if chunks[0] is None:
+                    misses += 1
+                else:
+                    hits += 1
+                    np.testing.assert_array_equal(chunks[0].buf, body)
+                b.complete_load(chunks)
+            assert hits >= 20 and hits + misses == 40
+            assert slowest < 7.0
+            # Every request goes on being answered: what is missing is computed and stored again.
+            for header, body in made:
+                assert b.put([header], [body], durable=False)[0] in ("stored", "exists", "busy")
+            for some in (slice(0, 20), slice(20, 40)):
+                with b.load(keys[some], deadline_s=20) as loaded:
+                    for chunk, (_, body) in zip(loaded, made[some], strict=True):
+                        np.testing.assert_array_equal(chunk.buf, body)
+            assert eventually(lambda: b.stats()["leases"] == 0)
+    finally:
+        first.stop(5)
+        second.stop(5)
+
+
+def test_a_dead_master_is_only_misses(mooncake_master, tmp_path):
+    with _node(mooncake_master) as store, connect(store.endpoint, NAMESPACE) as client:
+        made = make_chunk(1)
+        client.put([made[0]], [made[1]])
+        assert eventually(lambda: client.stats()["counters"].get("remote_writes") == 1, 20)
+        assert client.lookup([digest("absent")]) == [None]
+        assert os.path.exists(tmp_path / "master.log")
+        found = [
+            int(pid)
+            for pid in filter(str.isdigit, os.listdir("/proc"))
+            if f"--rpc_port={mooncake_master.split(':')[1]}" in _command(pid)
+        ]
+        assert len(found) == 1
+        os.kill(found[0], signal.SIGKILL)
+        for i in range(20):
+            began = time.monotonic()
+            assert client.try_lookup([digest("x", i)], deadline_s=5.0) == [None]
+            assert time.monotonic() - began < 6.0
+        with client.load([made[0].key]) as (chunk,):
+            np.testing.assert_array_equal(chunk.buf, made[1])
+        assert client.stats()["counters"]["remote_errors"] >= 1
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
