@@ -324,6 +324,25 @@ def test_table_tells_it_all(evaluation):
     assert "100.0 [100.0 100.0]*" in row and "20.0" in row and "5.00x" in row
 
 
+def test_table_says_where_nothing_was_blended():
+    settings = (*plan([]), Setting("x", Role.POLICY, "query", 0.1))
+    plain = Tokens(100, 0, 0, 0, 100, 100, 1.0, None)
+    reasons = {"full prefill": "disabled by the request", "x": "session"}
+    samples = [
+        replace(
+            sample(s.name, "0", 1, 1.0, 1.0), tokens=replace(plain, fallback=reasons.get(s.name))
+        )
+        for s in settings
+    ]
+    rows = summarise(samples, settings, "accuracy", Bootstrap(50))
+    text = cli.report(Evaluation("s", "accuracy", 1, 3, rows, tuple(samples)))
+    assert text.splitlines()[-3:] == [
+        "full reuse: nothing was found to reuse; this row is exact prefill",
+        "x: not blended: 1x session",
+        "3 documents were dropped so that prompts fit",
+    ]
+
+
 def test_json_can_be_read_back(evaluation, tmp_path):
     options = EvalOptions(model="m")
     cli.write_json(tmp_path / "deep" / "out.json", options, [evaluation])

@@ -211,9 +211,13 @@ def report(evaluation: Evaluation) -> str:
         if row.continued.value:
             share = row.continued.value
             text += f"\n{row.setting}: {share:.0%} of the prompts continued on their own blended KV"
+        if row.role in ("full prefill", "prefix cache only"):
+            continue
         reasons = [f"{count}x {reason}" for reason, count in row.fallbacks]
-        if reasons and row.role not in ("full prefill", "prefix cache only"):
+        if reasons:
             text += f"\n{row.setting}: not blended: {', '.join(reasons)}"
+        elif row.reused.value == 0.0 and not row.continued.value:
+            text += f"\n{row.setting}: nothing was found to reuse; this row is exact prefill"
     if evaluation.dropped:
         text += f"\n{evaluation.dropped} documents were dropped so that prompts fit"
     return text
