@@ -56,7 +56,7 @@ SHALLOW = (
 """Four layers from scratch; prompts up to about 1100 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 12),
+    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 14),
     Stage(
         "long", Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 150), 6144), 40, decay=True
     ),
