@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -135,82 +136,86 @@ def bench_get(args) -> list[dict]:
     """Chunks from shared memory into a buffer of the caller's, as an engine does."""
     rows = []
     for size in (MIB, 4 * MIB, 16 * MIB, 64 * MIB):
-        count = max(2, min(128, 512 * MIB // size))
-        batch = max(1, min(32, 64 * MIB // size))
-        headers = [header_of(i, size) for i in range(count)]
-        nbytes = headers[0].body_bytes
-        rng = np.random.default_rng(0)
-        bodies = [rng.integers(0, 255, nbytes, dtype=np.uint8) for _ in range(count)]
-        dest = [np.ones(nbytes, dtype=np.uint8) for _ in range(batch)]
-        picks = [rng.choice(count, batch, replace=False) for _ in range(args.repeat)]
-        config = StoreConfig(memory_bytes=count * (nbytes + 4096) * 5 // 4 + 64 * MIB)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            frame_server(folder, bodies) as frames,
-            redis_server(folder) as redis,
-            EmbeddedStore(config) as store,
-            StoreClient(store.endpoint, NAMESPACE, deadline_s=30) as near,
-            StoreClient(store.endpoint, NAMESPACE, deadline_s=30, shm=False) as far,
-        ):
-            # Twice: into fresh shared memory, and again where its pages are there already.
-            put: list[list[float]] = [[], []]
-            for times in put:
-                near.delete([h.key for h in headers])
-                for i in range(0, count, batch):
-                    some = headers[i : i + batch], bodies[i : i + batch]
-                    times.append(seconds(lambda s=some: near.put(*s)) / len(some[0]))
-            if redis is not None:
-                for i, body in enumerate(bodies):
-                    redis.set(headers[i].key, memoryview(body))
-
-            def shm(pick):
-                with near.load([headers[i].key for i in pick]) as loaded:
-                    for out, chunk in zip(dest, loaded, strict=True):
-                        np.copyto(out, chunk.buf)
-
-            def one(pick):
-                for i in pick:
-                    with near.load([headers[i].key]) as (chunk,):
-                        np.copyto(dest[0], chunk.buf)
-
-            def memcpy(pick):
-                for out, i in zip(dest, pick, strict=True):
-                    np.copyto(out, bodies[i])
-
-            def plain(pick):
-                frames.send(np.asarray(pick, dtype=np.int64).tobytes())
-                assert len(frames.recv_multipart(copy=False)) == len(pick)
-
-            def sent(pick):
-                with far.load([headers[i].key for i in pick]) as loaded:
-                    assert None not in loaded
-
-            def from_redis(pick):
-                for i in pick:
-                    assert len(redis.get(headers[i].key)) == nbytes
-
-            ways = {"memcpy": memcpy, "shm": shm, "shm_one_by_one": one, "pyzmq": plain}
-            ways["store_frames"] = sent
-            if redis is not None:
-                ways["redis"] = from_redis
-            times: dict[str, list[float]] = {name: [] for name in ways}
-            for name, way in ways.items():
-                way(picks[0])
-            for pick in picks:
-                for name, way in ways.items():
-                    times[name].append(seconds(lambda w=way, p=pick: w(p)))
-            shm(picks[-1])
-            for out, i in zip(dest, picks[-1], strict=True):
-                assert np.array_equal(out, bodies[i])
-        row = {"chunk_mib": round(nbytes / MIB, 2), "batch": batch}
-        row |= {f"{name}_gbs": gbs(nbytes * batch, t) for name, t in times.items()}
-        row["put_fresh_gbs"], row["put_gbs"] = gbs(nbytes, put[0]), gbs(nbytes, put[1])
-        row["shm_of_memcpy"] = row["shm_gbs"] / row["memcpy_gbs"]
-        row["one_of_memcpy"] = row["shm_one_by_one_gbs"] / row["memcpy_gbs"]
-        row["shm_over_pyzmq"] = row["shm_gbs"] / row["pyzmq_gbs"]
-        rows.append(row)
-        show(row)
+        rows.append(_get_row(size, args.repeat))
+        show(rows[-1])
     return rows
+
+
+def _get_row(size: int, repeat: int) -> dict:
+    count = max(2, min(128, 512 * MIB // size))
+    batch = max(1, min(32, 64 * MIB // size))
+    headers = [header_of(i, size) for i in range(count)]
+    nbytes = headers[0].body_bytes
+    rng = np.random.default_rng(0)
+    bodies = [rng.integers(0, 255, nbytes, dtype=np.uint8) for _ in range(count)]
+    dest = [np.ones(nbytes, dtype=np.uint8) for _ in range(batch)]
+    picks = [rng.choice(count, batch, replace=False) for _ in range(repeat)]
+    config = StoreConfig(memory_bytes=count * (nbytes + 4096) * 5 // 4 + 64 * MIB)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        frame_server(folder, bodies) as frames,
+        redis_server(folder) as redis,
+        EmbeddedStore(config) as store,
+        StoreClient(store.endpoint, NAMESPACE, deadline_s=30) as near,
+        StoreClient(store.endpoint, NAMESPACE, deadline_s=30, shm=False) as far,
+    ):
+        # Twice: into fresh shared memory, and again where its pages are there already.
+        put: list[list[float]] = [[], []]
+        for times in put:
+            near.delete([h.key for h in headers])
+            for i in range(0, count, batch):
+                some = headers[i : i + batch], bodies[i : i + batch]
+                times.append(seconds(lambda s=some: near.put(*s)) / len(some[0]))
+        if redis is not None:
+            for i, body in enumerate(bodies):
+                redis.set(headers[i].key, memoryview(body))
+
+        def shm(pick):
+            with near.load([headers[i].key for i in pick]) as loaded:
+                for out, chunk in zip(dest, loaded, strict=True):
+                    np.copyto(out, chunk.buf)
+
+        def one(pick):
+            for i in pick:
+                with near.load([headers[i].key]) as (chunk,):
+                    np.copyto(dest[0], chunk.buf)
+
+        def memcpy(pick):
+            for out, i in zip(dest, pick, strict=True):
+                np.copyto(out, bodies[i])
+
+        def plain(pick):
+            frames.send(np.asarray(pick, dtype=np.int64).tobytes())
+            assert len(frames.recv_multipart(copy=False)) == len(pick)
+
+        def sent(pick):
+            with far.load([headers[i].key for i in pick]) as loaded:
+                assert None not in loaded
+
+        def from_redis(pick):
+            for i in pick:
+                assert len(redis.get(headers[i].key)) == nbytes
+
+        ways = {"memcpy": memcpy, "shm": shm, "shm_one_by_one": one, "pyzmq": plain}
+        ways["store_frames"] = sent
+        if redis is not None:
+            ways["redis"] = from_redis
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for way in ways.values():
+            way(picks[0])
+        for pick in picks:
+            for name, way in ways.items():
+                times[name].append(seconds(lambda w=way, p=pick: w(p)))
+        shm(picks[-1])
+        for out, i in zip(dest, picks[-1], strict=True):
+            assert np.array_equal(out, bodies[i])
+    row = {"chunk_mib": round(nbytes / MIB, 2), "batch": batch}
+    row |= {f"{name}_gbs": gbs(nbytes * batch, t) for name, t in times.items()}
+    row["put_fresh_gbs"], row["put_gbs"] = gbs(nbytes, put[0]), gbs(nbytes, put[1])
+    row["shm_of_memcpy"] = row["shm_gbs"] / row["memcpy_gbs"]
+    row["one_of_memcpy"] = row["shm_one_by_one_gbs"] / row["memcpy_gbs"]
+    row["shm_over_pyzmq"] = row["shm_gbs"] / row["pyzmq_gbs"]
+    return row
 
 
 def bench_lookup(args) -> list[dict]:
@@ -371,7 +376,7 @@ def bench_serde(args) -> list[dict]:
                 began = time.perf_counter()
                 blob = np.concatenate(serde.encode(header, body))
                 enc.append(time.perf_counter() - began)
-                dec.append(seconds(lambda s=serde, b=blob, o=out: s.decode(header, b, o)))
+                dec.append(seconds(partial(serde.decode, header, blob, out)))
             errors = []
             for i in range(header.layout.n_layers):
                 pairs = zip(
@@ -399,56 +404,54 @@ def bench_engines(args) -> list[dict]:
 
     Sizes vary between half and one and a half times the nominal one; every write is synced.
     """
+    engines: list[tuple[str, Callable]] = [("files + sqlite", _files_engine)]
+    try:
+        import lmdb  # noqa: F401
+
+        engines.append(("lmdb values", _lmdb_engine))
+    except ImportError:
+        pass
     rows = []
     for size in (MIB, 8 * MIB):
         count = (512 * MIB) // size
-        rng = np.random.default_rng(2)
-        sizes = rng.integers(size // 2, size * 3 // 2, 2 * count)
+        sizes = np.random.default_rng(2).integers(size // 2, size * 3 // 2, 2 * count)
+        headers = [header_of(i, int(n)) for i, n in enumerate(sizes)]
+        noise = np.random.default_rng(3).integers(
+            0, 255, max(h.body_bytes for h in headers), dtype=np.uint8
+        )
         made = []
-        for i in range(2 * count):
-            header = header_of(i, int(sizes[i]))
-            made.append(header)
-        noise = rng.integers(0, 255, made[int(np.argmax(sizes))].body_bytes, dtype=np.uint8)
-        bodies = [noise[: h.body_bytes] for h in made]
-        made = [
-            msgspec.structs.replace(h, checksum=checksum(b))
-            for h, b in zip(made, bodies, strict=True)
-        ]
-        engines: list[tuple[str, Callable]] = [("files + sqlite", _files_engine)]
-        try:
-            import lmdb  # noqa: F401
-
-            engines.append(("lmdb values", _lmdb_engine))
-        except ImportError:
-            pass
+        for header in headers:
+            body = noise[: header.body_bytes]
+            made.append((msgspec.structs.replace(header, checksum=checksum(body)), body))
         for name, engine in engines:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                put, get, delete, close = engine(folder, int(count * size * 1.5))
-                out = np.empty(noise.nbytes, dtype=np.uint8)
-                write = [seconds(lambda i=i: put(made[i], bodies[i])) for i in range(count)]
-                order = rng.permutation(count)
-                read = [seconds(lambda i=i: get(made[i], out)) for i in order]
-                churn = []
-                for n, i in enumerate(order):
-                    new = count + n
-                    churn.append(
-                        seconds(lambda o=i, w=new: (delete(made[o]), put(made[w], bodies[w])))
-                    )
-                close()
-            first = sum(b.nbytes for b in bodies[:count])
-            second = sum(b.nbytes for b in bodies[count:])
-            rows.append(
-                {
-                    "engine": name,
-                    "chunk_mib": size / MIB,
-                    "write_gbs": first / sum(write) / 1e9,
-                    "cached_read_gbs": first / sum(read) / 1e9,
-                    "replace_gbs": second / sum(churn) / 1e9,
-                    "replace_p99_ms": percentile(churn, 99) * 1e3,
-                }
-            )
+                row = _engine_row(engine(folder, int(count * size * 1.5)), made)
+            rows.append({"engine": name, "chunk_mib": size / MIB, **row})
             show(rows[-1])
     return rows
+
+
+def _engine_row(engine: tuple[Callable, ...], made: list[tuple[ChunkHeader, np.ndarray]]) -> dict:
+    put, get, delete, close = engine
+    count = len(made) // 2
+    out = np.empty(max(b.nbytes for _, b in made), dtype=np.uint8)
+    order = np.random.default_rng(4).permutation(count)
+
+    def replace(n: int) -> None:
+        delete(made[order[n]][0])
+        put(*made[count + n])
+
+    write = [seconds(lambda i=i: put(*made[i])) for i in range(count)]
+    read = [seconds(lambda i=i: get(made[i][0], out)) for i in order]
+    churn = [seconds(lambda n=n: replace(n)) for n in range(count)]
+    close()
+    first, second = (sum(b.nbytes for _, b in part) for part in (made[:count], made[count:]))
+    return {
+        "write_gbs": first / sum(write) / 1e9,
+        "cached_read_gbs": first / sum(read) / 1e9,
+        "replace_gbs": second / sum(churn) / 1e9,
+        "replace_p99_ms": percentile(churn, 99) * 1e3,
+    }
 
 
 def _files_engine(folder: str, limit: int):

@@ -1,6 +1,6 @@
 """``sgl-blend store``: run a store, make its keys, and operate a running one.
 
-Without a verb it serves. ``keygen`` needs nothing; the other verbs talk to ``--endpoint``.
+Without a verb it serves. ``keygen`` needs no store; the other verbs talk to the one ``--at``.
 """
 
 from __future__ import annotations

@@ -49,9 +49,12 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     extra: bool = False
 
     @classmethod
-    def of(cls, header: ChunkHeader, packed: bytes | None = None) -> Entry:
+    def of(
+        cls, header: ChunkHeader, packed: bytes | None = None, chunk_id: bytes | None = None
+    ) -> Entry:
+        """A new entry that lies nowhere yet. packed, chunk_id: where the caller has them already."""
         return cls(
-            chunk_id=header.chunk_id,
+            chunk_id=chunk_id or header.chunk_id,
             file_key=header.namespace + header.key,
             context=header.context,
             header=packed or HEADER_ENCODER.encode(header),

@@ -67,7 +67,7 @@ class Residency:
         if self.disk is None:
             return 0
         for record in self.disk.scan():
-            entry = Entry.of(record.header, record.packed)
+            entry = Entry.of(record.header, record.packed, record.chunk_id)
             entry.tiers, entry.ready = DISK, True
             entry.disk_bytes, entry.pinned = record.nbytes, record.pinned
             entry.lossy = entry.disk_lossy = record.lossy or entry.lossy
@@ -165,10 +165,14 @@ class Residency:
             return
         batch: list[tuple[Entry, OnDurable | None]] = []
         size = 0
-        while self._writes and len(batch) < _BATCH_CHUNKS and size < _BATCH_BYTES:
-            entry, on_durable = self._writes.popleft()
-            batch.append((entry, on_durable))
-            size += entry.nbytes + 4096
+        # A batch never asks for more than half the disk: one that did would be refused as a whole.
+        most = min(_BATCH_BYTES, self.config.disk_bytes // 2)
+        while self._writes and len(batch) < _BATCH_CHUNKS:
+            cost = self._writes[0][0].nbytes + 4096
+            if batch and size + cost > most:
+                break
+            batch.append(self._writes.popleft())
+            size += cost
         fits = self._make_disk_room(size)
         deletes, self._deletes = self._deletes, []
         view = self.memory.view

@@ -92,6 +92,8 @@ class StoreServer:
         self.disk, self.remote = make_tiers(config)
         self.arena = Arena(config.memory_bytes)
         self.core = StoreCore(Residency(config, self.arena, self.jobs, self.disk, self.remote))
+        # A collection over a million entries would stall lookups; entries hold no cycles.
+        gc.disable()
         began = time.monotonic()
         chunks = self.core.res.restore()
         if chunks:
@@ -162,10 +164,7 @@ class StoreServer:
 
     def run(self) -> int:
         """Serve until stopped; returns the process's exit code."""
-        # A collection over a million entries would stall lookups; entries hold no cycles.
-        gc.collect()
         gc.freeze()
-        gc.disable()
         sys.setswitchinterval(0.0005)
         next_tick = next_snapshot = 0.0
         try:
@@ -331,7 +330,8 @@ class StoreServer:
             return
         self.jobs.close()
         for router in self._routers:
-            router.close(0)
+            # The last replies (a drain's among them) get a moment to leave.
+            router.close(200)
         if self._auth is not None:
             self._auth.stop()
         self.context.term()

@@ -58,7 +58,7 @@ def connect(endpoint: str, namespace: bytes = bytes(16), **options) -> StoreClie
 
 
 def start(config: StoreConfig, **options) -> EmbeddedStore:
-    return EmbeddedStore(config, **options)
+    return EmbeddedStore(config, **{"start_s": 120.0, **options})
 
 
 def eventually(check, seconds: float = 10.0) -> bool:

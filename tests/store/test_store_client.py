@@ -171,8 +171,10 @@ def test_prefetch_brings_chunks_up(tmp_path):
         assert eventually(lambda: client.lookup([header.key])[0].tier == "memory")
 
 
-def test_verification_on_the_client(store):
+def test_verification_on_the_client():
+    # No disk tier: its writer would find the damage first, and the chunk would be a miss.
     with (
+        start(small_config()) as store,
         connect(store.endpoint, digest("verify"), verify=True) as client,
         connect(store.endpoint, digest("verify")) as scribbler,
     ):

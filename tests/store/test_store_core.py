@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import select
 
+import msgspec
 import numpy as np
 import pytest
 from store_testing import NAMESPACE, digest, make_chunk, small_config
@@ -169,7 +170,7 @@ def test_a_reply_waits_no_longer_than_asked():
 
     gate = threading.Event()
     header, body = make_chunk(1)
-    packed = p.msgspec.msgpack.encode(header)
+    packed = msgspec.msgpack.encode(header)
 
     class SlowDisk(Tier):
         name, indexed = "disk", True
@@ -186,7 +187,7 @@ def test_a_reply_waits_no_longer_than_asked():
             return None
 
         def scan(self):
-            return iter([TierRecord(header, packed, 1, False, False)])
+            return iter([TierRecord(header.chunk_id, header, packed, 1, False, False)])
 
         def close(self):
             return None

@@ -308,7 +308,7 @@ def test_two_mooncake_nodes_and_the_death_of_one(mooncake_master):
             first.process.wait()
             hits = misses = 0
             slowest = 0.0
-            for (header, body), key in zip(made, keys, strict=True):
+            for (_, body), key in zip(made, keys, strict=True):
                 began = time.monotonic()
                 chunks = b.try_prepare_load([key], deadline_s=6.0)
                 slowest = max(slowest, time.monotonic() - began)

@@ -38,6 +38,7 @@ class PutResult(NamedTuple):
 class TierRecord(NamedTuple):
     """What ``scan`` tells of a chunk, without having read its payload."""
 
+    chunk_id: bytes
     header: ChunkHeader
     packed: bytes
     nbytes: int

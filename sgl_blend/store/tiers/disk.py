@@ -1,10 +1,11 @@
 """Disk tier: one file a chunk, and SQLite (write-ahead log) as the index.
 
-Why this engine. Measured side by side (``store_bench.py engines``): LMDB, with payloads as values,
-replaces chunks faster, but reads through mmap, where a truncated file or a bad sector is a SIGBUS
-that kills the server; here it is a short read and a miss. Files are read with one ``preadv``
-straight into shared memory, by layer ranges if need be, and give their space back at once. SQLite
-is the best-kept crash-safe index there is, comes with Python, and reads with ``pread`` too.
+Why this engine. Measured side by side (``store_bench.py engines``), LMDB with payloads as values is
+about as fast for synced writes and replacements of chunks of mixed sizes, and slower to read into
+shared memory. It reads through mmap, where a truncated file or a bad sector is a SIGBUS that kills
+the server; here it is a short read and a miss. Files are read with one ``preadv`` straight into
+shared memory, by layer ranges if need be, and give their space back at once. SQLite is the
+best-kept crash-safe index there is, comes with Python, and reads with ``pread`` too.
 
 Crash safety. A chunk is written to ``tmp/``, synced, renamed into place, then entered in the
 index; ``put`` returns after that. A kill in between leaves a file that no row names: ``tmp/`` is
@@ -257,7 +258,7 @@ class DiskTier(Tier):
                 bad.append((chunk_id,))
                 continue
             header = HEADER_DECODER.decode(packed)
-            yield TierRecord(header, packed, nbytes, bool(lossy), bool(pinned))
+            yield TierRecord(chunk_id, header, packed, nbytes, bool(lossy), bool(pinned))
         with self._db_lock:
             self._db.executemany("delete from chunks where id=?", bad)
 
