@@ -44,6 +44,7 @@ struct Problem {
   int64_t rows, group, kv_heads, dim, value_dim;
   float scale, cap;
   bool with_mass;
+  const float* weights;  // per token row, of its part in the mass
 };
 
 struct Free {
@@ -163,7 +164,8 @@ void attend_tile(const Problem& p, const Item& item, const Run& run, Scratch& s,
   }
 }
 
-// mass[j] += sum over the item's rows of the final probability of key j, from the kept tiles.
+// mass[j] += weighted sum over the item's rows of the final probability of key j, from the kept
+// tiles.
 void add_mass(const Problem& p, const Item& item, Scratch& s, int64_t chunk, int64_t start,
               int64_t stop) {
   const Run& run = p.runs[0];
@@ -180,7 +182,10 @@ void add_mass(const Problem& p, const Item& item, Scratch& s, int64_t chunk, int
       for (int64_t i = 0; i < size; ++i) {
         const Softmax& row = s.state[first + i];
         if (!(row.total > 0) || s.peaks[b * chunk + first + i] == NEVER) continue;
-        const float weight = std::exp2(s.peaks[b * chunk + first + i] - row.peak) / row.total;
+        const float part = p.weights[item.first + (first + i) / p.group];
+        if (part == 0) continue;
+        const float weight =
+            part * std::exp2(s.peaks[b * chunk + first + i] - row.peak) / row.total;
         const float* scores = s.scores.get() + (b * chunk + first + i) * BK;
         for (int64_t j = begin; j < end; j += W) {
           store(sums + j, load(sums + j) + load(scores + j) * weight);
@@ -292,7 +297,7 @@ void see_extras(Run& run, const int64_t* pos, const int64_t* q_pos, int64_t rows
 void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView slots_t,
                    TensorView extra_k_t, TensorView extra_v_t, TensorView order_t,
                    TensorView extra_pos_t, TensorView q_pos_t, TensorView out_t, TensorView mass_t,
-                   double scale, int64_t window, double cap, int64_t kv_pos0, int64_t with_mass,
+                   TensorView weights_t, double scale, int64_t window, double cap, int64_t kv_pos0, int64_t with_mass,
                    int64_t threads) {
   const int64_t keys = slots_t.numel(), extras = order_t.numel();
   Problem p{Cache(q_t, "q: expected [R, Hq, D]"),
@@ -302,7 +307,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
              Run{Cache(extra_k_t, "k_extra: expected [E, Hk, D]"),
                  Cache(extra_v_t, "v_extra: expected [E, Hk, Dv]"),
                  indices(order_t, extras, "extra order: expected int64 [E]"), extras, {}}},
-            0, 0, 0, 0, 0, (float)scale, (float)cap, with_mass != 0};
+            0, 0, 0, 0, 0, (float)scale, (float)cap, with_mass != 0, nullptr};
   p.rows = p.q.tokens, p.dim = p.q.dim, p.value_dim = p.out.dim;
   p.kv_heads = p.runs[0].k.heads;
   expect(p.kv_heads > 0 && p.dim > 0 && p.q.heads % p.kv_heads == 0, "q heads over key heads");
@@ -320,6 +325,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
   const int64_t* extra_pos = indices(extra_pos_t, extras, "extra_pos: expected int64 [E]");
   expect(std::is_sorted(extra_pos, extra_pos + extras), "extra_pos must be ascending");
   float* mass = floats(mass_t, with_mass ? keys : 0, "mass: expected float32 [S]");
+  p.weights = floats(weights_t, with_mass ? p.rows : 0, "row weights: expected float32 [R]");
   if (p.rows == 0 || p.group == 0) return;
   see_pool(p.runs[0], q_pos, p.rows, window, kv_pos0);
   see_extras(p.runs[1], extra_pos, q_pos, p.rows, window);

@@ -64,6 +64,8 @@ class ChunkIndex:
         self._ends = array("q")
         self._generations = array("b")
         self._next = array("i")
+        self._serials = array("q")
+        self._added = 0
         self._free: list[int] = []
         self.first = self._heads.get
 
@@ -93,6 +95,10 @@ class ChunkIndex:
             chain.sort(key=lambda e: self._generations[e] != EXACT)
         return chain
 
+    def age(self, entry: int) -> tuple[bool, int]:
+        """Sorts copies as ``copies`` does, across chunks: exact ones first, then the oldest."""
+        return self._generations[entry] != EXACT, self._serials[entry]
+
     def last_end(self, node, limit: int) -> int | None:
         """The largest end at ``node`` that is at most ``limit``."""
         entries = node.blend.entries
@@ -121,6 +127,7 @@ class ChunkIndex:
             new = self._free.pop()
             self._digests[new], self._nodes[new] = digest, node
             self._ends[new], self._generations[new], self._next[new] = end, generation, NONE
+            self._serials[new] = self._added
         else:
             new = len(self._digests)
             self._digests.append(digest)
@@ -128,6 +135,8 @@ class ChunkIndex:
             self._ends.append(end)
             self._generations.append(generation)
             self._next.append(NONE)
+            self._serials.append(self._added)
+        self._added += 1
         if tail == NONE:
             self._heads[digest] = new
         else:

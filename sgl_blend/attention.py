@@ -150,17 +150,23 @@ class BatchAttention:
 
 @dataclass
 class Scratch:
-    """One request's question rows: rows [first, last) of the scratch pass.
+    """One request's scratch rows: rows [first, last) of the scratch pass.
 
-    key_slots / key_pos (int64 [S]): the cached keys it looks at; reused: slice of those keys that
-    are reused tokens; mass: fp32, one per reused token, filled by the pass.
+    The first ``lead`` of them are what is computed before the first reused token (they see the
+    prefix and each other), the rest is the question (it sees all). positions: int64 [R], of all
+    rows; the leading ones begin where the prefix ends. key_slots / key_pos (int64 [S]): the cached
+    keys, first the prefix's, then the reused tokens'. weights: fp32, of each question row in the
+    mass. reused: slice of the keys that are reused tokens; mass: fp32, one per reused token,
+    filled by the pass.
     """
 
     first: int
     last: int
+    lead: int
     positions: torch.Tensor
     key_slots: torch.Tensor
     key_pos: torch.Tensor
+    weights: torch.Tensor
     reused: slice
     mass: torch.Tensor
 
@@ -183,65 +189,55 @@ class QuestionAttention:
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """q [R, Hq, D], k [R, Hk, D], v [R, Hk, Dv] -> [R, Hq, Dv]."""
-        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         parts = []
         for s in self.rows:
-            here = slice(s.first, s.last)
-            if spec.window >= 0:
-                parts.append(_windowed(s, spec, q[here], k_cache, v_cache, k[here], v[here]))
-                continue
-            # Every cached key precedes the question: keys are numbered 0.. and the question
-            # follows them, which keeps the causal order among the question's own rows.
-            turn = s.positions - s.positions[0] + s.key_slots.numel()
-            out = ops.row_attention_with_mass(
-                q[here],
-                k_cache,
-                v_cache,
-                s.key_slots,
-                turn,
-                scale=spec.scale,
-                logit_cap=spec.logit_cap,
-                k_extra=k[here],
-                v_extra=v[here],
-                extra_pos=turn,
-            )
-            parts.append(out.out)
-            s.mass += out.mass[s.reused]
+            mine = slice(s.first, s.last)
+            if s.lead:
+                parts.append(self._leading(spec, s, q[mine], k[mine], v[mine]))
+            parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _leading(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+        """Exact rows: everything before them is in the prefix or among themselves."""
+        return ops.row_attention(
+            q[: s.lead],
+            self.pool.k(spec.layer),
+            self.pool.v(spec.layer),
+            s.key_slots[: s.reused.start],
+            s.positions[: s.lead],
+            scale=spec.scale,
+            window=spec.window,
+            logit_cap=spec.logit_cap,
+            k_extra=k[: s.lead],
+            v_extra=v[: s.lead],
+            extra_pos=s.positions[: s.lead],
+        )
 
-def _windowed(
-    s: Scratch,
-    spec: AttentionSpec,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-) -> torch.Tensor:
-    """One question's attention in a sliding-window layer; adds to ``s.mass``.
-
-    In plain torch: where each row's window begins among keys with holes between them is no
-    single distance, and what a question sees through a window is little.
-    """
-    near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read
-    slots = s.key_slots[near]
-    pos = torch.cat([s.key_pos[near], s.positions])
-    hidden = (pos > s.positions[:, None]) | (pos < s.positions[:, None] - spec.window)
-    rows, heads, _ = q.shape
-    group = heads // k.shape[1]
-    hidden = hidden.repeat_interleave(group, dim=0)
-    out = q.new_empty(rows, heads, v.shape[2])
-    mass = s.mass.new_zeros(s.key_slots.numel())
-    for head in range(k.shape[1]):
-        part = slice(head * group, (head + 1) * group)
-        keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
-        values = torch.cat([v_cache[slots, head], v[:, head]]).float()
-        scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.scale
-        if spec.logit_cap > 0:
-            scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
-        probs = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
-        mass[near] += probs[:, : slots.numel()].sum(dim=0)
-    s.mass += mass[s.reused]
-    return out
+    def _question(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+        slots, seen = s.key_slots, None
+        if spec.window >= 0:
+            # The keys are a subset of positions; drop those no question row can see.
+            seen = s.key_pos >= s.positions[s.lead] - spec.window
+            slots = slots[seen]
+        # All keys and leading rows precede the question: number them in this order.
+        turn = torch.arange(slots.numel(), slots.numel() + len(k), device=q.device)
+        out = ops.row_attention_with_mass(
+            q[s.lead :],
+            self.pool.k(spec.layer),
+            self.pool.v(spec.layer),
+            slots,
+            turn[s.lead :],
+            scale=spec.scale,
+            logit_cap=spec.logit_cap,
+            k_extra=k,
+            v_extra=v,
+            extra_pos=turn,
+            row_weights=s.weights,
+        )
+        if seen is None:
+            s.mass += out.mass[s.reused]
+        else:
+            full = s.mass.new_zeros(s.key_slots.numel())
+            full[seen] = out.mass
+            s.mass += full[s.reused]
+        return out.out

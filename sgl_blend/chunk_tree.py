@@ -58,8 +58,8 @@ class RadixConfig:
     max_copies: int = 4
     max_generation: int = 4
     continuation: str = "same"
-    min_suffix: int = 32
-    max_suffix: int = 512
+    min_suffix: int = 16
+    max_suffix: int = 256
 
     def __post_init__(self) -> None:
         if self.continuation not in CONTINUATIONS:

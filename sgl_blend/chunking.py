@@ -206,21 +206,22 @@ def suffix_start(
     n_prompt: int,
     strong: np.ndarray,
     boundaries: Sequence[int] | np.ndarray | None = None,
-    min_suffix: int = 32,
-    max_suffix: int = 512,
+    min_suffix: int = 16,
+    max_suffix: int = 256,
 ) -> int:
     """The position from which on everything is always computed (the question). A pure function
     of the prompt.
 
     The last stated boundary that leaves at least one token; without one, the strong boundary
-    nearest to the end that leaves ``min_suffix`` to ``max_suffix`` tokens; without one, the last
-    ``min_suffix`` tokens.
+    nearest to the end that leaves ``min_suffix`` to ``max_suffix`` tokens, and no more than a
+    quarter of the prompt: a longer stretch without a boundary is documents, not a question;
+    without one, the last ``min_suffix`` tokens.
     """
     if boundaries is not None and len(boundaries):
         inside = [int(b) for b in boundaries if 0 <= b < n_prompt]
         if inside:
             return max(inside)
-    low = max(0, n_prompt - max_suffix)
+    low = max(0, n_prompt - max(min_suffix, min(max_suffix, n_prompt // 4)))
     tail = as_tokens(token_ids)[max(0, low - 1) : n_prompt]
     places = _strong_ends(tail, strong) + max(0, low - 1)
     places = places[(places >= low) & (places <= n_prompt - min_suffix)]

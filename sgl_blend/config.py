@@ -44,7 +44,9 @@ class BlendConfig:
         "query", "which reused tokens are recomputed: query, hkvd, leading, random, all, none"
     )
     recompute_ratio: float = _option(
-        0.15, "share of the reused tokens that is recomputed, 0 to 1 (policies all, none ignore it)"
+        0.10,
+        "share of the reused tokens that is recomputed, 0 to 1 (policies all, none ignore it; "
+        "CacheBlend's paper takes 0.15 for hkvd)",
     )
     check_layers: tuple[int, ...] = _option(
         (1,),
@@ -55,7 +57,7 @@ class BlendConfig:
         "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)",
     )
     query_layers: float = _option(
-        1.0,
+        0.75,
         "query: share of the layers whose attention is averaged, counted from the first, 0 to 1",
     )
     leading_tokens: int = _option(
@@ -67,10 +69,11 @@ class BlendConfig:
     )
     min_span_tokens: int = _option(16, "shortest run of tokens that is worth reusing")
     min_suffix_tokens: int = _option(
-        32, "at least this many tokens at the prompt's end (the question) are always computed"
+        16, "at least this many tokens at the prompt's end (the question) are always computed"
     )
     max_suffix_tokens: int = _option(
-        512, "how far from the prompt's end the start of the question is searched for"
+        256,
+        "how far from the prompt's end the start of the question is searched for (never beyond the last quarter)",
     )
     chunk_min_tokens: int = _option(8, "content-defined chunks: smallest size in tokens")
     chunk_mean_tokens: int = _option(17, "content-defined chunks: mean size in tokens")

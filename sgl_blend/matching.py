@@ -21,6 +21,8 @@ from sgl_blend.anchors import ChunkIndex
 from sgl_blend.chunking import chunk_hasher
 from sgl_blend.plan import EXACT, ReuseSpan
 
+#: chunks of a match that are looked at for an older copy of the same text
+PEEK = 4
 _FIRST_WINDOW = 64
 
 
@@ -195,39 +197,79 @@ def match_spans(
 
     tokens: ``array('q')``. cuts: int64 from ``chunking.cut_points`` over the whole prompt.
     """
-    spans: list[ReuseSpan] = []
-    cut_list = cuts.tolist()
-    raw = tokens.tobytes()
-    fresh = chunk_hasher(tenant).copy
-    first_copy = index.first
-    shortest, longest, min_span = rules.min_len, rules.max_len, rules.min_span
-    floor = begin
-    at = bisect_left(cut_list, begin)
-    last = len(cut_list) - 1
-    while at < last:
-        a, b = cut_list[at], cut_list[at + 1]
-        if b > end:
-            break
-        at += 1
-        if not shortest <= b - a <= longest:
-            continue
-        hasher = fresh()
-        hasher.update(raw[8 * a : 8 * b])
-        first = first_copy(hasher.digest())
-        if first is None:
-            continue
-        for entry in index.copies(first):
-            node = index.node(entry)
-            if node.blend.tenant != tenant:
+    return _Matcher(index, tokens, cuts, tenant, begin, end, rules).run()
+
+
+class _Found(NamedTuple):
+    """Tokens [start, start + length) lie in ``segments``; ``age``: the anchor's."""
+
+    age: tuple[bool, int]
+    start: int
+    length: int
+    segments: list[Segment]
+
+
+class _Matcher:
+    """State of one ``match_spans``."""
+
+    def __init__(self, index, tokens, cuts, tenant, begin, end, rules) -> None:
+        self.index = index
+        self.tokens = tokens
+        self.cuts = cuts.tolist()
+        self.raw = tokens.tobytes()
+        self.tenant = tenant
+        self.fresh = chunk_hasher(tenant).copy
+        self.floor = begin
+        self.end = end
+        self.rules = rules
+
+    def run(self) -> list[ReuseSpan]:
+        spans: list[ReuseSpan] = []
+        cuts, end = self.cuts, self.end
+        at, last = bisect_left(cuts, self.floor), len(cuts) - 1
+        while at < last and cuts[at + 1] <= end:
+            found = self._anchored(at)
+            at += 1
+            if found is None or found.length < self.rules.min_span:
                 continue
-            offset = index.end(entry) - node.blend.start
-            left, before = walk_left(tokens, b, node, offset, floor, rules.max_generation)
+            found = self._oldest(found, at)
+            spans.append(_span(found.start, found.length, found.segments))
+            self.floor = found.start + found.length
+            at = max(at, bisect_left(cuts, self.floor))
+        return spans
+
+    def _anchored(self, at: int) -> _Found | None:
+        """What the best living copy of chunk ``at`` gives, extended both ways and verified."""
+        a, b = self.cuts[at], self.cuts[at + 1]
+        if a < self.floor or not self.rules.min_len <= b - a <= self.rules.max_len:
+            return None
+        hasher = self.fresh()
+        hasher.update(self.raw[8 * a : 8 * b])
+        first = self.index.first(hasher.digest())
+        if first is None:
+            return None
+        for entry in self.index.copies(first):
+            node = self.index.node(entry)
+            if node.blend.tenant != self.tenant:
+                continue
+            offset = self.index.end(entry) - node.blend.start
+            limit = self.rules.max_generation
+            left, before = walk_left(self.tokens, b, node, offset, self.floor, limit)
             if before < b - a:
                 continue
-            right, after = walk_right(tokens, b, node, offset, end, rules)
-            if before + after >= min_span:
-                spans.append(_span(b - before, before + after, _joined(left, right)))
-                floor = b + after
-                at = bisect_left(cut_list, floor)
-            break
-    return spans
+            right, after = walk_right(self.tokens, b, node, offset, self.end, self.rules)
+            return _Found(self.index.age(entry), b - before, before + after, _joined(left, right))
+        return None
+
+    def _oldest(self, found: _Found, at: int) -> _Found:
+        """The same text from the oldest copy of it. The first chunk of a document may be indexed
+        in a later copy only (what stands before the document shifts its first cuts), and the
+        choice of source must not depend on what was inserted last."""
+        best, stop = found, found.start + found.length
+        for nearby in range(at, min(at + PEEK, len(self.cuts) - 1)):
+            if self.cuts[nearby + 1] > stop:
+                break
+            other = self._anchored(nearby)
+            if other is not None and other.age < best.age and 5 * other.length >= 4 * found.length:
+                best = other
+        return best

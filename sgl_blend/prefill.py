@@ -55,8 +55,9 @@ class PieceBlend:
 
     reused: int64 [n], ascending local rows of the reused tokens; never the piece's last row, so
     that row counts are known without reading the device. src_slots, src_pos: int64 [n].
-    question_ids, question_pos: int64 [m], for ``Need.QUERY``. fixed: indices into ``reused``
-    chosen ahead, for ``Need.NOTHING``.
+    question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
+    piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
+    ahead, for ``Need.NOTHING``.
     """
 
     plan: BlendPlan
@@ -67,6 +68,7 @@ class PieceBlend:
     src_pos: torch.Tensor
     question_ids: torch.Tensor | None = None
     question_pos: torch.Tensor | None = None
+    lead: int = 0
     fixed: torch.Tensor | None = None
 
     def recomputed(self) -> int:
@@ -109,6 +111,18 @@ def query_depth(num_layers: int, config: BlendConfig) -> int:
     """Layers that the question pass runs. The last layer is never needed: running it would
     end in the model's head, and its attention adds one term of many."""
     return max(1, min(num_layers - 1, math.ceil(config.query_layers * num_layers)))
+
+
+def question_weights(rows: int) -> torch.Tensor:
+    """fp32 [rows], sum 1: how much each question row's attention counts.
+
+    A third each on the last row, whose output decides the first token; on the rows near the end,
+    halving every four; and on all alike. The rows searched for the question often begin inside a
+    document, whose tokens look elsewhere than the question does.
+    """
+    back = torch.arange(rows - 1, -1, -1, dtype=torch.float32)
+    near = torch.exp2(-back / 4)
+    return ((back == 0).float() + near / near.sum() + 1.0 / rows) / 3
 
 
 def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
@@ -225,9 +239,11 @@ def _question_pass(
             Scratch(
                 row,
                 row + m,
+                b.lead,
                 b.question_pos,
                 torch.cat([s.piece.kv_slots[:begin], s.piece.kv_slots[at]]),
                 torch.cat([prefix, at]),
+                question_weights(m - b.lead).to(s.device),
                 slice(begin, begin + b.tokens.count),
                 torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
             )

@@ -78,7 +78,7 @@ class World:
         params = CacheInitParams(False, self.rows, self.allocator, page_size)
         self.cache = BlendRadixCache(
             params,
-            config or RadixConfig(),
+            config or RadixConfig(min_suffix=32, max_suffix=512),
             strong=np.asarray(strong, dtype=np.int64),
             namespace_of=self.namespace_of,
             fingerprint="model",

@@ -154,12 +154,19 @@ def test_suffix_begins_at_the_last_stated_boundary_within(stated, want):
 
 def test_suffix_begins_behind_a_strong_token_within_reach():
     tokens = list(range(1000))
-    assert suffix_start(tokens, 1000, strong_table([800, 900, 980])) == 901
-    assert suffix_start(tokens, 1000, strong_table([967])) == 968
-    assert suffix_start(tokens, 1000, strong_table([968])) == 968
-    assert suffix_start(tokens, 1000, strong_table([487])) == 488
-    assert suffix_start(tokens, 1000, strong_table([486])) == 968
-    assert suffix_start(tokens, 20, NONE) == 0
+    assert suffix_start(tokens, 1000, strong_table([800, 900, 990]), None, 32, 512) == 901
+    assert suffix_start(tokens, 1000, strong_table([967]), None, 32, 512) == 968
+    assert suffix_start(tokens, 1000, strong_table([968]), None, 32, 512) == 968
+    assert suffix_start(tokens, 1000, strong_table([749]), None, 32, 512) == 750
+    assert suffix_start(tokens, 1000, strong_table([787]), None, 32, 200) == 968
+    assert suffix_start(tokens, 20, NONE, None, 32, 512) == 0
+
+
+def test_a_boundary_before_the_last_quarter_is_no_question():
+    tokens = list(range(1000))
+    assert suffix_start(tokens, 1000, strong_table([748]), None, 32, 512) == 968
+    # A sequence's first token is a special one in most models.
+    assert suffix_start(list(range(400)), 400, strong_table([0]), None, 16, 512) == 384
 
 
 def test_suffix_is_a_function_of_the_prompt_alone():

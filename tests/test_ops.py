@@ -332,6 +332,20 @@ def test_mass_is_the_same_in_every_run():
     assert float(runs[0].sum()) == pytest.approx(64 * 8, rel=1e-5)
 
 
+def test_row_weights_weigh_each_rows_part():
+    q, k, weights = torch.randn(70, 4, 16), torch.randn(300, 2, 16), torch.rand(70)
+    weights[::3] = 0
+    args = (q, k, torch.arange(300), torch.arange(230, 300))
+    rows = [
+        ops.attention_mass(q[i : i + 1], k, args[2], args[3][i : i + 1], scale=0.3)
+        for i in range(70)
+    ]
+    want = (torch.stack(rows) * weights[:, None]).sum(0)
+    close(ops.attention_mass(*args, scale=0.3, row_weights=weights), want)
+    with pytest.raises(KernelError, match="row_weights"):
+        ops.attention_mass(*args, scale=0.3, row_weights=weights[:-1])
+
+
 def test_value_norm_weighs_the_mass():
     q, k, norm = torch.randn(4, 2, 16), torch.randn(50, 2, 16), torch.rand(50)
     args = (q, k, torch.arange(50), torch.arange(46, 50))

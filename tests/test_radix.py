@@ -167,7 +167,7 @@ def test_sources_in_use_outlive_idle_ones():
 
 
 def test_approximate_kv_that_is_no_source_is_evicted_before_sources():
-    world = World()
+    world = World(config=RadixConfig(min_suffix=32))
     world.serve(SYSTEM + A + B + QUESTION)
     world.serve(OTHER_SYSTEM + B + A + OTHER_QUESTION, blend=True, outputs=3)
     world.serve(doc(3, 9) + C + QUESTION)

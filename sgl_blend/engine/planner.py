@@ -196,6 +196,12 @@ class Planner:
             # it: the choice must be the one made before.
             stop = min(state.prompt_tokens, state.suffix_start + cfg.max_suffix_tokens)
             ask = np.arange(state.suffix_start, stop)
+            # Tokens before the first reused one are asked along while they are exact: whether a
+            # system prompt is cached as prefix must not change what is selected.
+            first = spans[0].start
+            if state.generation == EXACT and first - begin <= cfg.max_suffix_tokens:
+                blend.lead = first - begin
+                ask = np.concatenate([np.arange(begin, first), ask])
             blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
             blend.question_pos = torch.from_numpy(ask).to(device)
         return blend
@@ -221,6 +227,11 @@ class Planner:
             labels[spans[0].start : end] = state.generation
             for s in spans:
                 labels[s.start : s.end] = BLENDED
+        if state.generation != EXACT and end >= state.prompt_tokens:
+            # What follows the last reused token is the question, and nobody's document.
+            last = int(np.flatnonzero(labels == BLENDED)[-1]) + 1
+            if state.prompt_tokens - last <= self.c.config.max_suffix_tokens:
+                labels[last : state.prompt_tokens] = BLENDED
         record.labels = labels
         record.tail_label = state.generation
 

@@ -71,16 +71,29 @@ def attention_mass(
     k_extra: torch.Tensor | None = None,
     extra_pos: torch.Tensor | None = None,
     value_norm: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 [S]: for each pool key, the softmax probability summed over all rows and heads.
 
     The softmax runs over every key a row sees, extras included; extras' own mass is not
-    returned. ``value_norm`` fp32 [S] weighs each key's sum. Other arguments and the error as for
+    returned. ``value_norm`` fp32 [S] weighs each key's sum, ``row_weights`` fp32 [R] each
+    row's part in it. Other arguments and the error as for
     ``row_attention``. For few rows (a question's) over many keys.
     """
     extra = _extra(k_cache, None, k_extra, None, extra_pos)
     _, mass = _run(
-        q, k_cache, None, kv_slots, q_pos, extra, scale, window, logit_cap, kv_pos0, True
+        q,
+        k_cache,
+        None,
+        kv_slots,
+        q_pos,
+        extra,
+        scale,
+        window,
+        logit_cap,
+        kv_pos0,
+        True,
+        row_weights,
     )
     return _weigh(mass, value_norm)
 
@@ -100,11 +113,23 @@ def row_attention_with_mass(
     v_extra: torch.Tensor | None = None,
     extra_pos: torch.Tensor | None = None,
     value_norm: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
 ) -> AttentionWithMass:
     """``row_attention`` and ``attention_mass`` of the same rows in one pass over the keys."""
     extra = _extra(k_cache, v_cache, k_extra, v_extra, extra_pos)
     out, mass = _run(
-        q, k_cache, v_cache, kv_slots, q_pos, extra, scale, window, logit_cap, kv_pos0, True
+        q,
+        k_cache,
+        v_cache,
+        kv_slots,
+        q_pos,
+        extra,
+        scale,
+        window,
+        logit_cap,
+        kv_pos0,
+        True,
+        row_weights,
     )
     return AttentionWithMass(out, _weigh(mass, value_norm))
 
@@ -150,6 +175,7 @@ def _run(
     logit_cap: float,
     kv_pos0: int,
     with_mass: bool,
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     checks.floats("q", q, 3)
     checks.floats("k_cache", k_cache, 3, q.device)
@@ -172,6 +198,12 @@ def _run(
     checks.in_range("kv_slots", slots, k_cache.shape[0])
     if q.device.type == "cpu" and rows > 1:
         require(bool((pos[1:] >= pos[:-1]).all()), "q_pos must be ascending")
+    if row_weights is not None:
+        require(
+            row_weights.shape == (rows,) and row_weights.device == q.device,
+            f"row_weights is {list(row_weights.shape)} on {row_weights.device}; expected [{rows}]",
+        )
+        row_weights = row_weights.float()
     module = cpu_module(q.device)
     if module is None:
         return reference.row_attention(
@@ -188,12 +220,16 @@ def _run(
             v_extra=extra.v if extra else None,
             extra_pos=extra.pos if extra else None,
             with_mass=with_mass,
+            row_weights=row_weights,
         )
     # The kernel walks keys in ascending position, so that each row sees one run of them.
     extra_pos, order = torch.sort(extra.pos) if extra else (pos[:0], pos[:0])
     out_dim = v_cache.shape[2] if v_cache is not None else 0
     out = torch.empty(rows, q_heads, out_dim, dtype=q.dtype)
     mass = torch.zeros(slots.shape[0] if with_mass else 0, dtype=torch.float32)
+    weights = row_weights
+    if weights is None:
+        weights = torch.ones(rows if with_mass else 0, dtype=torch.float32)
     keys = extra.k if extra else k_cache[:0]
     no_values = k_cache[:0, :, :0]
     values = no_values if v_cache is None else (extra.v if extra else v_cache[:0])
@@ -211,6 +247,7 @@ def _run(
             pos,
             out,
             mass,
+            weights,
         ),
         (scale, window, logit_cap, kv_pos0, int(with_mass), torch.get_num_threads()),
     )

@@ -66,6 +66,7 @@ def row_attention(
     v_extra: torch.Tensor | None,
     extra_pos: torch.Tensor | None,
     with_mass: bool,
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(out [R, Hq, Dv] or None without ``v_cache``, mass fp32 [S] or None): masked softmax, fp32."""
     rows, q_heads, _ = q.shape
@@ -97,7 +98,10 @@ def row_attention(
                 (probs @ gather(v_cache, v_extra, head)).unflatten(0, (rows, group)).to(q.dtype)
             )
         if mass is not None:
-            mass += probs[:, :keys].sum(dim=0)
+            part_of = probs[:, :keys]
+            if row_weights is not None:
+                part_of = part_of * row_weights.repeat_interleave(group)[:, None]
+            mass += part_of.sum(dim=0)
     return out, mass
 
 
