@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import ChunkHeader
 from sgl_blend.store.index import MEMORY, Entry
@@ -50,15 +52,16 @@ class LoadRequest:
 
     def _near(self, i: int, entry: Entry) -> None:
         layers = self.request.layers
-        if layers is not None and layers[1] > entry.decoded().layout.n_layers:
+        if entry.tiers & MEMORY:
+            self._ready(i, entry, "memory")
+        elif layers is not None and layers[1] > entry.decoded().layout.n_layers:
             self._settle(i, None)
-        elif layers is not None and not entry.tiers & MEMORY and not entry.loading:
+        elif layers is not None and not entry.loading:
             self.core.res.fetch_range(
                 entry, layers, lambda offset, head: self._ranged(i, offset, head)
             )
         else:
-            tier = "memory" if entry.tiers & MEMORY else "disk"
-            self.core.res.fetch(entry, lambda e: self._ready(i, e, tier))
+            self.core.res.fetch(entry, lambda e: self._ready(i, e, "disk"))
 
     def _found_far(self, far: dict[bytes, list[int]], heads: dict[bytes, ChunkHeader]) -> None:
         name = self.core.res.remote.name if self.core.res.remote is not None else ""
@@ -75,8 +78,10 @@ class LoadRequest:
             return
         core, client, layers = self.core, self.client, self.request.layers
         begin, end = 0, entry.nbytes
-        header = entry.decoded()
+        # The packed header goes out as it lies in the index: nothing needs it unpacked here.
+        packed = msgspec.Raw(entry.header)
         if layers is not None:
+            header = entry.decoded()
             if layers[1] > header.layout.n_layers:
                 self._settle(i, None)
                 return
@@ -89,7 +94,7 @@ class LoadRequest:
                 return
             entry.refs += 1
             view = core.res.memory.view(entry.offset + begin, end - begin)
-            self._frame(i, header, view, tier, exact, lambda: core.res.unref(entry))
+            self._frame(i, packed, view, tier, exact, lambda: core.res.unref(entry))
             return
         if not core.lease_fits(client, end - begin):
             core.res.counters["lease_quota"] += 1
@@ -98,7 +103,7 @@ class LoadRequest:
         entry.refs += 1
         offset = entry.offset + begin
         lease = core.leases.grant(LOAD, client.id, entry, offset, end - begin, math.inf)
-        self._settle(i, p.LoadGrant(lease.id, header, offset, end - begin, -1, tier, exact))
+        self._settle(i, p.LoadGrant(lease.id, packed, offset, end - begin, -1, tier, exact))
 
     def _ranged(self, i: int, offset: int | None, header: ChunkHeader | None) -> None:
         if offset is None:
@@ -122,7 +127,9 @@ class LoadRequest:
         lease = core.leases.grant(TRANSIENT, client.id, None, offset, nbytes, math.inf)
         self._settle(i, p.LoadGrant(lease.id, header, offset, nbytes, -1, "disk", exact))
 
-    def _frame(self, i: int, header: ChunkHeader, view, tier: str, exact: bool, sent) -> None:
+    def _frame(
+        self, i: int, header: ChunkHeader | msgspec.Raw, view, tier: str, exact: bool, sent
+    ) -> None:
         grant = p.LoadGrant(0, header, -1, view.nbytes, len(self.frames), tier, exact)
         self.frames.append(view)
         self._sent.append(sent)

@@ -40,7 +40,8 @@ class Driver:
         got = []
 
         def reply(message, parts=(), sent=None):
-            got.append((message, [np.array(x) for x in parts]))
+            # As a client sees it: over the wire.
+            got.append((p.decode_reply(p.encode(message)), [np.array(x) for x in parts]))
             if sent:
                 sent()
 
