@@ -120,10 +120,11 @@ def _install(
 ) -> None:
     from sgl_blend.engine.slices import ModelSlices
 
-    kind = type(model)
+    # Mistral inherits Llama's: the hook goes where forward is defined, and serves this model alone.
+    kind = next(c for c in type(model).__mro__ if "forward" in vars(c))
+    if not hasattr(kind, "forward_split_prefill"):
+        raise UnsupportedError(f"{kind.__name__}.forward is not a model's; it cannot be hooked")
     forward = f"{kind.__module__}.{kind.__qualname__}.forward"
-    if "forward" not in vars(kind):
-        raise UnsupportedError(f"{kind.__name__} inherits forward; it cannot be hooked on its own")
 
     def blended_forward(original, self, input_ids, positions, forward_batch, *args, **kwargs):
         pieces = getattr(forward_batch, ATTR, None)

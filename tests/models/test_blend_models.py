@@ -80,8 +80,10 @@ def test_model(checked, name: str, arch: str, options: dict) -> None:
         ("llama-dynamic", "cannot move keys encoded by DynamicNTKScalingRotaryEmbedding"),
     ],
 )
-def test_refused_by_name(jobs, models, arch: str, words: str) -> None:
-    """What is not verified is refused at launch, by name, with what to do."""
-    message = jobs.run("model_support.checks_special:refusal", str(models), arch)
+@pytest.mark.parametrize("launch_check", [True, False])
+def test_refused_by_name(jobs, models, arch: str, words: str, launch_check: bool) -> None:
+    """What is not verified is refused by name, with what to do: before anything is loaded where
+    the arguments tell, and by the loaded model itself where that check did not see it."""
+    message = jobs.run("model_support.checks_special:refusal", str(models), arch, launch_check)
     assert words in message
     assert "Launch without --enable-blend" in message

@@ -105,7 +105,6 @@ def _against_reference(
     if prefix:
         tail = Ask(ask.tokens[:prefix] + world.desk.fresh(20), blend=False)
         world.engine.run(tail)
-        world.library = [*world.library[:3], tail.tokens]
     with watch() as chosen:
         [ours] = world.engine.run(ask)
     if prefix:
@@ -179,23 +178,28 @@ def as_reference_in_pieces(world: World) -> dict[str, Any]:
 def as_reference_at_stated_boundaries(world: World) -> dict[str, Any]:
     """Boundaries stated by sources and request: whole documents are reused, short ones too, and
     the question is what lies behind the last one."""
+    prompts = [world.desk.prompt(order, head) for order, head in LIBRARY]
+    with mock.patch.object(world, "library", [tokens for tokens, _ in prompts]):
+        return _at_stated_boundaries(world, prompts)
+
+
+def _at_stated_boundaries(
+    world: World, prompts: list[tuple[list[int], list[int]]]
+) -> dict[str, float]:
     world.engine.flush()
-    for order, head in LIBRARY:
-        tokens, cuts = world.desk.prompt(order, head)
-        world.library.append(tokens)
+    for tokens, cuts in prompts:
         world.engine.run(Ask(tokens, blend=False, boundaries=cuts))
     tokens, cuts = world.desk.prompt((5, 4, 2, 3, 1), 21)
+    [piece] = world.engine.run(Ask(tokens, policy="none", boundaries=cuts))[0].pieces
+    plan = piece.blend.plan
+    covered = {p for s in plan.spans for p in range(s.start, s.end)}
+    assert covered == set(range(21, len(tokens) - 37)), "not all documents are reused"
+    assert plan.suffix_start == len(tokens) - 37
     out = {}
     for policy in ("hkvd", "query", "leading"):
         ask = Ask(tokens, policy=policy, ratio=0.2, boundaries=cuts)
         got = _against_reference(world, ask, stock=False)
         out |= {f"{policy} {k}": v for k, v in got.items()}
-        [piece] = world.engine.run(Ask(tokens, policy="none", boundaries=cuts))[0].pieces
-        plan = piece.blend.plan
-        covered = {p for s in plan.spans for p in range(s.start, s.end)}
-        assert covered == set(range(21, len(tokens) - 37)), "not all documents are reused"
-        assert plan.suffix_start == len(tokens) - 37
-    del world.library[3:]
     return out
 
 

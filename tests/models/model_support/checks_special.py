@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -134,14 +136,24 @@ def two_check_layers(world: World) -> dict[str, Any]:
     return {k: max(p[k] for p in parts) for k in parts[0]}
 
 
-def refusal(models: str, arch: str) -> str:
-    """In a child: the message with which building the cache for ``arch`` is refused."""
+def refusal(models: str, arch: str, launch_check: bool) -> str:
+    """In a child: the message with which ``arch`` is refused, by the launching process
+    (``launch_check``) or by the scheduler that has loaded the model and builds the cache."""
+    from sgl_blend.engine import checks
     from sgl_blend.errors import UnsupportedError
 
+    said = io.StringIO()
+    skip = contextlib.nullcontext()
+    if not launch_check:
+        skip = mock.patch.object(checks, "check_arguments", lambda args: None, create=True)
     try:
-        Engine(model_for(Path(models), arch))
+        with contextlib.redirect_stderr(said), skip:
+            Engine(model_for(Path(models), arch))
     except UnsupportedError as error:
         return str(error)
+    except SystemExit as end:
+        assert end.code == 2
+        return said.getvalue()
     return ""
 
 
