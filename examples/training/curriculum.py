@@ -62,7 +62,7 @@ SHALLOW = (
         rate=0.4,
     ),
 )
-"""Four layers from scratch; prompts up to about 1100 tokens at the end."""
+"""Four layers from scratch; prompts up to about 1400 tokens at the end."""
 
 DEEP = (
     Stage("wake", Size((2, 5), (1, 3), (3, 6), (2, 3), (2, 4), 10, (30, 110), 6144), 20, rate=0.4),
