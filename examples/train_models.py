@@ -28,17 +28,17 @@ LAYERS = {"shallow": 4, "deep": 8}
 
 
 def train(which: str, args: argparse.Namespace) -> float:
-    """Train one model and write it to ``args.out``; the minutes it took."""
+    """Train one model and write it to ``args.out``; the processor minutes it took."""
     torch.manual_seed(args.seed)
     llama = model.Llama(model.Shape(vocab=len(data.IDS)))
-    stages, rates = curriculum.SHALLOW, curriculum.Rates()
+    stages = curriculum.SHALLOW
     if which == "deep":
         small = torch.load(args.checkpoints / "shallow.pt", weights_only=True)
         llama.load_state_dict(small["model"])
         llama = model.grown(llama, LAYERS["deep"])
-        stages, rates = curriculum.DEEP, curriculum.DEEP_RATES
+        stages = curriculum.DEEP
     trainer = curriculum.Trainer(
-        llama, stages, args.seed, args.checkpoints / f"{which}.pt", rates, say=_say
+        llama, stages, args.seed, args.checkpoints / f"{which}.pt", say=_say
     )
     trainer.run()
     folder = args.out / NAMES[which]
@@ -74,7 +74,7 @@ def main() -> None:
     what = args.what or "all"
     for which in NAMES:
         if what in ("all", which):
-            _say(f"{NAMES[which]}: trained in {train(which, args):.1f} minutes")
+            _say(f"{NAMES[which]}: trained in {train(which, args):.1f} processor minutes")
         if what in ("all", "report", which):
             measure(which, args)
 

@@ -34,6 +34,8 @@ class Stage:
     until: float = 2.0
     watch: tuple[str, ...] = ("code", "answer")
     decay: bool = False
+    rate: float = 1.0
+    """Multiplies the learning rates."""
 
 
 SHALLOW = (
@@ -52,13 +54,24 @@ SHALLOW = (
     Stage(
         "full", Size((2, 5), (1, 3), (3, 6), (2, 4), (2, 4), 10, (40, 140), 8192), 120, decay=True
     ),
+    Stage(
+        "polish",
+        Size((2, 7), (1, 3), (3, 7), (2, 4), (2, 4), 12, (40, 150), 8192),
+        120,
+        decay=True,
+        rate=0.4,
+    ),
 )
-"""Four layers from scratch; prompts up to about 1100 tokens at the end."""
+"""Four layers from scratch; prompts up to about 1400 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 4), (1, 2), (3, 6), (2, 3), (2, 4), 10, (30, 90), 6144), 14),
+    Stage("wake", Size((2, 5), (1, 3), (3, 6), (2, 3), (2, 4), 10, (30, 110), 6144), 20, rate=0.4),
     Stage(
-        "long", Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 150), 6144), 40, decay=True
+        "long",
+        Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 160), 8192),
+        40,
+        decay=True,
+        rate=0.4,
     ),
 )
 """Grown from the shallow one; prompts up to about 1700 tokens at the end."""
@@ -68,9 +81,6 @@ DEEP = (
 class Rates:
     matrices: float = 0.01
     others: float = 3e-3
-
-
-DEEP_RATES = Rates(matrices=0.005, others=1.5e-3)
 
 
 class Trainer:
@@ -137,7 +147,7 @@ class Trainer:
                 return
 
     def _rate(self, stage: Stage) -> None:
-        factor = min(1.0, (self.total + 1) / 20)
+        factor = min(1.0, (self.total + 1) / 20) * stage.rate
         if stage.decay:
             factor *= 1 - self.step / stage.max_steps
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):

@@ -20,7 +20,8 @@ PAD_ID, BOS_ID, END_ID, UNK_ID = range(4)
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n' }}"
     "{% endfor %}"
 )
 """``Conversation.prompt`` in Jinja; the assistant needs no mark to begin with."""
