@@ -192,6 +192,9 @@ class QuestionAttention:
         parts = []
         for s in self.rows:
             mine = slice(s.first, s.last)
+            if spec.window >= 0:
+                parts.append(self._windowed(spec, s, q[mine], k[mine], v[mine]))
+                continue
             if s.lead:
                 parts.append(self._leading(spec, s, q[mine], k[mine], v[mine]))
             parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
@@ -214,18 +217,13 @@ class QuestionAttention:
         )
 
     def _question(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
-        slots, seen = s.key_slots, None
-        if spec.window >= 0:
-            # The keys are a subset of positions; drop those no question row can see.
-            seen = s.key_pos >= s.positions[s.lead] - spec.window
-            slots = slots[seen]
         # All keys and leading rows precede the question: number them in this order.
-        turn = torch.arange(slots.numel(), slots.numel() + len(k), device=q.device)
+        turn = torch.arange(s.key_slots.numel(), s.key_slots.numel() + len(k), device=q.device)
         out = ops.row_attention_with_mass(
             q[s.lead :],
             self.pool.k(spec.layer),
             self.pool.v(spec.layer),
-            slots,
+            s.key_slots,
             turn[s.lead :],
             scale=spec.scale,
             logit_cap=spec.logit_cap,
@@ -234,10 +232,35 @@ class QuestionAttention:
             extra_pos=turn,
             row_weights=s.weights,
         )
-        if seen is None:
-            s.mass += out.mass[s.reused]
-        else:
-            full = s.mass.new_zeros(s.key_slots.numel())
-            full[seen] = out.mass
-            s.mass += full[s.reused]
+        s.mass += out.mass[s.reused]
         return out.out
+
+    def _windowed(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+        """All scratch rows in a sliding-window layer.
+
+        In plain torch: where each row's window begins among keys with holes between them is no
+        single distance, and what a few rows see through a window is little.
+        """
+        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read
+        slots = s.key_slots[near]
+        pos = torch.cat([s.key_pos[near], s.positions])
+        hidden = (pos > s.positions[:, None]) | (pos < s.positions[:, None] - spec.window)
+        rows, heads, _ = q.shape
+        group = heads // k.shape[1]
+        hidden = hidden.repeat_interleave(group, dim=0)
+        weights = torch.cat([s.weights.new_zeros(s.lead), s.weights]).repeat_interleave(group)
+        out = q.new_empty(rows, heads, v.shape[2])
+        mass = s.mass.new_zeros(s.key_slots.numel())
+        for head in range(k.shape[1]):
+            part = slice(head * group, (head + 1) * group)
+            keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
+            values = torch.cat([v_cache[slots, head], v[:, head]]).float()
+            scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.scale
+            if spec.logit_cap > 0:
+                scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
+            probs = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+            out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
+            mass[near] += (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
+        s.mass += mass[s.reused]
+        return out

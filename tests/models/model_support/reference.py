@@ -175,17 +175,19 @@ class Reference:
         else:
             k, v = [None] * self.depth, [None] * self.depth
         chosen, x = [], None
+        exact = True
         for piece in pieces:
-            x, picked = self._piece(ids, piece, check_layers, k, v)
+            x, picked = self._piece(ids, piece, check_layers, k, v, exact)
             chosen.append(picked)
+            exact = exact and not piece.reused.numel()
         return Blended(k, v, self.head(x[-1]), chosen)
 
-    def _piece(self, ids, p: RefPiece, check_layers, k: list, v: list):
+    def _piece(self, ids, p: RefPiece, check_layers, k: list, v: list, exact: bool):
         here = torch.arange(p.begin, p.end)
         must = here[~torch.isin(here, p.reused)]
         picked = p.reused if p.policy == "hkvd" else p.fixed
         if p.policy == "query" and p.reused.numel():
-            picked = self._ask(ids, p, k, v)
+            picked = self._ask(ids, p, k, v, exact)
         picked = p.reused if picked is None else picked
         rows = torch.cat([must, picked]).sort().values
         x = self.embed(ids[rows])
@@ -213,9 +215,19 @@ class Reference:
                 rows, x = rows[kept], x[kept]
         return x, picked
 
-    def _ask(self, ids, p: RefPiece, k: list, v: list) -> torch.Tensor:
-        """The reused tokens that the question attends to most, over all layers but the last."""
-        q_pos = p.question
+    def _ask(self, ids, p: RefPiece, k: list, v: list, exact: bool) -> torch.Tensor:
+        """The reused tokens that the question attends to most, over all layers but the last.
+
+        What stands before the first reused token is asked along while it is exact; a third of
+        the weight each is the last row's, the last rows' (halving every four), and all rows'.
+        """
+        lead = torch.arange(p.begin, int(p.reused[0]) if exact else p.begin)
+        q_pos = torch.cat([lead, p.question])
+        rows = p.question.numel()
+        near = torch.tensor([0.5 ** ((rows - 1 - r) / 4) for r in range(rows)])
+        weights = near / near.sum() / 3 + 1 / (3 * rows)
+        weights[-1] += 1 / 3
+        weights = torch.cat([torch.zeros(lead.numel()), weights])
         x = self.embed(ids[q_pos])
         k_pos = torch.cat([torch.arange(p.begin), p.reused, q_pos])
         mass = torch.zeros(p.reused.numel())
@@ -228,6 +240,7 @@ class Reference:
             out, probs = self.attend(
                 layer, self.rotate(q, q_pos), q_pos, torch.cat(parts_k), torch.cat(parts_v), k_pos
             )
-            mass += probs.sum(dim=(0, 1))[p.begin : p.begin + p.reused.numel()]
+            by_key = (probs.sum(dim=0) * weights[:, None]).sum(dim=0)
+            mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
         return p.reused[mass.topk(min(p.budgets[0], mass.numel())).indices].sort().values
