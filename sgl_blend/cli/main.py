@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "bench")
+COMMANDS = ("demo", "bench", "eval", "store", "inspect")
 
 
 def main(argv: list[str] | None = None) -> int:

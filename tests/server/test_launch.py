@@ -187,5 +187,5 @@ def test_without_the_flag_nothing_is_hooked_and_the_tree_is_sglangs(plain):
 def test_with_the_flag_the_configuration_is_printed_once(blend):
     log = blend.log.read_text()
     assert log.count("sgl-blend is on: ") == 1
-    assert "policy='query', recompute_ratio=0.15" in log
+    assert "policy='query', recompute_ratio=0.1" in log
     assert "impl=BlendRadixCache" in log

@@ -31,7 +31,7 @@ def test_counts_add_up_for_token_ids(blend):
     d.warm(blend)
     a = ask(blend, d.prompt([3, 1, 5, 0]))
     check_report(a)
-    assert a.blend["policy"] == "query" and a.blend["ratio"] == 0.15 and a.blend["fallback"] is None
+    assert a.blend["policy"] == "query" and a.blend["ratio"] == 0.1 and a.blend["fallback"] is None
     documents = sum(len(d.docs[i]) for i in (3, 1, 5, 0))
     assert a.blend["reused"] + a.blend["recomputed"] >= 0.9 * documents
     assert a.blend["sources"].keys() == {"device"}
