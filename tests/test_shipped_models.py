@@ -19,9 +19,9 @@ from training.report import SIZES  # noqa: E402
 
 from sgl_blend.eval import tasks  # noqa: E402
 
-NAMES = {"shallow": "blend-4l", "deep": "blend-8l"}
-LAYERS = {"shallow": 4, "deep": 8}
-COUNT = {"shallow": 8, "deep": 5}
+NAMES = {"shallow": "blend-4l"}
+LAYERS = {"shallow": 4}
+COUNT = {"shallow": 8}
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -69,7 +69,7 @@ DEEP = (
     Stage(
         "long",
         Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 160), 8192),
-        40,
+        120,
         decay=True,
         rate=0.4,
     ),
@@ -87,8 +87,8 @@ class Trainer:
     """Holds a model, its optimizers and the random state; ``run`` goes through the stages.
 
     ``seconds`` is processor time, which others on the same machine don't stretch. The checkpoint
-    is written every 60 s and after each stage; a trainer made with the same
-    checkpoint path goes on from there, also in the middle of a stage.
+    is written every 60 s and after each stage; a trainer made with the same checkpoint path goes
+    on from there, also in the middle of a stage.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ A *legend* document says what code words mean; a *record* document says who owns
     Record Slate: Tess owns silver metal. Mara owns kip metal. ...
     Question: what belongs to Mara? copper
 
-Who Tess is can be told from the record alone (a *local* question). What belongs to Mara cannot (a
+The record alone tells what belongs to Tess (a *local* question), but not what belongs to Mara (a
 *dependent* one). The word after the thing is its kind (metal, fruit, ...). For a code word the
 kind follows from the legend, so a language model trained on this text looks the code word up
 *while it reads the record*, and the meaning then lies in the KV of the record's tokens. KV of a
