@@ -5,15 +5,19 @@ Imports run downward only. From the top floor to the bottom:
 ====================  =========================================================
 ``cli/ bench/ eval/``  what a person runs; talks to a server over HTTP
 ``engine/``           the only room that knows SGLang's internals
-``radix.py``          ``BlendRadixCache``: where reusable KV lies in the tree
+``radix.py``          ``BlendRadixCache``: exact and approximate KV in SGLang's tree; below it
+                      ``chunk_tree.py`` (chunks in the tree), ``matching.py`` (a prompt's spans),
+                      ``anchors.py`` (chunk index), ``turns.py`` (a prompt sent again),
+                      ``marks.py``, ``integrity.py``
 ``prefill.py``        the blend prefill: row sets through the model's own layers
-``attention.py``      attention of gapped rows by true token position
+``attention.py``      attention of gapped rows by true token position (on CUDA:
+                      ``attention_flashinfer.py``)
 ``selection/``        one file a policy: which reused tokens are recomputed
 ``store/``            chunk store (CPU / disk / distributed); knows no SGLang
 ``plan.py``           a prompt as spans: the data that all of the above pass on
 ``ops/``              kernels' Python faces, each beside its torch reference
 ``chunking.py``       token ids to content-hash chunks
-``config.py errors.py``  one frozen config, one family of errors
+``config.py errors.py registry.py``  one frozen config, one family of errors, one registry
 ====================  =========================================================
 
 Importing this package imports nothing heavy (no torch, no sglang, no zmq).

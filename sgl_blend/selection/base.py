@@ -63,7 +63,9 @@ class Policy(ABC):
         """Indices (int64, ascending, on ``score``'s device or CPU) into the ``n`` reused tokens.
 
         ``score`` is fp32 [n], summed over tensor-parallel ranks; ``None`` for ``Need.NOTHING``.
-        Ties go to the lower position. The number of indices must not depend on the score's
+        With several check layers, ``score`` and the indices are of the survivors of the layer
+        before, while ``reused`` still describes all (its budget is this layer's). Ties go to the
+        lower position. The number of indices must not depend on the score's
         values: counts are reported, and labels set, without waiting for the device.
         """
 
