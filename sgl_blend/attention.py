@@ -115,7 +115,8 @@ class BatchAttention:
         self.segments = segments
         self.copies = copies
         self._device_rows = None
-        if segments and segments[0].kv_slots.is_cuda:
+        # FlashInfer has no fp32 kernels.
+        if segments and segments[0].kv_slots.is_cuda and self.pool.k(0).dtype != torch.float32:
             from sgl_blend.attention_flashinfer import FlashInferRows
 
             self._device_rows = FlashInferRows(segments)
