@@ -147,7 +147,6 @@ def test_wrong_text_in_the_environment_names_option_and_value(name, text):
         ({"max_copies": 0}, "max_copies"),
         ({"tiers": ()}, "tiers"),
         ({"tiers": ("disk",)}, "tiers"),
-        ({"kernel": "cuda"}, "kernel"),
     ],
 )
 def test_out_of_range_value_is_refused_by_name(values, named):

@@ -213,7 +213,7 @@ def test_eviction_forgets_and_reset_forgets_all():
 
 def blended_world(page=1, continuation="same", **kwargs):
     """A document computed exactly, then a blended request that reuses it."""
-    config = RadixConfig(continuation=continuation, **kwargs)
+    config = RadixConfig(continuation=continuation, min_suffix=32, max_suffix=512, **kwargs)
     world = World(slots=4096, page_size=page, config=config)
     world.serve(SYSTEM + A + QUESTION)
     prompt = OTHER_SYSTEM + B + A + C + OTHER_QUESTION

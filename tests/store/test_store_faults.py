@@ -47,7 +47,8 @@ def _arena_holders() -> set[int]:
 
 def test_killed_and_restarted_under_load(tmp_path):
     """Three kills while four clients work: only misses and StoreErrors, never a wrong byte."""
-    config = _fixed(tmp_path, disk_fsync=False)
+    # Room for all that a fast machine writes meanwhile: nothing may have been evicted at the end.
+    config = _fixed(tmp_path, disk_fsync=False, disk_bytes=4 << 30)
     store = start(config, private=False)
     base = [make_chunk(i) for i in range(20)]
     with connect(store.endpoint, NAMESPACE) as client:
