@@ -504,7 +504,7 @@ def test_without_a_compiler_torch_takes_over_with_one_warning(monkeypatch, caplo
     args = _attention_args()
     want = ops.row_attention(**args)
     build._load.cache_clear()
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: None)
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
