@@ -70,10 +70,6 @@ class BlendPlan:
     policy: str
     ratio: float
 
-    @property
-    def reused_tokens(self) -> int:
-        return sum(s.length for s in self.spans)
-
 
 @dataclass(slots=True)
 class BlendRecord:

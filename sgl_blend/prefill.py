@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sgl_blend import ops
 from sgl_blend.attention import (
     BatchAttention,
     KvCopy,
@@ -297,8 +298,6 @@ def _check(
     s: _PiecePass, layer: int, kept: int, pool: PoolView, ranks: Ranks, config: BlendConfig
 ) -> None:
     """Keep the tokens whose fresh V at ``layer`` is farthest from the cached V."""
-    from sgl_blend import ops
-
     b = s.blend
     alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
     fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.report import attach
 from sgl_blend.engine.state import RequestState, namespace_of, state_of, unservable
 from sgl_blend.plan import BLENDED, EXACT, MAX_GENERATION, BlendPlan, BlendRecord, ReuseSpan
 from sgl_blend.prefill import Piece, PieceBlend, token_layers
@@ -51,19 +52,23 @@ class Planner:
         decoding = {id(r) for r in (batch.decoding_reqs or ())}
         full_capture = _captures_all(forward_batch)
         row, pieces, planned = 0, [], False
+        no_slots = forward_batch.out_cache_loc[:0]
         for i, req in enumerate(batch.reqs):
             begin, rows = int(batch.prefix_lens[i]), int(batch.extend_lens[i])
             blend = None
             if id(req) not in decoding:
                 blend = self._plan(req, begin, rows, forward_batch, full_capture)
-            slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : begin + rows]
-            piece = Piece(row, rows, begin, slots.to(torch.int64), blend)
+            piece = Piece(row, rows, begin, no_slots, blend)
             if id(req) not in decoding:
                 self._count(req, piece)
             pieces.append(piece)
             planned = planned or blend is not None
             row += rows
-        if planned:
+        if planned:  # an ordinary batch pays for no copy of its rows
+            table = batch.req_to_token_pool.req_to_token
+            for req, piece in zip(batch.reqs, pieces, strict=True):
+                row_slots = table[req.kv.req_pool_idx, : piece.begin + piece.rows]
+                piece.kv_slots = row_slots.to(torch.int64)
             setattr(forward_batch, ATTR, pieces)
 
     def _plan(
@@ -258,8 +263,6 @@ class Planner:
                 c.sources[s.tier] += s.length
         self.c.metrics.piece(piece.rows - n, n - again, again)
         if self.c.config.report:
-            from sgl_blend.engine.report import attach
-
             attach(req, state)
 
 
