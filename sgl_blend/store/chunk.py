@@ -11,7 +11,7 @@ is the xxh3-128 of the whole body. Pure data: no I/O, no torch.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +21,10 @@ from sgl_blend.store.errors import ProtocolError
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Key = Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
+Link = Annotated[bytes, msgspec.Meta(max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+LayerNumber = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 
 DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
 ITEMSIZE = {
@@ -69,6 +71,20 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         return self.k_bytes(n_tokens, dtype) + self.v_bytes(n_tokens, dtype)
 
 
+class LayerRange(NamedTuple):
+    """Layers ``[first, last)`` of a body. tokens: and the token ids, which only a range that begins
+    at layer 0 has before it (``first == last == 0`` is then the token ids alone)."""
+
+    first: LayerNumber
+    last: LayerNumber
+    tokens: bool = False
+
+    @property
+    def valid(self) -> bool:
+        least = 0 if self.tokens else 1
+        return self.last - self.first >= least and not (self.tokens and self.first)
+
+
 class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
     """What is known of a chunk without its payload.
 
@@ -77,7 +93,10 @@ class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
     tokens before it (``NO_CONTEXT``: computed alone); a request with the same context needs no
     recompute. generation: 0 exact, else as in ``plan.py``. checksum: xxh3-128 of the body, zero
     until ``complete_store`` brings it. serde: the lossy form that the values went through on their
-    way, or ``raw``: such a chunk is never exact, whatever its context.
+    way, or ``raw``: such a chunk is never exact, whatever its context. before, after: keys of the
+    chunks that stood next to this one where its KV was computed (empty: none, or unknown). They
+    tell who stores a document's chunks to find those at its edges, whose tokens are partly its
+    neighbours'; they are no part of the chunk's identity.
     """
 
     namespace: Digest
@@ -90,6 +109,8 @@ class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
     generation: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
     checksum: Digest = NO_CONTEXT
     serde: Annotated[str, msgspec.Meta(max_length=16)] = "raw"
+    before: Link = b""
+    after: Link = b""
 
     @property
     def tokens_bytes(self) -> int:
@@ -110,20 +131,37 @@ class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
         mark = self.namespace + self.context + bytes((self.generation,)) + self.key
         return hashlib.blake2b(mark, digest_size=16).digest()
 
-    def layer_range(self, first: int, last: int) -> tuple[int, int]:
-        """Byte range in the body of layers ``[first, last)``."""
-        if not 0 <= first < last <= self.layout.n_layers:
+    def layer_range(self, first: int, last: int, tokens: bool = False) -> tuple[int, int]:
+        """Byte range in the body of a ``LayerRange``. Raises ProtocolError outside the body."""
+        if not LayerRange(first, last, tokens).valid or last > self.layout.n_layers:
             raise ProtocolError(
-                f"layers [{first}, {last}) do not lie inside the chunk's {self.layout.n_layers}"
+                f"layers [{first}, {last}) (tokens: {tokens}) are no range of the chunk's "
+                f"{self.layout.n_layers}"
             )
-        return (
-            self.tokens_bytes + first * self.layer_bytes,
-            self.tokens_bytes + last * self.layer_bytes,
-        )
+        begin = 0 if tokens else self.tokens_bytes + first * self.layer_bytes
+        return begin, self.tokens_bytes + last * self.layer_bytes
 
 
 HEADER_ENCODER = msgspec.msgpack.Encoder()
 HEADER_DECODER = msgspec.msgpack.Decoder(ChunkHeader)
+
+
+def links_bytes(header: ChunkHeader) -> int:
+    """How many bytes at the end of a packed header are its two links; 0 when it has none.
+
+    ``before`` and ``after`` are the last fields, and bytes of up to 255 are packed as ``0xc4``,
+    length, bytes: so the links of a packed header can be passed on without unpacking it.
+    """
+    size = len(header.before) + len(header.after)
+    return size + 4 if size else 0
+
+
+def split_links(packed: bytes) -> tuple[bytes, bytes]:
+    """(before, after) from the end of a packed header; from nothing, two empty links."""
+    if not packed:
+        return b"", b""
+    at = 2 + packed[1]
+    return packed[2:at], packed[at + 2 :]
 
 
 def make_namespace(*parts: str | int | bytes) -> bytes:
@@ -156,23 +194,29 @@ def pack_tokens(token_ids, out: np.ndarray) -> None:
 class BodyView:
     """Typed views, without copies, into the bytes of a body or of a range of its layers.
 
-    ``buf``: uint8 [body bytes], or, with ``layers=(first, last)``, only those layers' bytes.
+    ``buf``: uint8 [body bytes], or, with ``layers``, only that range's bytes.
     Views of bfloat16 and fp8 carry the bits (uint16 / uint8); ``torch_layer`` gives them their
     torch dtype. A view is valid for as long as the buffer behind it is (for a store's shared
     memory: until ``complete_load``).
     """
 
-    def __init__(self, header: ChunkHeader, buf: np.ndarray, layers: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        header: ChunkHeader,
+        buf: np.ndarray,
+        layers: LayerRange | tuple[int, int] | None = None,
+    ):
         self.header = header
         self.buf = buf
-        self.first, self.last = layers or (0, header.layout.n_layers)
-        self._base = 0 if layers else header.tokens_bytes
+        part = LayerRange(*layers) if layers else LayerRange(0, header.layout.n_layers, True)
+        self.first, self.last, self._tokens = part
+        self._base = header.tokens_bytes if part.tokens else 0
 
     @property
     def token_ids(self) -> np.ndarray:
-        """int32 [n_tokens]; only where the whole body is here."""
-        if self._base == 0:
-            raise ProtocolError("a range of layers carries no token ids; load the whole chunk")
+        """int32 [n_tokens]; of a whole body, or of a range loaded with its token ids."""
+        if not self._tokens:
+            raise ProtocolError("this range was loaded without token ids; ask with tokens=True")
         return self.buf[: 4 * self.header.n_tokens].view(np.int32)
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store import protocol as p
-from sgl_blend.store.chunk import BodyView, ChunkHeader, checksum
+from sgl_blend.store.chunk import BodyView, ChunkHeader, LayerRange, checksum
 from sgl_blend.store.connection import Connection
 from sgl_blend.store.errors import ChunkCorrupt, ProtocolError
 from sgl_blend.store.security import CurveClient
@@ -31,20 +31,27 @@ from sgl_blend.store.shm import ArenaMapping
 class LoadedChunk:
     """A readable chunk. buf: uint8, the body, or only the bytes of ``layers``.
 
-    exact: computed in the very context that was asked for, exactly: needs no recompute.
+    exact: computed in the very context that was asked for, exactly: needs no recompute. Until
+    ``complete_load`` the bytes stay where and what they are, even if the store dies: the mapping
+    is this process's own.
     """
 
     header: ChunkHeader
     buf: np.ndarray
     tier: str
     exact: bool
-    layers: tuple[int, int] | None = None
+    layers: LayerRange | None = None
     _lease: int = field(default=0, repr=False)
     _mapping: ArenaMapping | None = field(default=None, repr=False)
 
     @property
     def body(self) -> BodyView:
         return BodyView(self.header, self.buf, self.layers)
+
+    @property
+    def address(self) -> int:
+        """Address of ``buf``'s first byte, for copies by native code."""
+        return self.buf.__array_interface__["data"][0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +76,8 @@ class StoreSlot:
 class StoreClient:
     """One connection to a store. Calls from several threads take turns.
 
-    namespace: 16 bytes from ``make_namespace``. deadline_s: default for every call. shm: use
+    namespace: 16 bytes from ``make_namespace``; calls that take one of their own use this where
+    they are given none. deadline_s: default for every call. shm: use
     shared memory where the store is on this machine. verify: check the checksum of every whole
     chunk loaded (raises ChunkCorrupt); frames from elsewhere are always checked. retry_s: after a
     missed deadline calls fail at once for a while that grows up to this, so that a dead store
@@ -88,9 +96,9 @@ class StoreClient:
         name: str = "",
         retry_s: float = 2.0,
     ):
-        if len(namespace) != 16:
-            raise ValueError(f"namespace is {len(namespace)} bytes; make_namespace gives 16")
-        self.endpoint, self.namespace, self.deadline_s = endpoint, namespace, deadline_s
+        self.namespace = namespace
+        self.namespace = self._space(namespace)
+        self.endpoint, self.deadline_s = endpoint, deadline_s
         self._verify = verify
         self._wire = Connection(endpoint, name or f"pid {os.getpid()}", curve, shm, retry_s)
 
@@ -120,6 +128,13 @@ class StoreClient:
     def __exit__(self, *_exc) -> None:
         self.close()
 
+    def _space(self, namespace: bytes | None) -> bytes:
+        if namespace is None:
+            return self.namespace
+        if len(namespace) != 16:
+            raise ValueError(f"namespace is {len(namespace)} bytes; make_namespace gives 16")
+        return namespace
+
     def _until(self, deadline_s: float | None) -> float:
         return time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
 
@@ -138,11 +153,12 @@ class StoreClient:
         keys: Sequence[bytes],
         contexts: Sequence[bytes] = (),
         *,
+        namespace: bytes | None = None,
         remote: bool = True,
         deadline_s: float | None = None,
     ) -> list[p.Hit | None]:
         """One round trip for all keys. contexts: one hash per key, to learn which are exact."""
-        request = p.Lookup(self.namespace, list(keys), list(contexts), remote)
+        request = p.Lookup(self._space(namespace), list(keys), list(contexts), remote)
         return self.call(request, deadline_s=deadline_s)[0].hits
 
     def try_lookup(self, keys: Sequence[bytes], contexts: Sequence[bytes] = (), **options):
@@ -152,34 +168,51 @@ class StoreClient:
         except StoreError:
             return [None] * len(keys)
 
-    def prefetch(self, keys: Sequence[bytes], contexts: Sequence[bytes] = ()) -> int:
+    def prefetch(
+        self,
+        keys: Sequence[bytes],
+        contexts: Sequence[bytes] = (),
+        *,
+        namespace: bytes | None = None,
+        deadline_s: float | None = None,
+    ) -> int:
         """Start pulling chunks into memory; returns at once with how many were started."""
-        return self.call(p.Prefetch(self.namespace, list(keys), list(contexts)))[0].count
+        request = p.Prefetch(self._space(namespace), list(keys), list(contexts))
+        return self.call(request, deadline_s=deadline_s)[0].count
 
     def prepare_load(
         self,
         keys: Sequence[bytes],
         contexts: Sequence[bytes] = (),
         *,
+        namespace: bytes | None = None,
         layers: tuple[int, int] | None = None,
+        tokens: bool = False,
         wait_s: float | None = None,
         deadline_s: float | None = None,
     ) -> list[LoadedChunk | None]:
         """Make chunks readable: one entry per key, None for a miss. Then ``complete_load``.
 
-        layers: only these, ``[first, last)``. wait_s: how long slow tiers may take; what is not
+        layers: only these, ``[first, last)``; a range read from disk is verified by checksums of
+        its own. tokens: the token ids as well, with a range that begins at layer 0 ((0, 0): they
+        alone); a whole chunk always has them. wait_s: how long slow tiers may take; what is not
         there by then is a miss (default: most of the deadline).
         """
+        part = LayerRange(*layers, tokens) if layers is not None else None
+        if part is not None and not part.valid:
+            raise ProtocolError(
+                f"{part} is no range of layers (from layer 0 where tokens are asked)"
+            )
         deadline = self.deadline_s if deadline_s is None else deadline_s
         wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
         request = p.PrepareLoad(
-            self.namespace, list(keys), list(contexts), int(wait * 1000), layers
+            self._space(namespace), list(keys), list(contexts), int(wait * 1000), part
         )
         until = self._until(deadline)
         with self._wire.turn(until):
             reply, frames = self._wire.call(request, (), until)
             try:
-                loaded = [self._loaded(g, frames, layers) for g in reply.grants]
+                loaded = [self._loaded(g, frames, part) for g in reply.grants]
             except StoreError:
                 self._wire.give_back(reply)
                 raise
@@ -312,19 +345,29 @@ class StoreClient:
 
     # Operations.
 
-    def pin(self, keys: Sequence[bytes], on: bool = True) -> int:
+    def pin(self, keys: Sequence[bytes], on: bool = True, *, namespace: bytes | None = None) -> int:
         """Pin (or unpin) every copy of these; returns how many copies."""
-        return self.call(p.Pin(self.namespace, list(keys), on))[0].count
+        return self.call(p.Pin(self._space(namespace), list(keys), on))[0].count
 
-    def delete(self, keys: Sequence[bytes]) -> int:
-        return self.call(p.Delete(self.namespace, list(keys)))[0].count
+    def delete(self, keys: Sequence[bytes], *, namespace: bytes | None = None) -> int:
+        """Remove every copy of these, from the shared tier too; returns how many copies."""
+        return self.call(p.Delete(self._space(namespace), list(keys)))[0].count
 
-    def clear(self, everything: bool = False) -> int:
-        """Remove this namespace's chunks (or all); pinned ones stay."""
-        return self.call(p.Clear(b"" if everything else self.namespace))[0].count
+    def clear(self, everything: bool = False, *, namespace: bytes | None = None) -> int:
+        """Remove one namespace's chunks (or all); pinned ones stay."""
+        return self.call(p.Clear(b"" if everything else self._space(namespace)))[0].count
 
-    def list(self, offset: int = 0, limit: int = 1000, everything: bool = False) -> p.Listing:
-        return self.call(p.List(b"" if everything else self.namespace, offset, limit))[0]
+    def list(
+        self,
+        offset: int = 0,
+        limit: int = 1000,
+        everything: bool = False,
+        *,
+        namespace: bytes | None = None,
+    ) -> p.Listing:
+        """Some of one namespace's chunks (or of all), in no particular order."""
+        of = b"" if everything else self._space(namespace)
+        return self.call(p.List(of, offset, limit))[0]
 
     def stats(self) -> dict:
         import msgspec

@@ -118,7 +118,7 @@ class StoreCore:
     # Load.
 
     def _prepare_load(self, client: Client, request: p.PrepareLoad, frames, reply: Reply) -> None:
-        if request.layers is not None and request.layers[0] >= request.layers[1]:
+        if request.layers is not None and not request.layers.valid:
             raise ProtocolError(f"layers {request.layers} are no range")
         LoadRequest(self, client, request, reply).start()
 
@@ -421,6 +421,7 @@ def _hit(entry: Entry, context: bytes | None, tier: str = "") -> p.Hit:
         entry.generation,
         context is not None and entry.exact_in(context),
         entry.nbytes,
+        entry.links,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from sgl_blend.store.chunk import HEADER_DECODER, HEADER_ENCODER, ChunkHeader
+from sgl_blend.store.chunk import HEADER_DECODER, HEADER_ENCODER, ChunkHeader, links_bytes
 
 MEMORY, DISK, REMOTE = 1, 2, 4
 
@@ -24,7 +24,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     in ``tiers``. refs: leases and writers that need the bytes to stay. ready: payload published.
     loading: a read from a lower tier is under way. lossy / disk_lossy: what is served now, and
     what the disk holds, went through a lossy serde. extra: other copies of these tokens were here
-    first; it is worth what its context is asked for, not what its content is.
+    first; it is worth what its context is asked for, not what its content is. links_size: how many
+    bytes at the end of ``header`` are its links.
     """
 
     chunk_id: bytes
@@ -35,6 +36,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     start: int
     generation: int
     nbytes: int
+    links_size: int = 0
     tiers: int = 0
     offset: int = -1
     refs: int = 0
@@ -62,8 +64,14 @@ class Entry(msgspec.Struct, gc=False, eq=False):
             start=header.start,
             generation=header.generation,
             nbytes=header.body_bytes,
+            links_size=links_bytes(header),
             lossy=header.serde != "raw",
         )
+
+    @property
+    def links(self) -> bytes:
+        """As ``protocol.Hit`` carries them."""
+        return self.header[-self.links_size :] if self.links_size else b""
 
     def decoded(self) -> ChunkHeader:
         return HEADER_DECODER.decode(self.header)

@@ -54,7 +54,7 @@ class LoadRequest:
         layers = self.request.layers
         if entry.tiers & MEMORY:
             self._ready(i, entry, "memory")
-        elif layers is not None and layers[1] > entry.decoded().layout.n_layers:
+        elif layers is not None and layers.last > entry.decoded().layout.n_layers:
             self._settle(i, None)
         elif layers is not None and not entry.loading:
             self.core.res.fetch_range(
@@ -82,7 +82,7 @@ class LoadRequest:
         packed = msgspec.Raw(entry.header)
         if layers is not None:
             header = entry.decoded()
-            if layers[1] > header.layout.n_layers:
+            if layers.last > header.layout.n_layers:
                 self._settle(i, None)
                 return
             begin, end = header.layer_range(*layers)

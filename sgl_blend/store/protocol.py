@@ -25,7 +25,15 @@ from typing import Annotated
 
 import msgspec
 
-from sgl_blend.store.chunk import ChunkHeader, Count, Digest, Key, Size
+from sgl_blend.store.chunk import (
+    ChunkHeader,
+    Count,
+    Digest,
+    Key,
+    LayerRange,
+    Size,
+    split_links,
+)
 from sgl_blend.store.errors import ProtocolError, VersionMismatch
 
 VERSION = 1
@@ -43,9 +51,6 @@ Leases = Annotated[list[Lease], msgspec.Meta(max_length=MAX_BATCH)]
 Headers = Annotated[list[ChunkHeader], msgspec.Meta(max_length=MAX_BATCH)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Millis = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
-Layers = tuple[
-    Annotated[int, msgspec.Meta(ge=0, le=1024)], Annotated[int, msgspec.Meta(ge=0, le=1024)]
-]
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -81,7 +86,7 @@ class PrepareLoad(Request, frozen=True):
     keys: Keys
     contexts: Digests = []
     wait_ms: Millis = 1000
-    layers: Layers | None = None
+    layers: LayerRange | None = None
 
 
 class CompleteLoad(Request, frozen=True):
@@ -184,7 +189,11 @@ class Welcome(Reply, frozen=True):
 
 
 class Hit(msgspec.Struct, frozen=True, array_like=True):
-    """exact: computed in the very context that was asked for, and generation 0."""
+    """exact: computed in the very context that was asked for, and generation 0.
+
+    links: ``before`` and ``after`` as they lie at the end of the packed header (two MessagePack
+    byte strings), or nothing when both are empty.
+    """
 
     tier: Annotated[str, msgspec.Meta(max_length=32)]
     n_tokens: Count
@@ -192,6 +201,17 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     generation: Count
     exact: bool
     nbytes: Size
+    links: Annotated[bytes, msgspec.Meta(max_length=132)] = b""
+
+    @property
+    def before(self) -> bytes:
+        """Key of the chunk that stood before this one (see ``ChunkHeader``), or empty."""
+        return split_links(self.links)[0]
+
+    @property
+    def after(self) -> bytes:
+        """Key of the chunk that stood after this one, or empty."""
+        return split_links(self.links)[1]
 
 
 class Found(Reply, frozen=True):

@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from sgl_blend.store.chunk import HEADER_ENCODER, ChunkHeader
+from sgl_blend.store.chunk import HEADER_ENCODER, ChunkHeader, LayerRange
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
 from sgl_blend.store.index import DISK, MEMORY, REMOTE, ChunkIndex, Entry
@@ -309,7 +309,7 @@ class Residency:
     def fetch_range(
         self,
         entry: Entry,
-        layers: tuple[int, int],
+        layers: LayerRange,
         ready: Callable[[int | None, ChunkHeader | None], None],
     ) -> None:
         """Read only some layers into a region of their own, which the callee must release."""

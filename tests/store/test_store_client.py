@@ -57,6 +57,8 @@ def test_store_lookup_load(client):
             begin, end = header.layer_range(1, 3)
             np.testing.assert_array_equal(chunk.buf, body[begin:end])
             assert chunk.body.layer(2)[0].shape == (32, 2, 16)
+            with pytest.raises(ProtocolError, match="tokens=True"):
+                _ = chunk.body.token_ids
     assert eventually(lambda: client.stats()["leases"] == 0)
 
 
@@ -71,6 +73,92 @@ def test_bodies_are_written_in_place_and_read_without_copies(store):
             assert chunk.body.token_ids.tolist() == list(range(32))
             assert (chunk.body.layer(2)[1] == 3).all()
             assert np.shares_memory(chunk.buf, slot.buf)
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+@pytest.mark.parametrize("shm", [True, False])
+def test_a_first_range_brings_the_token_ids(tmp_path, tier, shm):
+    """What is needed to verify a chunk against a prompt before all of its layers are there."""
+    config = small_config(tmp_path)
+    header, body = make_chunk(1)
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        assert client.put([header], [body], durable=True) == ["durable"]
+    with start(config) as store, connect(store.endpoint, NAMESPACE, shm=shm) as client:
+        if tier == "memory":
+            client.complete_load(client.prepare_load([header.key]))
+        for layers in ((0, 0), (0, 2), (0, 4)):
+            with client.load([header.key], layers=layers, tokens=True) as (chunk,):
+                assert chunk.tier == tier and chunk.header == header
+                np.testing.assert_array_equal(chunk.buf, body[: chunk.buf.nbytes])
+                assert chunk.buf.nbytes == header.tokens_bytes + layers[1] * header.layer_bytes
+                np.testing.assert_array_equal(chunk.body.token_ids, body[:128].view(np.int32))
+                assert chunk.address == chunk.buf.ctypes.data
+                for i in range(layers[1]):
+                    begin, end = header.layer_range(i, i + 1)
+                    k, v = chunk.body.layer(i)
+                    together = np.concatenate([x.reshape(-1).view(np.uint8) for x in (k, v)])
+                    np.testing.assert_array_equal(together, body[begin:end])
+        assert client.prepare_load([header.key], layers=(0, 5), tokens=True) == [None]
+        for layers, tokens in (((1, 2), True), ((0, 0), False), ((2, 1), False)):
+            with pytest.raises(ProtocolError, match="no range"):
+                client.prepare_load([header.key], layers=layers, tokens=tokens)
+        assert eventually(lambda: client.stats()["leases"] == 0)
+
+
+def test_hits_tell_the_neighbours(tmp_path):
+    """From inner chunks, found by content, to the edge chunks that content alone cannot name."""
+    config = small_config(tmp_path)
+    keys = [make_chunk(i)[0].key for i in range(3)]
+    made = [
+        make_chunk(0, after=keys[1]),
+        make_chunk(1, before=keys[0], after=keys[2]),
+        make_chunk(2, before=keys[1]),
+        make_chunk(3),
+    ]
+    assert len({make_chunk(1)[0].chunk_id, made[1][0].chunk_id}) == 1
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        assert set(client.put(*zip(*made, strict=True), durable=True)) == {"durable"}
+        for tier in ("memory", "disk"):
+            if tier == "disk":
+                store.stop()
+                store = start(config)
+                client = connect(store.endpoint, NAMESPACE)
+            hits = client.lookup([h.key for h, _ in made])
+            assert [h.tier for h in hits] == [tier] * 4
+            links = [(h.before, h.after) for h in hits]
+            assert links == [(h.before, h.after) for h, _ in made]
+            with client.load(keys, layers=(0, 1)) as loaded:
+                assert [c.header for c in loaded] == [h for h, _ in made[:3]]
+        client.close()
+        store.stop()
+
+
+def test_calls_may_name_a_namespace_of_their_own(store):
+    """One client serves a server's many tenants, and keeps them apart."""
+    alice, bob = (digest("tenant", name) for name in ("alice", "bob"))
+    with connect(store.endpoint, digest("tenants")) as client:
+        header, body = make_chunk(1, namespace=alice)
+        client.put([header], [body])
+        key = header.key
+        for other in (None, bob):
+            assert client.lookup([key], namespace=other) == [None]
+            assert client.try_lookup([key], namespace=other) == [None]
+            assert client.prepare_load([key], namespace=other) == [None]
+            assert client.try_prepare_load([key], namespace=other) == [None]
+            assert client.pin([key], namespace=other) == 0
+            assert client.delete([key], namespace=other) == client.clear(namespace=other) == 0
+            assert client.prefetch([key], namespace=other) == 0
+            assert client.list(namespace=other).total == 0
+        assert client.lookup([key], namespace=alice)[0].n_tokens == header.n_tokens
+        with client.load([key], namespace=alice) as (chunk,):
+            np.testing.assert_array_equal(chunk.buf, body)
+        assert client.list(namespace=alice).entries[0].header == header
+        assert client.pin([key], namespace=alice) == 1
+        assert client.clear(namespace=alice) == 0
+        assert client.pin([key], False, namespace=alice) == 1
+        assert client.delete([key], namespace=alice) == 1
+        with pytest.raises(ValueError, match="make_namespace"):
+            client.lookup([key], namespace=b"short")
 
 
 def test_namespaces_keep_tenants_apart(store):

@@ -11,7 +11,7 @@ import pytest
 from store_testing import NAMESPACE, digest, make_chunk, small_config
 
 from sgl_blend.store import protocol as p
-from sgl_blend.store.chunk import checksum
+from sgl_blend.store.chunk import LayerRange, checksum
 from sgl_blend.store.core import Client, StoreCore
 from sgl_blend.store.errors import ProtocolError
 from sgl_blend.store.jobs import Jobs
@@ -123,7 +123,7 @@ def test_random_use_keeps_books_and_bytes(tmp_path, seed):
                 leases = [g.lease for g in grants.grants if g]
                 driver.core.handle(client, p.CompleteLoad(leases), [], None)
         elif roll < 0.86:
-            layers = (1, 3)
+            layers = rng.choice((LayerRange(1, 3), LayerRange(0, 2, True)))
             grant, frames = driver.ask(
                 client, p.PrepareLoad(NAMESPACE, [header.key], [], 9999, layers)
             )

@@ -10,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from store_testing import make_chunk
 
 from sgl_blend.errors import ConfigError
+from sgl_blend.store.chunk import HEADER_ENCODER, LayerRange
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
+from sgl_blend.store.index import Entry
 from sgl_blend.store.serde import SERDES
 from sgl_blend.store.tiers.base import TierItem
 from sgl_blend.store.tiers.disk import BLOCK, DiskTier
@@ -39,7 +42,7 @@ def test_round_trip_over_a_restart(tmp_path, serde):
         got = np.empty_like(body)
         head = tier.read(header, got)
         part = np.empty(2 * header.layer_bytes, dtype=np.uint8)
-        tier.read(header, part, (1, 3))
+        tier.read(header, part, LayerRange(1, 3))
         begin, end = header.layer_range(1, 3)
         np.testing.assert_array_equal(part, got[begin:end])
         np.testing.assert_array_equal(got[: header.tokens_bytes], body[: header.tokens_bytes])
@@ -86,9 +89,19 @@ def test_a_ranged_read_checks_its_own_layers(tmp_path):
     raw[BLOCK + header.layer_range(2, 3)[0] + 5] ^= 1
     path.write_bytes(raw)
     part = np.empty(2 * header.layer_bytes, dtype=np.uint8)
-    tier.read(header, part, (0, 2))
+    first = np.empty(header.tokens_bytes + part.nbytes, dtype=np.uint8)
+    tier.read(header, part, LayerRange(0, 2))
+    tier.read(header, first, LayerRange(0, 2, True))
+    np.testing.assert_array_equal(first, body[: first.nbytes])
     with pytest.raises(ChunkCorrupt, match="layer 2"):
-        tier.read(header, part, (2, 4))
+        tier.read(header, part, LayerRange(2, 4))
+    raw[BLOCK + 5] ^= 1
+    path.write_bytes(raw)
+    tier.read(header, part, LayerRange(0, 2))
+    with pytest.raises(ChunkCorrupt, match="token ids"):
+        tier.read(header, first, LayerRange(0, 2, True))
+    with pytest.raises(ChunkCorrupt, match="token ids"):
+        tier.read(header, first[: header.tokens_bytes], LayerRange(0, 0, True))
     tier.close()
 
 
@@ -159,6 +172,27 @@ def test_scan_reads_no_payloads(tmp_path):
     for header, _ in made:
         tier.path_of(header.chunk_id).unlink()
     assert len(list(tier.scan())) == 4
+    tier.close()
+
+
+def test_records_from_before_headers_had_links_still_read(tmp_path, monkeypatch):
+    class Older:
+        @staticmethod
+        def encode(header):
+            return msgspec.msgpack.encode(
+                msgspec.msgpack.decode(HEADER_ENCODER.encode(header))[:-2]
+            )
+
+    tier = DiskTier(tmp_path / "d")
+    monkeypatch.setattr("sgl_blend.store.tiers.disk.HEADER_ENCODER", Older)
+    ((header, body),) = _fill(tier, 1)
+    tier.close()
+    tier = DiskTier(tmp_path / "d")
+    (record,) = tier.scan()
+    assert len(record.packed) == len(HEADER_ENCODER.encode(header)) - 4
+    assert record.header == header
+    entry = Entry.of(record.header, record.packed, record.chunk_id)
+    assert entry.links == b"" and entry.decoded() == header
     tier.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -113,18 +114,29 @@ def test_killed_and_restarted_under_load(tmp_path):
 
 
 def test_views_stay_readable_when_the_store_is_killed(tmp_path):
-    store = start(small_config())
-    with connect(store.endpoint, NAMESPACE, deadline_s=0.3) as client:
+    """The mapping is the client's: no SIGBUS, no other bytes, also with the next store mapped."""
+    config = _fixed(tmp_path)
+    store = start(config, private=False)
+    with connect(config.endpoints[0], NAMESPACE, deadline_s=0.3, retry_s=0.05) as client:
         header, body = make_chunk(1)
-        client.put([header], [body])
+        client.put([header], [body], durable=True)
         (chunk,) = client.prepare_load([header.key])
         (slot,) = client.prepare_store([make_chunk(2)[0]])
+        at = chunk.address
         _kill(store)
         np.testing.assert_array_equal(chunk.buf, body)
         slot.buf[:] = 1
-        client.complete_load([chunk])
         with pytest.raises(StoreError):
             client.complete_store([slot])
+        store = start(config, private=False)
+        assert eventually(lambda: client.try_lookup([header.key])[0] is not None)
+        other, filler = make_chunk(3)
+        assert eventually(lambda: client.put([other], [filler]) == ["stored"])
+        assert chunk.address == at
+        assert ctypes.string_at(at, body.nbytes) == body.tobytes()
+        with client.load([header.key]) as (again,):
+            assert again.address != at
+        client.complete_load([chunk])
     store.stop()
     assert os.getpid() not in _arena_holders()
 

@@ -15,7 +15,7 @@ from store_testing import NAMESPACE, SMALL, digest, make_chunk
 
 from sgl_blend.store import protocol as p
 from sgl_blend.store.alloc import GRANULE, Allocator
-from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout, make_namespace
+from sgl_blend.store.chunk import BodyView, ChunkHeader, LayerRange, Layout, make_namespace
 from sgl_blend.store.errors import ArenaExhausted, ProtocolError, StoreError
 from sgl_blend.store.index import MEMORY, ChunkIndex, Entry
 from sgl_blend.store.leases import LOAD, LeaseTable
@@ -63,6 +63,18 @@ def test_namespace_parts_do_not_run_together():
     assert make_namespace("m", 0, "salt") == make_namespace("m", 0, "salt")
 
 
+@pytest.mark.parametrize("before", [b"", digest(1), bytes(64)])
+@pytest.mark.parametrize("after", [b"", digest(2), b"\xc4" * 33])
+def test_links_pass_from_packed_header_to_hit(before, after):
+    header, _ = make_chunk(1, before=before, after=after)
+    entry = Entry.of(header)
+    assert entry.chunk_id == make_chunk(1)[0].chunk_id
+    hit = p.Hit("memory", 8, 0, 0, False, 100, entry.links)
+    hit = p.decode_reply(p.encode(p.Found([hit]))).hits[0]
+    assert (hit.before, hit.after) == (before, after)
+    assert bool(hit.links) == bool(before or after)
+
+
 def test_chunk_id_tells_copies_apart():
     base, _ = make_chunk(4)
     ids = {
@@ -80,7 +92,8 @@ def test_chunk_id_tells_copies_apart():
     [
         p.Hello("me", 7),
         p.Lookup(NAMESPACE, [digest(1)], [digest(2)]),
-        p.PrepareLoad(NAMESPACE, [digest(1)], wait_ms=5, layers=(1, 2)),
+        p.PrepareLoad(NAMESPACE, [digest(1)], wait_ms=5, layers=LayerRange(1, 2)),
+        p.PrepareLoad(NAMESPACE, [digest(1)], layers=LayerRange(0, 0, True)),
         p.PrepareStore([make_chunk(1)[0]]),
         p.CompleteStore([3], [digest(1)], True),
         p.Clear(),

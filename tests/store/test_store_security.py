@@ -14,7 +14,7 @@ from store_testing import NAMESPACE, SMALL, connect, digest, make_chunk, small_c
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store import protocol as p
-from sgl_blend.store.chunk import ChunkHeader, Layout
+from sgl_blend.store.chunk import ChunkHeader, LayerRange, Layout
 from sgl_blend.store.errors import StoreTimeout
 from sgl_blend.store.security import (
     check_endpoints,
@@ -100,7 +100,7 @@ def _seeds() -> list[list[bytes]]:
         p.Lookup(NAMESPACE, [key] * 8, [key] * 8),
         p.Prefetch(NAMESPACE, [key]),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1),
-        p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=(0, 2)),
+        p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 2)),
         p.CompleteLoad([1, 2, 3]),
         p.PrepareStore([ChunkHeader(NAMESPACE, key, SMALL, "float16", 8)]),
         p.PrepareStore([huge] * 3),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sgl_blend.store.chunk import ChunkHeader
+from sgl_blend.store.chunk import ChunkHeader, LayerRange
 
 
 class TierItem(NamedTuple):
@@ -63,9 +63,9 @@ class Tier(ABC):
 
     @abstractmethod
     def read(
-        self, header: ChunkHeader, dest: np.ndarray, layers: tuple[int, int] | None = None
+        self, header: ChunkHeader, dest: np.ndarray, layers: LayerRange | None = None
     ) -> ChunkHeader:
-        """Fill ``dest`` (the whole body, or the bytes of ``layers``) and verify it.
+        """Fill ``dest`` (the whole body, or the bytes of ``layers``) and verify every byte of it.
 
         Returns the header of what is now in ``dest`` (a lossy serde changes checksum and
         ``serde``). Raises TierMiss, TierDown, or ChunkCorrupt; ``dest`` is then undefined.

@@ -30,7 +30,13 @@ import numpy as np
 import xxhash
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store.chunk import HEADER_DECODER, HEADER_ENCODER, ChunkHeader, checksum
+from sgl_blend.store.chunk import (
+    HEADER_DECODER,
+    HEADER_ENCODER,
+    ChunkHeader,
+    LayerRange,
+    checksum,
+)
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.tiers.base import PutResult, Tier, TierItem, TierRecord
@@ -196,7 +202,7 @@ class DiskTier(Tier):
         return head, len(raw) + head.nbytes
 
     def read(
-        self, header: ChunkHeader, dest: np.ndarray, layers: tuple[int, int] | None = None
+        self, header: ChunkHeader, dest: np.ndarray, layers: LayerRange | None = None
     ) -> ChunkHeader:
         try:
             fd = os.open(self.path_of(header.chunk_id), os.O_RDONLY | os.O_CLOEXEC)

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from sgl_blend.store.chunk import ChunkHeader, checksum
+from sgl_blend.store.chunk import ChunkHeader, LayerRange, checksum
 from sgl_blend.store.errors import ChunkCorrupt
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.serde.base import Serde
@@ -80,7 +80,7 @@ def make_record(
 
 
 def open_record(
-    head: RecordHead, blob: np.ndarray, dest: np.ndarray, layers: tuple[int, int] | None
+    head: RecordHead, blob: np.ndarray, dest: np.ndarray, layers: LayerRange | None
 ) -> ChunkHeader:
     """Verify an encoded body and decode it (or only ``layers`` of it) into ``dest``.
 
@@ -106,12 +106,17 @@ def layer_sums(header: ChunkHeader, body: np.ndarray) -> bytes:
     return np.array(sums, dtype=np.uint64).tobytes()
 
 
-def check_layers(head: RecordHead, part: np.ndarray, layers: tuple[int, int]) -> None:
-    """Raises ChunkCorrupt unless ``part`` holds these layers of a raw body intact."""
+def check_layers(head: RecordHead, part: np.ndarray, layers: LayerRange) -> None:
+    """Raises ChunkCorrupt unless ``part`` holds this range of a raw body intact."""
     sums = np.frombuffer(head.sums, dtype=np.uint64)
     if len(sums) != head.header.layout.n_layers + 1:
         raise ChunkCorrupt("the head lacks its layers' checksums")
-    size = head.header.layer_bytes
-    for n, i in enumerate(range(*layers)):
-        if xxhash.xxh3_64_intdigest(part[n * size : (n + 1) * size]) != int(sums[1 + i]):
+    size, base = head.header.layer_bytes, 0
+    if layers.tokens:
+        base = head.header.tokens_bytes
+        if xxhash.xxh3_64_intdigest(part[:base]) != int(sums[0]):
+            raise ChunkCorrupt("the token ids do not match their checksum")
+    for i in range(layers.first, layers.last):
+        at = base + (i - layers.first) * size
+        if xxhash.xxh3_64_intdigest(part[at : at + size]) != int(sums[1 + i]):
             raise ChunkCorrupt(f"layer {i} does not match its checksum")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sgl_blend.store.chunk import ChunkHeader
+from sgl_blend.store.chunk import ChunkHeader, LayerRange
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierFull, TierMiss
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.tiers.base import PutResult, Tier, TierItem
@@ -106,7 +106,7 @@ class SharedTier(Tier):
         return out
 
     def read(
-        self, header: ChunkHeader, dest: np.ndarray, layers: tuple[int, int] | None = None
+        self, header: ChunkHeader, dest: np.ndarray, layers: LayerRange | None = None
     ) -> ChunkHeader:
         (raw,) = self.guard.call(lambda: self._objects.get_many([self._body_name(header)]))
         if raw is None:
