@@ -264,9 +264,13 @@ def bench_lookup(args) -> list[dict]:
     n = args.chunks
     tiny = Layout(1, 1, 16, 0)
 
+    def key(i: int) -> bytes:
+        raw = (i % (1 << 63)).to_bytes(8, "little")
+        return raw + checksum(raw)
+
     def header(i: int) -> ChunkHeader:
-        raw = i.to_bytes(8, "little")
-        return ChunkHeader(NAMESPACE, raw + checksum(raw), tiny, "uint8", 1)
+        links = {"before": key(i - 1), "after": key(i + 1)}
+        return ChunkHeader(NAMESPACE, key(i), tiny, "uint8", 1, **links)
 
     rows = []
     with (
@@ -288,12 +292,12 @@ def bench_lookup(args) -> list[dict]:
             for i in range(0, n, 10_000):
                 pipe = redis.pipeline(transaction=False)
                 for j in range(i, min(n, i + 10_000)):
-                    pipe.set(header(j).key, b"x" * 40)
+                    pipe.set(key(j), b"x" * 40)
                 pipe.execute()
         rng = np.random.default_rng(1)
         ours, with_context, theirs, hits = [], [], [], 0
         prompts = [
-            [header(int(j)).key for j in rng.integers(0, n * 5 // 4, 128)]
+            [key(int(j)) for j in rng.integers(0, n * 5 // 4, 128)]
             for _ in range(args.lookups)
         ]
         contexts = [bytes(16)] * 128
