@@ -13,6 +13,7 @@ Imports run downward only. From the top floor to the bottom:
 ``attention.py``      attention of gapped rows by true token position (on CUDA:
                       ``attention_flashinfer.py``)
 ``selection/``        one file a policy: which reused tokens are recomputed
+``tiering/``          chunks between the KV pool and a chunk store: load, offload, decide
 ``store/``            chunk store (CPU / disk / distributed); knows no SGLang
 ``plan.py``           a prompt as spans: the data that all of the above pass on
 ``ops/``              kernels' Python faces, each beside its torch reference

@@ -37,10 +37,11 @@ class NodeInfo:
     start: absolute position of the node's first token. entries: index entries anchored here,
     sorted by end. labels: int8 per token, ``None`` where all are exact; as far as sources go,
     see ``BlendRadixCache``. tenant: namespace digest of the KV. prompts: keys under which the
-    node ends a registered prompt (``turns.py``).
+    node ends a registered prompt (``turns.py``). dead: the node has left the tree; set before its
+    slots are free.
     """
 
-    __slots__ = ("start", "entries", "labels", "tenant", "prompts")
+    __slots__ = ("start", "entries", "labels", "tenant", "prompts", "dead")
 
     def __init__(self, start: int, tenant: bytes, labels: np.ndarray | None = None):
         self.start = start
@@ -48,6 +49,7 @@ class NodeInfo:
         self.labels = labels
         self.tenant = tenant
         self.prompts: list[tuple] = []
+        self.dead = False
 
 
 class ChunkIndex:

@@ -30,6 +30,13 @@ class AttentionSpec(NamedTuple):
     logit_cap: float = 0.0
 
 
+class Incoming(Protocol):
+    """Tokens on their way into a request's slots: a :class:`KvCopy`, or loaded chunks."""
+
+    def run(self, pool: PoolView, layer: int) -> None:
+        """Write ``layer``'s V, and K rotated to the new positions, into the pool."""
+
+
 class PoolView(Protocol):
     """The KV pool, layer by layer."""
 
@@ -107,10 +114,10 @@ class BatchAttention:
     def __init__(self, pool: PoolView) -> None:
         self.pool = pool
         self.segments: list[RowSegment] = []
-        self.copies: list[tuple[int, KvCopy]] = []
+        self.copies: list[tuple[int, Incoming]] = []
         self._device_rows = None
 
-    def stage(self, segments: list[RowSegment], copies: list[tuple[int, KvCopy]]) -> None:
+    def stage(self, segments: list[RowSegment], copies: list[tuple[int, Incoming]]) -> None:
         """``copies``: (first layer, tokens): each is brought in at that layer and all later ones."""
         self.segments = segments
         self.copies = copies
@@ -177,14 +184,14 @@ class QuestionAttention:
 
     scratch = True
 
-    def __init__(self, pool: PoolView, rows: list[Scratch], copy: KvCopy | None) -> None:
+    def __init__(self, pool: PoolView, rows: list[Scratch], copies: list[Incoming]) -> None:
         self.pool = pool
         self.rows = rows
-        self.copy = copy
+        self.copies = copies
 
     def bring_in(self, layer: int) -> None:
-        if self.copy is not None:
-            self.copy.run(self.pool, layer)
+        for copy in self.copies:
+            copy.run(self.pool, layer)
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -16,7 +16,7 @@ Longest-prefix matching, eviction, locks and sizes are SGLang's, untouched.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -108,9 +108,13 @@ class ChunkRadixCache(RadixCache):
             max_generation=config.max_generation,
             page_size=params.page_size,
         )
-        self._strong = strong_table(strong)
+        self.strong = strong_table(strong)
         self._fingerprint = fingerprint
         self._tenants: dict[tuple[str | None, str | None], bytes] = {}
+        #: called with what the tree has newly taken in (``engine.tiers.StoreTier.offer``)
+        self.on_fresh: Callable[..., None] | None = None
+        #: how often the tree has been emptied as a whole
+        self.lives = 0
         # Boundaries stated by the request whose KV is being inserted.
         self._stated: Sequence[int] | None = None
         super().__init__(params)
@@ -129,7 +133,7 @@ class ChunkRadixCache(RadixCache):
 
     def cuts(self, token_ids, boundaries: Sequence[int] | None = None) -> np.ndarray:
         """int64 cuts of a whole prompt, for ``find_spans``."""
-        return cut_points(token_ids, self.config.chunking, self._strong, boundaries)
+        return cut_points(token_ids, self.config.chunking, self.strong, boundaries)
 
     def suffix_start(
         self, token_ids, n_prompt: int, boundaries: Sequence[int] | None = None
@@ -138,7 +142,7 @@ class ChunkRadixCache(RadixCache):
         return suffix_start(
             token_ids,
             n_prompt,
-            self._strong,
+            self.strong,
             boundaries,
             self.config.min_suffix,
             self.config.max_suffix,
@@ -173,7 +177,16 @@ class ChunkRadixCache(RadixCache):
 
     # -- the tree's own operations -------------------------------------------------------
 
+    def lifeline(self, node: TreeNode) -> Callable[[], bool]:
+        """A question for other threads: does the tree still own what lies on the path to ``node``?
+
+        It turns false before any of those slots can be given to another request.
+        """
+        info, life = node.blend, self.lives
+        return lambda: not info.dead and self.lives == life
+
     def reset(self) -> None:
+        self.lives += 1
         self.index.clear()
         self.prompts.clear()
         super().reset()
@@ -203,6 +216,7 @@ class ChunkRadixCache(RadixCache):
         return upper
 
     def _delete_leaf(self, node: TreeNode) -> None:
+        node.blend.dead = True
         super()._delete_leaf(node)
         self.index.drop(node)
         self.prompts.drop(node)
@@ -223,7 +237,7 @@ class ChunkRadixCache(RadixCache):
         chunking = self.config.chunking
         n = len(tokens)
         settled = matched - chunking.lookahead
-        path: list[TreeNode] = []
+        last, path = node, []
         start = None
         while node is not self.root_node:
             if start is None:
@@ -234,7 +248,7 @@ class ChunkRadixCache(RadixCache):
             elif start is not None:
                 break
             node = node.parent
-        cuts = cut_points(tokens, chunking, self._strong, self._stated, start or 0).tolist()
+        cuts = cut_points(tokens, chunking, self.strong, self._stated, start or 0).tolist()
         bad = None
         if labels is not None:
             bad = np.cumsum(np.append(0, forbidden(labels, self.config.max_generation)))
@@ -243,7 +257,7 @@ class ChunkRadixCache(RadixCache):
         for a, b in zip(cuts, cuts[1:], strict=False):
             if b <= settled or not chunking.min_len <= b - a <= chunking.max_len:
                 continue
-            if b > n - chunking.lookahead and not self._is_forced(tokens, b):
+            if b > n - chunking.lookahead and not self.is_forced(tokens, b):
                 continue
             if bad is not None and bad[b] > bad[a]:
                 continue
@@ -253,11 +267,19 @@ class ChunkRadixCache(RadixCache):
             hasher.update(raw[8 * a : 8 * b])
             generation = EXACT if labels is None else int(labels[a:b].max())
             self.index.add(hasher.digest(), path[-1], b, generation)
+        if self.on_fresh is not None:
 
-    def _is_forced(self, tokens: np.ndarray, cut: int) -> bool:
+            def usable(a: int, b: int) -> int | None:
+                if bad is None:
+                    return EXACT
+                return None if bad[b] > bad[a] else int(labels[a:b].max())
+
+            self.on_fresh(last, tokens, matched, tenant, usable, self._stated)
+
+    def is_forced(self, tokens: np.ndarray, cut: int) -> bool:
         """Is this cut one whatever follows?"""
         last = int(tokens[cut - 1])
-        strong = 0 <= last < len(self._strong) and bool(self._strong[last])
+        strong = 0 <= last < len(self.strong) and bool(self.strong[last])
         return strong or (self._stated is not None and cut in self._stated)
 
 

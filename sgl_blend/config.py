@@ -27,7 +27,8 @@ ENV_CONFIG = "SGL_BLEND_CONFIG"
 _ENV_RESERVED = {"ENABLE", "CONFIG"}
 
 CONTINUATIONS = ("same", "extend")
-TIERS = ("device",)
+TIERS = ("device", "store")
+PREFETCH = ("best_effort", "timeout", "wait")
 #: the highest label that a token may carry (``plan.MAX_GENERATION``, which would import numpy)
 MAX_GENERATION = 100
 
@@ -91,7 +92,37 @@ class BlendConfig:
         "how often KV computed over blended context may serve as a source again; 0: exact sources only",
     )
     max_copies: int = _option(4, "copies of one chunk that the index remembers")
-    tiers: tuple[str, ...] = _option(("device",), "where reusable chunks are looked for, in order")
+    tiers: tuple[str, ...] = _option(
+        ("device", "store"),
+        "where reusable chunks are looked for: 'device' the KV pool, 'store' a chunk store",
+    )
+    store_endpoint: str = _option(
+        "", "address of a running chunk store (ipc:// or tcp://); empty: the server starts its own"
+    )
+    store_keys: str = _option(
+        "", "folder with client.key_secret and server.key, for a store that is reached over tcp://"
+    )
+    store_config: str = _option(
+        "", "YAML file with options of the server's own store (sgl-blend store --help)"
+    )
+    store_memory: str = _option("8GiB", "memory of the server's own store")
+    store_disk_path: str = _option(
+        "", "folder of the server's own store, kept over restarts; empty: memory alone"
+    )
+    store_disk: str = _option("64GiB", "disk space of the server's own store")
+    store_deadline: float = _option(1.0, "seconds after which an answer of the store is a miss")
+    store_chunk_tokens: int = _option(64, "mean size in tokens of the chunks that are stored")
+    prefetch: str = _option(
+        "timeout",
+        "how a request waits for what it loads: 'best_effort' not at all, 'timeout' up to prefetch_timeout, 'wait' until it is there",
+    )
+    prefetch_timeout: float = _option(
+        1.0, "seconds that a request waits for its load to begin, and for each further step of it"
+    )
+    offload: bool = _option(True, "store new chunks, in the background")
+    adaptive_ratio: bool = _option(
+        True, "recompute more while slow tiers are loading, as long as it takes no longer"
+    )
     report: bool = _option(True, "put blend counts into each response's meta_info")
 
     def __post_init__(self) -> None:
@@ -150,6 +181,21 @@ class BlendConfig:
             bool(self.tiers) and self.tiers[0] == "device" and set(self.tiers) <= set(TIERS),
             "tiers",
             f"must begin with 'device' and name only {TIERS}",
+        )
+        check(self.prefetch in PREFETCH, "prefetch", f"must be one of {PREFETCH}")
+        for name in ("store_deadline", "prefetch_timeout"):
+            check(getattr(self, name) > 0, name, "must be more than 0 seconds")
+        check(self.store_chunk_tokens >= 8, "store_chunk_tokens", "must be at least 8")
+        check(
+            self.store_endpoint == "" or self.store_endpoint.startswith(("ipc://", "tcp://")),
+            "store_endpoint",
+            "must begin with ipc:// or tcp://",
+        )
+        own = ("store_config", "store_disk_path")
+        check(
+            not self.store_endpoint or not any(getattr(self, name) for name in own),
+            "store_endpoint",
+            f"names a running store; {' and '.join(own)} are for the server's own",
         )
 
     def multipliers(self) -> tuple[float, ...]:

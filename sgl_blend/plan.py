@@ -13,8 +13,9 @@ A *position* is a token's index in its request's sequence (0-based; prompt, then
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,15 +27,27 @@ BLENDED = -1
 MAX_GENERATION = 100
 
 
+class HostPart(NamedTuple):
+    """``length`` tokens of a chunk that a store tier has loaded, or is loading, into host memory.
+
+    chunk: a :class:`sgl_blend.tiering.chunks.HostChunk`. first: offset of the first token in it.
+    """
+
+    chunk: Any
+    first: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True)
 class ReuseSpan:
     """``length`` consecutive prompt tokens whose KV exists elsewhere.
 
     start: first position in the prompt. source_start: the position at which the source's first
     token was computed; the K of token ``i`` is rotated by ``start - source_start``.
-    slots: int64 [length], the source's KV-pool slots, on the pool's device (``None`` while the
-    data lies in a tier that must be loaded first). tier: ``"device"`` or a store tier's name.
-    generation: label of the source, 0 for exact.
+    slots: int64 [length], the source's KV-pool slots, on the pool's device; ``None`` where the KV
+    lies in host memory, in ``parts``. tier: ``"device"`` or where the store found it.
+    generation: label of the source, 0 for exact. exact: computed at this position behind this
+    very text, so that nothing of it needs to be recomputed.
     """
 
     start: int
@@ -43,6 +56,8 @@ class ReuseSpan:
     slots: torch.Tensor | None
     tier: str = "device"
     generation: int = EXACT
+    parts: tuple[HostPart, ...] = ()
+    exact: bool = False
 
     @property
     def end(self) -> int:
@@ -51,6 +66,72 @@ class ReuseSpan:
     @property
     def shift(self) -> int:
         return self.start - self.source_start
+
+    def within(self, begin: int, end: int) -> ReuseSpan | None:
+        """What of this span lies in ``[begin, end)``; None when nothing does."""
+        begin, end = max(begin, self.start), min(end, self.end)
+        if begin >= end:
+            return None
+        if begin == self.start and end == self.end:
+            return self
+        skip, length = begin - self.start, end - begin
+        return replace(
+            self,
+            start=begin,
+            length=length,
+            source_start=self.source_start + skip,
+            slots=None if self.slots is None else self.slots[skip : skip + length],
+            parts=_parts_within(self.parts, skip, length),
+        )
+
+
+def _parts_within(parts: tuple[HostPart, ...], skip: int, length: int) -> tuple[HostPart, ...]:
+    out, at = [], 0
+    for part in parts:
+        first, last = max(skip, at), min(skip + length, at + part.length)
+        if first < last:
+            out.append(HostPart(part.chunk, part.first + first - at, last - first))
+        at += part.length
+    return tuple(out)
+
+
+def fill_holes(spans: list[ReuseSpan], more: list[ReuseSpan], shortest: int) -> list[ReuseSpan]:
+    """``spans`` and, in the holes between them, what ``more`` has there. Both sorted by start and
+    disjoint, and so is the result; pieces of ``more`` shorter than ``shortest`` are left out."""
+    out: list[ReuseSpan] = list(spans)
+    taken = [(s.start, s.end) for s in spans]
+    at = 0
+    for span in more:
+        begin = span.start
+        while at < len(taken) and taken[at][1] <= begin:
+            at += 1
+        i = at
+        while begin < span.end:
+            stop = min(span.end, taken[i][0]) if i < len(taken) else span.end
+            piece = span.within(begin, stop)
+            if piece is not None and piece.length >= shortest:
+                out.append(piece)
+            if i == len(taken):
+                break
+            begin, i = max(begin, taken[i][1]), i + 1
+    out.sort(key=lambda s: s.start)
+    return out
+
+
+def exact_head(spans: Sequence[ReuseSpan], begin: int) -> int:
+    """Where the exact tokens end that follow ``begin`` without a gap."""
+    for span in spans:
+        if not span.exact or span.start != begin:
+            break
+        begin = span.end
+    return begin
+
+
+def ranges(parts: list[tuple[int, int]]) -> np.ndarray:
+    """int64: the integers of ``(start, length)`` ranges, one after another."""
+    if not parts:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([np.arange(a, a + n, dtype=np.int64) for a, n in parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,8 @@ class PieceBlend:
     """What is blended in one piece. All tensors lie on the pool's device.
 
     reused: int64 [n], ascending local rows of the reused tokens; never the piece's last row, so
-    that row counts are known without reading the device. src_slots, src_pos: int64 [n].
+    that row counts are known without reading the device. src_slots, src_pos: int64 [n], of those
+    among them whose source lies in the pool: all, unless ``host`` is given.
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
     piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
     ahead, for ``Need.NOTHING``.
@@ -71,10 +72,44 @@ class PieceBlend:
     question_pos: torch.Tensor | None = None
     lead: int = 0
     fixed: torch.Tensor | None = None
+    host: HostSources | None = None
+
+    @property
+    def given(self) -> int:
+        """How many tokens come in exact, and never run."""
+        return 0 if self.host is None else int(self.host.given.numel())
 
     def recomputed(self) -> int:
         """How many of the reused tokens are recomputed through all layers."""
         return self.tokens.budget if self.fixed is None else int(self.fixed.numel())
+
+
+class HostTokens(Protocol):
+    """Tokens whose KV comes from host memory (``tiering/hostkv.py`` fills it)."""
+
+    def run(self, pool: PoolView, layer: int) -> None:
+        """Bring ``layer``'s K (rotated) and V into the request's slots."""
+
+    def layer(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K as computed and V [m, heads, dim] of all ``m`` tokens, on the pool's device."""
+
+
+@dataclass
+class HostSources:
+    """The part of a piece that a store tier brings in. Index tensors: int64, on the pool's device.
+
+    kv: its ``m`` tokens. given: ascending local rows of those that are exact; they are neither
+    scored nor run. head: how many of them begin the piece, without a gap. pool_index, host_index:
+    which of the ``n`` reused tokens come from the pool and from the host. host_tokens: which of the
+    ``m`` tokens the latter are.
+    """
+
+    kv: HostTokens
+    given: torch.Tensor
+    head: int
+    pool_index: torch.Tensor
+    host_index: torch.Tensor
+    host_tokens: torch.Tensor
 
 
 class Layers(Protocol):
@@ -135,13 +170,13 @@ def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
     if b is None:
         return piece.rows * num_layers
     n = b.tokens.count
-    must = piece.rows - n
+    must = piece.rows - n - b.given
     if b.policy.need is not Need.DEVIATION:
         asked = 0
         if b.question_ids is not None:
             asked = int(b.question_ids.numel()) * query_depth(num_layers, config)
         return (must + b.recomputed()) * num_layers + asked
-    total, rows, done = 0, piece.rows, 0
+    total, rows, done = 0, piece.rows - b.given, 0
     for layer, k in _filters(b, config):
         total += rows * (layer + 1 - done)
         rows, done = must + k, layer + 1
@@ -184,12 +219,16 @@ class _PiecePass:
         if self.blend is not None:
             is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
             is_reused[self.blend.reused] = True
+            if self.blend.host is not None:
+                is_reused[self.blend.host.given] = True
             # A stable sort instead of nonzero(): the count is known, the device is not awaited.
             self.must = torch.sort(is_reused.int(), stable=True).indices[
-                : piece.rows - self.blend.tokens.count
+                : piece.rows - self.blend.tokens.count - self.blend.given
             ]
             if self.need is Need.NOTHING:
                 self.keep(self.blend.fixed.to(self.device))
+            elif self.blend.given:
+                self.rows = torch.sort(torch.cat([self.must, self.blend.reused])).values
 
     @property
     def count(self) -> int:
@@ -208,21 +247,44 @@ class _PiecePass:
     def batch_rows(self) -> torch.Tensor:
         return self.local_rows() + self.piece.row0
 
-    def copy_all(self) -> KvCopy:
+    def copy_all(self) -> list[KvCopy | HostTokens]:
         """Every reused token, from its source into the request's own slots."""
         b = self.blend
-        dst_pos = b.reused + self.piece.begin
-        return KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos)
+        rows = b.reused if b.host is None else b.reused[b.host.pool_index]
+        dst_pos = rows + self.piece.begin
+        copies: list[KvCopy | HostTokens] = []
+        if rows.numel():
+            copies.append(KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos))
+        if b.host is not None:
+            copies.append(b.host.kv)
+        return copies
 
-    def copy_rest(self) -> KvCopy | None:
-        """The reused tokens that do not run; None while all of them do."""
-        if self.blend is None or self.alive is None:
-            return None
+    def copy_rest(self) -> list[KvCopy | HostTokens]:
+        """The reused tokens that do not run; none while all of them do.
+
+        With sources of both kinds all are copied: which of either kind run is known on the device
+        alone, and those that do overwrite their copies in the same layer.
+        """
+        if self.blend is None:
+            return []
+        if self.alive is None:
+            return [self.blend.host.kv] if self.blend.given else []
+        if self.blend.host is not None:
+            return self.copy_all()
         n = self.blend.tokens.count
         runs = torch.zeros(n, dtype=torch.bool, device=self.device)
         runs[self.alive] = True
         rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
-        return self.copy_all().take(rest) if rest.numel() else None
+        return [copy.take(rest) for copy in self.copy_all()] if rest.numel() else []
+
+    def cached_v(self, pool: PoolView, layer: int) -> torch.Tensor:
+        """V [n, Hk, Dv] of the reused tokens at their sources."""
+        b, host = self.blend, self.blend.host
+        cache = pool.v(layer)
+        out = cache.new_empty((b.tokens.count, *cache.shape[1:]))
+        out[host.pool_index] = cache[b.src_slots]
+        out[host.host_index] = host.kv.layer(pool, layer)[1][host.host_tokens]
+        return out
 
 
 def _question_pass(
@@ -234,28 +296,33 @@ def _question_pass(
     for s in asking:
         b, begin = s.blend, s.piece.begin
         m = b.question_ids.numel()
-        at = b.reused + begin
-        prefix = torch.arange(begin, device=s.device)
+        # Exact tokens that begin the piece are one with the prefix; others stand behind the reused
+        # ones, where their attention mass is nobody's.
+        head = begin + (0 if b.host is None else b.host.head)
+        positions_of = [torch.arange(head, device=s.device), b.reused + begin]
+        if b.host is not None:
+            positions_of.append(b.host.given[b.host.head :] + begin)
+        keys = torch.cat(positions_of)
         scratch.append(
             Scratch(
                 row,
                 row + m,
                 b.lead,
                 b.question_pos,
-                torch.cat([s.piece.kv_slots[:begin], s.piece.kv_slots[at]]),
-                torch.cat([prefix, at]),
+                s.piece.kv_slots[keys],
+                keys,
                 question_weights(m - b.lead).to(s.device),
-                slice(begin, begin + b.tokens.count),
+                slice(head, head + b.tokens.count),
                 torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
             )
         )
         ids.append(b.question_ids)
         positions.append(b.question_pos)
         row += m
-    copy = KvCopy.cat([s.copy_all() for s in asking])
+    copies = _together([copy for s in asking for copy in s.copy_all()])
     layers.start_scratch(torch.cat(ids), torch.cat(positions))
     try:
-        layers.run(0, depth, QuestionAttention(pool, scratch, copy))
+        layers.run(0, depth, QuestionAttention(pool, scratch, copies))
     finally:
         layers.stop()
     masses = ranks.sum(torch.cat([q.mass for q in scratch]))
@@ -301,20 +368,31 @@ def _check(
     b = s.blend
     alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
     fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]
-    score = ranks.sum(ops.v_deviation(pool.v(layer), fresh, b.src_slots[alive]))
+    if b.host is None:
+        score = ops.v_deviation(pool.v(layer), fresh, b.src_slots[alive])
+    else:
+        apart = pool.v(layer)[fresh].float() - s.cached_v(pool, layer)[alive].float()
+        score = apart.square().sum(dim=(1, 2))
+    score = ranks.sum(score)
     chosen = b.policy.select(replace(b.tokens, budget=kept), score, config)
     s.keep(alive[ranks.agree(chosen)])
 
 
 def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
     segments, row = [], 0
-    groups: dict[int, list[KvCopy]] = {}
+    groups: dict[int, list[KvCopy | HostTokens]] = {}
     for s in passes:
         n = s.count
         segments.append(RowSegment(row, row + n, s.local_rows() + s.piece.begin, s.piece.kv_slots))
         row += n
         rest = s.copy_rest()
-        if rest is not None:
-            groups.setdefault(s.copy_from, []).append(rest)
-    copies = [(first, KvCopy.cat(parts)) for first, parts in sorted(groups.items())]
+        if rest:
+            groups.setdefault(s.copy_from, []).extend(rest)
+    copies = [(first, c) for first, parts in sorted(groups.items()) for c in _together(parts)]
     attention.stage(segments, copies)
+
+
+def _together(copies: list[KvCopy | HostTokens]) -> list[KvCopy | HostTokens]:
+    """Copies within the pool as one; what comes from the host stays apart."""
+    inside = KvCopy.cat([c for c in copies if isinstance(c, KvCopy)])
+    return ([] if inside is None else [inside]) + [c for c in copies if not isinstance(c, KvCopy)]

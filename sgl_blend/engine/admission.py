@@ -1,4 +1,7 @@
-"""Where a blended prompt may be cut into prefill pieces.
+"""Which waiting request may run now, and where its prompt may be cut into prefill pieces.
+
+A request whose chunks are still on their way from a store tier stays in the queue, and the ones
+behind it go ahead.
 
 Rows to recompute are selected piece by piece, so a cut changes the choice, and with it the answer.
 SGLang cuts the last request of a prefill batch wherever the others have left room
@@ -18,11 +21,13 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine.state import state_of
 
 
-def uncut(config: BlendConfig):
+def admit(config: BlendConfig, tiers: Any | None):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
+        if tiers is not None and not tiers.admits(req):
+            return AddReqResult.CONTINUE
         room = adder.rem_chunk_tokens
         if room is not None and adder.can_run_list and state_of(req, config).wants_blend:
             rows = len(req.full_untruncated_fill_ids) - req.prefix_len

@@ -7,6 +7,7 @@ the model runner in every process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -23,8 +24,10 @@ from sgl_blend.engine.planner import ATTR, Planner, PlannerContext
 from sgl_blend.engine.pool import ModelPool
 from sgl_blend.engine.separators import strong_tokens
 from sgl_blend.engine.state import namespace_of, state_of
+from sgl_blend.engine.tiers import connect
 from sgl_blend.errors import ConfigError, UnsupportedError
 from sgl_blend.ops.build import cpu_module
+from sgl_blend.tiering.chunks import LoadFailed
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +44,20 @@ class TensorRanks:
     def agree(self, index: torch.Tensor) -> torch.Tensor:
         return self._group.broadcast(index, 0)
 
+    def least(self, values: list[int]) -> list[int]:
+        """On the host: schedulers agree here, off the device's stream."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        torch.distributed.all_reduce(
+            tensor, op=torch.distributed.ReduceOp.MIN, group=self._group.cpu_group
+        )
+        return tensor.tolist()
+
 
 class OneRank:
     """A single rank agrees with itself."""
+
+    def least(self, values: list[int]) -> list[int]:
+        return values
 
     def sum(self, score: torch.Tensor) -> torch.Tensor:
         return score
@@ -89,13 +103,16 @@ def build_tree(ctx: Any) -> Any:
         boundaries_of=lambda req: state_of(req, config).options.boundaries,
     )
     ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
+    metrics = Metrics(_metric_labels(ctx))
+    tiers = connect(ctx, config, tree, pool, num_layers, ranks, metrics)
     planner = Planner(
         PlannerContext(
             tree=tree,
             config=config,
             num_layers=num_layers,
             max_positions=pool.max_positions,
-            metrics=Metrics(_metric_labels(ctx)),
+            metrics=metrics,
+            tiers=tiers,
         )
     )
     # Kernels are built at launch, not in the first blended request.
@@ -126,18 +143,32 @@ def _install(
         raise UnsupportedError(f"{kind.__name__}.forward is not a model's; it cannot be hooked")
     forward = f"{kind.__module__}.{kind.__qualname__}.forward"
 
+    tiers = planner.c.tiers
+
     def blended_forward(original, self, input_ids, positions, forward_batch, *args, **kwargs):
-        pieces = getattr(forward_batch, ATTR, None)
-        if pieces is None or self is not model:
+        batch = getattr(forward_batch, ATTR, None)
+        if self is not model:
             return original(self, input_ids, positions, forward_batch, *args, **kwargs)
+        if batch is None:
+            with tiers.clock.ordinary(forward_batch) if tiers else contextlib.nullcontext():
+                return original(self, input_ids, positions, forward_batch, *args, **kwargs)
         with torch.no_grad():
-            slices = ModelSlices(self, forward_batch, num_layers)
-            return prefill.run(pieces, slices, pool, ranks, config)
+            while True:
+                slices = ModelSlices(self, forward_batch, num_layers)
+                try:
+                    result = prefill.run(batch.pieces, slices, pool, ranks, config)
+                    break
+                except LoadFailed as e:
+                    # Each turn loses at least one chunk, so this ends.
+                    logger.warning("sgl-blend: %s; they are computed instead", e)
+                    planner.without(batch.planned, e.chunks)
+            planner.finish(batch.planned)
+            return result
 
     def keep_pieces(result, runner, forward_batch, *args, **kwargs):
-        pieces = getattr(forward_batch, ATTR, None)
-        if pieces is not None:
-            setattr(result, ATTR, pieces)
+        batch = getattr(forward_batch, ATTR, None)
+        if batch is not None:
+            setattr(result, ATTR, batch)
         return result
 
     def no_graph(result, runner, forward_batch, *args, **kwargs):
@@ -145,7 +176,11 @@ def _install(
 
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
-    seams.install(seams.PREFILL_ADD_ONE, admission.uncut(config), "around")
+    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, tiers), "around")
+    if tiers is not None:
+        seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
+        seams.install(seams.SCHEDULER_IDLE, tiers.after_idle, "after")
+        seams.install(seams.NEW_WEIGHTS, tiers.before_new_weights, "before")
     seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
     seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
     if config.report:

@@ -17,6 +17,8 @@ CONFIG_ATTR = "_blend_config"
 #: set where a command line is behind the arguments: an error is then one line and an exit status,
 #: where a program called, it is an exception
 COMMAND_LINE_ATTR = "_blend_command_line"
+#: address of the store that this server started for itself
+STORE_ATTR = "_blend_store"
 BACKEND = "blend"
 
 
@@ -102,6 +104,7 @@ def resolve_once(original, server_args: Any) -> None:
 
     try:
         check_arguments(server_args)
+        start_store(server_args)
     except BlendError as e:
         if getattr(server_args, COMMAND_LINE_ATTR, False):
             refuse(e)
@@ -110,6 +113,31 @@ def resolve_once(original, server_args: Any) -> None:
         from sgl_blend.engine.routes import add_routes
 
         add_routes()
+
+
+#: stores that this process has started; each ends with the process, however that ends
+_stores: list[Any] = []
+
+
+def start_store(server_args: Any) -> None:
+    """Start the server's own chunk store, unless it has one, is told of another, or wants none.
+
+    Raises :class:`StoreError` when it does not start, :class:`ConfigError` for its options.
+    """
+    config: BlendConfig = getattr(server_args, CONFIG_ATTR)
+    if "store" not in config.tiers or config.store_endpoint:
+        return
+    if getattr(server_args, STORE_ATTR, None) is not None:
+        return
+    from sgl_blend.store.config import load_config
+    from sgl_blend.store.embedded import EmbeddedStore
+
+    given = {"memory_bytes": config.store_memory}
+    if config.store_disk_path:
+        given |= {"disk_path": config.store_disk_path, "disk_bytes": config.store_disk}
+    store = EmbeddedStore(load_config(config.store_config or None, **given))
+    _stores.append(store)
+    setattr(server_args, STORE_ATTR, store.endpoint)
 
 
 def claim_radix_cache(given: str | None) -> str:

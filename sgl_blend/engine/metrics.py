@@ -16,7 +16,7 @@ class Metrics:
         self.fallbacks: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._labels = labels
-        self._fallback_total = self._token_total = None
+        self._fallback_total = self._token_total = self._store_total = None
         if labels is not None:
             from prometheus_client import Counter as PromCounter
 
@@ -31,6 +31,11 @@ class Metrics:
                 "Prompt tokens prefilled, by how: reused, recomputed, computed.",
                 [*names, "kind"],
             )
+            self._store_total = PromCounter(
+                "sgl_blend:store_tokens_total",
+                "Prompt tokens that the chunk store holds, by what became of them: loaded, late.",
+                [*names, "kind"],
+            )
 
     def fallback(self, reason: str) -> None:
         self.fallbacks[reason] += 1
@@ -43,3 +48,9 @@ class Metrics:
                 self.tokens[kind] += n
                 if self._token_total is not None:
                     self._token_total.labels(**self._labels, kind=kind).inc(n)
+
+    def store(self, kind: str, tokens: int) -> None:
+        """``tokens`` of a request were ``loaded`` from the store, or came too ``late``."""
+        self.tokens[kind] += tokens
+        if tokens and self._store_total is not None:
+            self._store_total.labels(**self._labels, kind=kind).inc(tokens)

@@ -17,10 +17,19 @@ import torch
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.report import attach
-from sgl_blend.engine.state import RequestState, namespace_of, state_of, unservable
-from sgl_blend.plan import BLENDED, EXACT, MAX_GENERATION, BlendPlan, BlendRecord, ReuseSpan
+from sgl_blend.engine.state import RequestState, StateMark, namespace_of, state_of, unservable
+from sgl_blend.plan import (
+    BLENDED,
+    EXACT,
+    MAX_GENERATION,
+    BlendPlan,
+    BlendRecord,
+    ReuseSpan,
+    exact_head,
+    ranges,
+)
 from sgl_blend.prefill import Piece, PieceBlend, token_layers
-from sgl_blend.selection import Need, ReusedTokens
+from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +38,25 @@ ATTR = "_blend_pieces"
 
 @dataclass(frozen=True)
 class PlannerContext:
-    """What planning needs beside the batch. max_positions: what the rotation tables cover."""
+    """What planning needs beside the batch. max_positions: what the rotation tables cover.
+    tiers: an ``engine.tiers.StoreTier``, or None where nothing but the device holds chunks."""
 
     tree: Any
     config: BlendConfig
     num_layers: int
     max_positions: int
     metrics: Any
+    tiers: Any = None
+
+
+@dataclass(eq=False)
+class _Planned:
+    """One request's piece as it was planned, so that it can be planned again with less."""
+
+    req: Any
+    state: RequestState
+    piece: Piece
+    before: StateMark
 
 
 class Planner:
@@ -51,43 +72,70 @@ class Planner:
             return
         decoding = {id(r) for r in (batch.decoding_reqs or ())}
         full_capture = _captures_all(forward_batch)
-        row, pieces, planned = 0, [], False
+        row, pieces, mine = 0, [], []
         no_slots = forward_batch.out_cache_loc[:0]
         for i, req in enumerate(batch.reqs):
             begin, rows = int(batch.prefix_lens[i]), int(batch.extend_lens[i])
-            blend = None
+            piece = Piece(row, rows, begin, no_slots)
             if id(req) not in decoding:
-                blend = self._plan(req, begin, rows, forward_batch, full_capture)
-            piece = Piece(row, rows, begin, no_slots, blend)
-            if id(req) not in decoding:
-                self._count(req, piece)
+                state = self._begin(req, piece)
+                mine.append(_Planned(req, state, piece, state.mark()))
+                spans = self._spans(req, state, piece, full_capture)
+                state.decided = True
+                self._set(mine[-1], spans, forward_batch.input_ids.device)
             pieces.append(piece)
-            planned = planned or blend is not None
             row += rows
-        if planned:  # an ordinary batch pays for no copy of its rows
+        if any(piece.blend is not None for piece in pieces):
+            # An ordinary batch pays for no copy of its rows.
             table = batch.req_to_token_pool.req_to_token
             for req, piece in zip(batch.reqs, pieces, strict=True):
                 row_slots = table[req.kv.req_pool_idx, : piece.begin + piece.rows]
                 piece.kv_slots = row_slots.to(torch.int64)
-            setattr(forward_batch, ATTR, pieces)
+                if piece.blend is not None and self.c.tiers is not None:
+                    self.c.tiers.attach(req, piece)
+            setattr(forward_batch, ATTR, PlannedBatch(pieces, mine))
+        else:
+            self.finish(mine)
 
-    def _plan(
-        self, req: Any, begin: int, rows: int, fb: Any, full_capture: bool
-    ) -> PieceBlend | None:
+    def finish(self, planned: list[_Planned]) -> None:
+        """Count what has been prefilled, and let go of what was loaded for it."""
+        for p in planned:
+            self._count(p.req, p.piece)
+            if self.c.tiers is not None and p.piece.begin + p.piece.rows >= p.state.prompt_tokens:
+                self.c.tiers.release(p.req)
+
+    def without(self, planned: list[_Planned], chunks: list[Any]) -> None:
+        """Plan again without ``chunks``, which did not arrive: their tokens are computed."""
+        lost = set(map(id, chunks))
+        for p in planned:
+            blend = p.piece.blend
+            if blend is None or not any(
+                id(part.chunk) in lost for s in blend.plan.spans for part in s.parts
+            ):
+                continue
+            p.state.reset_to(p.before, p.req)
+            spans = [t for s in blend.plan.spans for t in _remaining(s, lost)]
+            self._set(p, spans, p.piece.kv_slots.device)
+            if p.piece.blend is not None:
+                self.c.tiers.attach(p.req, p.piece)
+
+    def _begin(self, req: Any, piece: Piece) -> RequestState:
+        """The request's state at the beginning of ``piece``."""
         state = state_of(req, self.c.config)
-        tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
-        end = begin + rows
+        begin = piece.begin
         stale = state.record is not None and getattr(req, "_blend", None) is not state.record
         if state.next_begin != begin or stale:
-            self._restart(req, state, begin, tokens)
-        state.next_begin = end
-        spans = self._spans(req, state, begin, end, tokens, full_capture)
-        state.decided = True
-        blend = (
-            self._piece(state, begin, end, tokens, spans, fb.input_ids.device) if spans else None
+            self._restart(req, state, begin, _tokens(req))
+        state.next_begin = begin + piece.rows
+        return state
+
+    def _set(self, p: _Planned, spans: list[ReuseSpan], device: torch.device) -> None:
+        """Give a piece its plan, and the request the labels that follow from it."""
+        piece, end = p.piece, p.piece.begin + p.piece.rows
+        piece.blend = (
+            self._piece(p.state, piece.begin, end, _tokens(p.req), spans, device) if spans else None
         )
-        self._label(req, state, begin, end, spans)
-        return blend
+        self._label(p.req, p.state, piece.begin, end, spans)
 
     def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
         """First piece of a prefill (again, after a retraction)."""
@@ -113,12 +161,11 @@ class Planner:
         self,
         req: Any,
         state: RequestState,
-        begin: int,
-        end: int,
-        tokens: np.ndarray,
+        piece: Piece,
         full_capture: bool,
     ) -> list[ReuseSpan]:
-        """What of [begin, end) is reused; empty when the request falls back."""
+        """What of the piece is reused; empty when the request falls back."""
+        begin, end, n_tokens = piece.begin, piece.begin + piece.rows, len(_tokens(req))
         if state.fallback is not None:
             return []
         reason = unservable(req)
@@ -130,7 +177,7 @@ class Planner:
             and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
         ):
             reason = "input logprobs"
-        if reason is None and len(tokens) > self.c.max_positions:
+        if reason is None and n_tokens > self.c.max_positions:
             reason = "longer than the rotation table"
         if reason is not None:
             self._fall_back(state, reason)
@@ -149,13 +196,16 @@ class Planner:
             end=reach,
             boundaries=state.options.boundaries,
         )
+        if self.c.tiers is not None:
+            spans = self.c.tiers.fill(req, begin, reach, spans)
+            state.free_ratio = self.c.tiers.free_ratio(req)
         if not state.decided:
             found = sum(s.length for s in spans)
             if found < self.c.config.min_reused_tokens:
                 if found:
                     self._fall_back(state, "fewer reusable tokens than min_reused_tokens")
                 return []
-        return [s for s in (_cut(s, limit) for s in spans) if s is not None]
+        return [s for s in (s.within(begin, limit) for s in spans) if s is not None]
 
     def _fall_back(self, state: RequestState, reason: str) -> None:
         state.fallback = reason
@@ -171,31 +221,33 @@ class Planner:
         device: torch.device,
     ) -> PieceBlend:
         cfg = self.c.config
-        positions = np.concatenate([np.arange(s.start, s.end) for s in spans])
-        src_pos = np.concatenate(
-            [np.arange(s.source_start, s.source_start + s.length) for s in spans]
-        )
+        scored = [s for s in spans if not s.exact]
+        positions = ranges([(s.start, s.length) for s in scored])
+        ratio = self._ratio(state, spans)
+        # Where all that is reused is exact, nothing is left to choose.
+        policy = state.policy if scored else POLICIES.get("none")
         reused = ReusedTokens(
             torch.from_numpy(positions),
-            torch.from_numpy(np.concatenate([np.arange(s.length) for s in spans])),
-            torch.from_numpy(np.concatenate([np.full(s.length, s.length) for s in spans])),
-            state.policy.budget(len(positions), state.ratio),
+            torch.from_numpy(ranges([(0, s.length) for s in scored])),
+            torch.from_numpy(np.repeat([s.length for s in scored], [s.length for s in scored])),
+            policy.budget(len(positions), ratio),
             seed=_seed(tokens, state.prompt_tokens),
         )
-        plan = BlendPlan(
-            begin, end, state.suffix_start, tuple(spans), state.policy.name, state.ratio
-        )
+        pooled = [s for s in scored if s.slots is not None]
+        no_slots = torch.zeros(0, dtype=torch.int64, device=device)
         blend = PieceBlend(
-            plan,
-            state.policy,
+            BlendPlan(begin, end, state.suffix_start, tuple(spans), policy.name, ratio),
+            policy,
             reused,
             reused=torch.from_numpy(positions - begin).to(device, non_blocking=True),
-            src_slots=torch.cat([s.slots for s in spans]).to(torch.int64),
-            src_pos=torch.from_numpy(src_pos).to(device, non_blocking=True),
+            src_slots=torch.cat([no_slots, *(s.slots for s in pooled)]).to(torch.int64),
+            src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])).to(
+                device, non_blocking=True
+            ),
         )
-        if state.policy.need is Need.NOTHING:
-            blend.fixed = state.policy.select(reused, None, cfg)
-        elif state.policy.need is Need.QUERY:
+        if policy.need is Need.NOTHING:
+            blend.fixed = policy.select(reused, None, cfg)
+        elif policy.need is Need.QUERY:
             # The question may lie in a later piece; its rows are scratch rows, so every piece
             # asks the same question. Output that a retraction put behind it does not belong to
             # it: the choice must be the one made before.
@@ -203,19 +255,28 @@ class Planner:
             ask = np.arange(state.suffix_start, stop)
             # Tokens before the first reused one are asked along while they are exact: whether a
             # system prompt is cached as prefix must not change what is selected.
-            first = spans[0].start
-            if state.generation == EXACT and first - begin <= cfg.max_suffix_tokens:
-                blend.lead = first - begin
-                ask = np.concatenate([np.arange(begin, first), ask])
+            first, head = scored[0].start, exact_head(spans, begin)
+            plain = not any(s.exact and head <= s.start < first for s in spans)
+            if state.generation == EXACT and plain and first - head <= cfg.max_suffix_tokens:
+                blend.lead = first - head
+                ask = np.concatenate([np.arange(head, first), ask])
             blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
             blend.question_pos = torch.from_numpy(ask).to(device)
         return blend
+
+    def _ratio(self, state: RequestState, spans: list[ReuseSpan]) -> float:
+        """The request's ratio, or a higher one that costs nothing while slow chunks are loading."""
+        loading = any(s.parts and not s.exact for s in spans)
+        if loading and state.options.ratio is None:
+            state.used_ratio = max(state.used_ratio, state.free_ratio)
+        return state.used_ratio
 
     def _label(
         self, req: Any, state: RequestState, begin: int, end: int, spans: list[ReuseSpan]
     ) -> None:
         """Record how each token of [begin, end) comes to be (see ``plan.py``)."""
-        blended = bool(spans) and not state.exact
+        scored = [s for s in spans if not s.exact]
+        blended = bool(scored) and not state.exact
         if not blended and state.record is None:
             return
         record = state.record or self._record(req, state)
@@ -227,11 +288,14 @@ class Planner:
             labels[: min(begin, len(known))] = known[:begin]
         if blended:
             state.generation = min(
-                MAX_GENERATION, max([state.generation, *(s.generation + 1 for s in spans)])
+                MAX_GENERATION, max([state.generation, *(s.generation + 1 for s in scored)])
             )
-            labels[spans[0].start : end] = state.generation
-            for s in spans:
+            labels[scored[0].start : end] = state.generation
+            for s in scored:
                 labels[s.start : s.end] = BLENDED
+        for s in spans:
+            if s.exact:
+                labels[s.start : s.end] = EXACT
         if state.generation != EXACT and end >= state.prompt_tokens:
             # What follows the last reused token is the question, and nobody's document.
             last = int(np.flatnonzero(labels == BLENDED)[-1]) + 1
@@ -251,7 +315,7 @@ class Planner:
         if state.counts_closed:
             return
         c, b = state.counts, piece.blend
-        n = 0 if b is None else b.tokens.count
+        n = 0 if b is None else b.tokens.count + b.given
         again = 0 if b is None else b.recomputed()
         c.reused += n - again
         c.recomputed += again
@@ -261,21 +325,36 @@ class Planner:
         if b is not None:
             for s in b.plan.spans:
                 c.sources[s.tier] += s.length
+            hosted = sum(s.length for s in b.plan.spans if s.parts)
+            if hosted:
+                self.c.metrics.store("loaded", hosted)
         self.c.metrics.piece(piece.rows - n, n - again, again)
         if self.c.config.report:
             attach(req, state)
 
 
-def _cut(span: ReuseSpan, limit: int) -> ReuseSpan | None:
-    """``span`` without what lies at or beyond ``limit``."""
-    if span.end <= limit:
-        return span
-    length = limit - span.start
-    if length <= 0:
-        return None
-    return ReuseSpan(
-        span.start, length, span.source_start, span.slots[:length], span.tier, span.generation
-    )
+@dataclass(frozen=True, eq=False)
+class PlannedBatch:
+    """What travels on a ``ForwardBatch``: the pieces to run, and how to plan them again."""
+
+    pieces: list[Piece]
+    planned: list[_Planned]
+
+
+def _remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:
+    """The parts of ``span`` that do not come from ``lost`` chunks (ids)."""
+    if not span.parts:
+        return [span]
+    out, at = [], span.start
+    for part in span.parts:
+        if id(part.chunk) not in lost:
+            out.append(span.within(at, at + part.length))
+        at += part.length
+    return out
+
+
+def _tokens(req: Any) -> np.ndarray:
+    return np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
 
 
 def _seed(tokens: np.ndarray, n_prompt: int) -> int:

@@ -21,6 +21,12 @@ UPDATE_META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.updat
 WAIT_ONE_RESPONSE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response"
 FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 PREFILL_ADD_ONE = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
+REQUEST_ARRIVES = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
+SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+NEW_WEIGHTS = (
+    "sglang.srt.managers.scheduler_components.weight_updater"
+    ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update"
+)
 EAGER_LOAD_BATCH = "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch"
 PREFILL_GRAPH_CAN_RUN = (
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
@@ -41,6 +47,9 @@ TARGETS = (
     WAIT_ONE_RESPONSE,
     FORWARD_BATCH_INIT,
     PREFILL_ADD_ONE,
+    REQUEST_ARRIVES,
+    SCHEDULER_IDLE,
+    NEW_WEIGHTS,
     EAGER_LOAD_BATCH,
     PREFILL_GRAPH_CAN_RUN,
     REQUEST_LEVEL_INFO,

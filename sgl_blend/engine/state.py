@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,15 @@ class Counts:
     sources: Counter = field(default_factory=Counter)
 
 
+class StateMark(NamedTuple):
+    """A request's state before a piece was planned (``RequestState.reset_to``)."""
+
+    generation: int
+    record: BlendRecord | None
+    labels: np.ndarray | None
+    tail_label: int
+
+
 @dataclass
 class RequestState:
     """Lives on SGLang's ``Req`` as ``_blend_state``; ``record`` also as ``_blend``."""
@@ -48,10 +57,30 @@ class RequestState:
     record: BlendRecord | None = None
     prompt_tokens: int = 0
     suffix_start: int = 0
+    #: the ratio that was applied: ``ratio``, or more where loading left time for it
+    used_ratio: float = -1.0
+    #: how much may be recomputed while chunks are loading without taking longer
+    free_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.used_ratio = self.ratio
 
     @property
     def wants_blend(self) -> bool:
         return self.options.enabled and not self.exact
+
+    def mark(self) -> StateMark:
+        record = self.record
+        if record is None:
+            return StateMark(self.generation, None, None, 0)
+        return StateMark(self.generation, record, record.labels, record.tail_label)
+
+    def reset_to(self, mark: StateMark, req: Any) -> None:
+        """Forget the labels given since ``mark``. Labels are replaced, never written into."""
+        self.generation = mark.generation
+        self.record = req._blend = mark.record
+        if mark.record is not None:
+            mark.record.labels, mark.record.tail_label = mark.labels, mark.tail_label
 
 
 def state_of(req: Any, config: BlendConfig) -> RequestState:

@@ -256,7 +256,8 @@ class Engine:
             forward = ForwardBatch.init_new(
                 batch, self.runner, return_hidden_states_before_norm=False
             )
-            self._pieces = getattr(forward, ATTR, None)
+            planned = getattr(forward, ATTR, None)
+            self._pieces = None if planned is None else planned.pieces
             out = self.runner.forward(forward).logits_output
         return out.next_token_logits.float().clone()
 

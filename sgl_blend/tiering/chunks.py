@@ -1,0 +1,80 @@
+"""One stored chunk on its way into host memory, and which of its tokens a prompt can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sgl_blend.errors import BlendError
+
+if TYPE_CHECKING:
+    from sgl_blend.store.chunk import ChunkHeader
+    from sgl_blend.store.client import LoadedChunk
+
+
+class LoadFailed(BlendError):
+    """Chunks that a running forward pass counted on did not arrive: ``chunks`` names them."""
+
+    def __init__(self, message: str, chunks: list[HostChunk]):
+        super().__init__(message)
+        self.chunks = chunks
+
+
+@dataclass(eq=False)
+class HostChunk:
+    """A chunk of which the first ``layers`` layers are readable. Filled by a loader's thread;
+    ``layers`` grows, and ``failed`` is set, under the lock of the load that it belongs to.
+
+    token_ids: int64, read once from the body and compared with the prompt by the loader. exact:
+    computed in the very context in which the request has it.
+    """
+
+    header: ChunkHeader
+    tier: str
+    exact: bool
+    token_ids: np.ndarray
+    layers: int = 0
+    failed: bool = False
+    parts: list[LoadedChunk] = field(default_factory=list)
+
+    def take(self, part: LoadedChunk) -> None:
+        """One more readable range of layers, directly behind those that are there."""
+        self.parts.append(part)
+        self.layers = part.layers.last if part.layers else self.header.layout.n_layers
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [n, Hk, D] and V [n, Hk, Dv] of one readable layer: views into host memory, valid
+        until the load is closed."""
+        for part in self.parts:
+            if part.layers is None or part.layers.first <= index < part.layers.last:
+                return part.body.torch_layer(index)
+        raise BlendError(f"layer {index} of a chunk is not loaded ({self.layers} layers are)")
+
+
+def matching_layout(header: ChunkHeader, layout: Any, dtype: str) -> bool:
+    """Does the chunk's KV fit this pool? Namespaces keep models apart; this is the last look."""
+    ours = (layout.n_layers, layout.n_kv_heads, layout.head_dim, layout.v_head_dim)
+    theirs = header.layout
+    return header.dtype == dtype and ours == (
+        theirs.n_layers,
+        theirs.n_kv_heads,
+        theirs.head_dim,
+        theirs.v_head_dim,
+    )
+
+
+def common_head(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first tokens agree."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if differ.size else n
+
+
+def common_tail(a: np.ndarray, b: np.ndarray) -> int:
+    """How many last tokens agree."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[len(a) - n :] != b[len(b) - n :])
+    return n - 1 - int(differ[-1]) if differ.size else n

@@ -1,0 +1,408 @@
+"""One request's load: look up, decide, bring in; from the request's arrival on.
+
+A :class:`Load` is made by the scheduler's thread when a request arrives and run by one of the
+service's threads. It becomes *ready* when everything that is in the store's memory is readable and
+slower chunks have their first layers; later layers follow while earlier ones are blended
+(CacheBlend, arXiv:2405.16444, section 5). The scheduler's side never waits for a socket: it polls
+``ready``, takes ``spans``, and waits for a layer only inside the forward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from sgl_blend.errors import StoreError
+from sgl_blend.plan import HostPart, ReuseSpan, fill_holes
+from sgl_blend.tiering.chunks import (
+    HostChunk,
+    LoadFailed,
+    common_head,
+    common_tail,
+    matching_layout,
+)
+from sgl_blend.tiering.keys import PromptChunk
+
+if TYPE_CHECKING:
+    from sgl_blend.store.chunk import Layout
+    from sgl_blend.store.client import StoreClient
+
+MEMORY, DISK = "memory", "disk"
+#: neighbours that are asked for on either side of a gap
+_HOPS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Wish:
+    """What a request would like from the store.
+
+    tokens: int64, the prompt. chunks: those of its chunks that the device does not hold. end: no
+    token at or beyond it is wanted (the question). fresh: tokens that are computed in any case.
+    namespace: 16 bytes, whose KV. exact_only: chunks in another context are of no use.
+    floor: the recompute ratio that quality asks for.
+    """
+
+    tokens: np.ndarray
+    chunks: list[PromptChunk]
+    end: int
+    fresh: int
+    namespace: bytes
+    exact_only: bool
+    floor: float
+
+
+class Rules(NamedTuple):
+    """What all loads of one server share. wait_s: how long one step of a load may take.
+    layerwise: bring slow chunks in by groups of layers. max_generation: highest label of a source.
+    """
+
+    layout: Layout
+    dtype: str
+    wait_s: float
+    layerwise: bool
+    max_generation: int
+
+
+class Decision(NamedTuple):
+    """load: one truth value per candidate. ratio: the recompute ratio under which computing hides
+    the loading, never below the floor."""
+
+    load: list[bool]
+    ratio: float
+
+
+class Advice(Protocol):
+    """Load or recompute? (``service.py`` fills it from measured speeds.)"""
+
+    def decide(
+        self, tokens: list[int], nbytes: list[int], tiers: list[str], wish: Wish
+    ) -> Decision:
+        """Which of these chunks are worth loading, and how much recompute hides it."""
+
+    def observe(self, tier: str, nbytes: int, seconds: float) -> None:
+        """One batch of loads from ``tier`` took so long."""
+
+
+class _Candidate(NamedTuple):
+    """A stored chunk to bring in, and how the prompt may use it: ``side`` 0 whole, -1 up to
+    ``anchor.start``, +1 from ``anchor.end`` on (an edge: a neighbour of the anchor where that was
+    computed, of which perhaps only some tokens agree with the prompt). reach: how many tokens of
+    other neighbours lie between the anchor and it."""
+
+    key: bytes
+    context: bytes
+    side: int
+    anchor: PromptChunk
+    tier: str
+    n_tokens: int
+    nbytes: int
+    reach: int
+
+
+class _Edge(NamedTuple):
+    """A gap of ``gap`` tokens beside a chunk found, ``reach`` of which neighbours may fill."""
+
+    side: int
+    anchor: PromptChunk
+    reach: int
+    gap: int
+
+
+class Load:
+    """See the module's docstring. ``ready`` and ``done`` only ever turn true."""
+
+    def __init__(self, wish: Wish, rules: Rules, advice: Advice) -> None:
+        self.wish, self.rules, self.advice = wish, rules, advice
+        self.born = time.monotonic()
+        self.ratio = wish.floor
+        self.ready = False
+        self.done = False
+        self.closed = False
+        #: the scheduler has decided to go on with what is ready (kept here by its thread)
+        self.settled = False
+        #: what the store knows, in tokens, whatever became of it
+        self.found = 0
+        self._spans: list[ReuseSpan] = []
+        self._chunks: list[tuple[HostChunk, StoreClient]] = []
+        self._news = threading.Condition()
+
+    # -- the scheduler's side ------------------------------------------------------------
+
+    def spans(self) -> list[ReuseSpan]:
+        """What can be used now, sorted and disjoint; chunks that have failed since are left out."""
+        with self._news:
+            return [s for s in self._spans if not any(p.chunk.failed for p in s.parts)]
+
+    def signature(self) -> np.ndarray:
+        """int64, one per prompt token: equal marks mean the same copy of it, 0 that there is none."""
+        marks = np.zeros(len(self.wish.tokens), dtype=np.int64)
+        for s in self.spans():
+            shift = s.shift + (1 << 40)
+            marks[s.start : s.end] = (shift << 8 | s.generation) << 1 | s.exact
+        return marks
+
+    def keep(self, agreed: np.ndarray) -> None:
+        """Use only tokens that are ``agreed`` (bool, one per prompt token) upon by all ranks."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], agreed, [False]]).astype(np.int8)))
+        runs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+        with self._news:
+            cut = [s.within(a, b) for s in self._spans for a, b in runs]
+            self._spans = _joined([s for s in cut if s is not None], across_tiers=True)
+
+    def wait(self, layer: int, chunks: Sequence[HostChunk]) -> None:
+        """Until ``layer`` of all ``chunks`` is readable. Raises :class:`LoadFailed`."""
+        until = time.monotonic() + self.rules.wait_s
+        with self._news:
+            while True:
+                late = [c for c in chunks if c.failed or c.layers <= layer]
+                if not late:
+                    return
+                left = until - time.monotonic()
+                if left <= 0 or self.done or any(c.failed for c in late):
+                    for c in late:
+                        c.failed = True
+                    raise LoadFailed(f"layer {layer} of {len(late)} chunks did not arrive", late)
+                self._news.wait(left)
+
+    def close(self) -> None:
+        """Nothing of it is used any more. Idempotent; waits for nobody."""
+        with self._news:
+            self.closed = True
+            chunks, self._chunks, self._spans = self._chunks, [], []
+        for chunk, client in chunks:
+            client.complete_load(chunk.parts)
+
+    # -- the loader's side ---------------------------------------------------------------
+
+    def run(self, client: StoreClient) -> list[bytes]:
+        """Do it all. Returns keys of chunks that came layer by layer, to be kept in memory for the
+        next one. Never raises a ``StoreError``: what fails is a miss."""
+        try:
+            return self._run(client)
+        except StoreError:
+            return []
+        finally:
+            with self._news:
+                self.ready = self.done = True
+                for chunk, _ in self._chunks:
+                    chunk.failed = chunk.failed or chunk.layers < self.rules.layout.n_layers
+                self._news.notify_all()
+
+    def _run(self, client: StoreClient) -> list[bytes]:
+        candidates = self._look_up(client)
+        if not candidates or self.closed:
+            return []
+        decision = self.advice.decide(
+            [c.n_tokens for c in candidates],
+            [c.nbytes for c in candidates],
+            [c.tier for c in candidates],
+            self.wish,
+        )
+        candidates = [c for c, yes in zip(candidates, decision.load, strict=True) if yes]
+        slow = [c for c in candidates if c.tier == DISK and self.rules.layerwise]
+        fast = [c for c in candidates if not (c.tier == DISK and self.rules.layerwise)]
+        loaded = self._bring_in(client, fast, None) if fast else {}
+        groups = self._groups(sum(c.nbytes for c in slow))
+        if slow and not self.closed:
+            loaded |= self._bring_in(client, slow, groups[0])
+        with self._news:
+            self.ratio = decision.ratio
+            self._spans = self._compose(loaded)
+            self.ready = True
+            self._news.notify_all()
+        for group in groups[1:] if slow else ():
+            chunks = {c: h for c, h in loaded.items() if c.tier == DISK and not h.failed}
+            if self.closed or not chunks:
+                break
+            self._bring_in(client, list(chunks), group, chunks)
+        return [c.key for c in slow] if len(groups) > 1 else []
+
+    def _look_up(self, client: StoreClient) -> list[_Candidate]:
+        wish = self.wish
+        hits = client.lookup(
+            [c.key for c in wish.chunks],
+            [c.context for c in wish.chunks],
+            namespace=wish.namespace,
+        )
+        whole = [(c, h) for c, h in zip(wish.chunks, hits, strict=True) if self._fits(h)]
+        found = [self._candidate(c.key, c.context, 0, c, h) for c, h in whole]
+        if not wish.exact_only:
+            found += self._edges(client, whole)
+        self.found = sum(c.n_tokens for c in found)
+        return found
+
+    def _fits(self, hit) -> bool:
+        if hit is None or hit.generation > self.rules.max_generation:
+            return False
+        return hit.exact or not self.wish.exact_only
+
+    def _candidate(self, key, context, side, anchor, hit, reach=0) -> _Candidate:
+        return _Candidate(key, context, side, anchor, hit.tier, hit.n_tokens, hit.nbytes, reach)
+
+    def _edges(self, client: StoreClient, whole: list) -> list[_Candidate]:
+        """A document's first and last tokens share a chunk with whatever stood around it where it
+        was computed, and near its ends its cuts may differ. The neighbours of the outermost chunks
+        found, as far as they fit into the gap, hold those tokens."""
+        stops = [0, *(c.end for c, _ in whole)]
+        starts = [*(c.start for c, _ in whole), self.wish.end]
+        frontier: list[tuple[bytes, _Edge]] = []
+        for (chunk, hit), stop, start in zip(whole, stops, starts[1:], strict=False):
+            if chunk.start > stop:
+                frontier.append((hit.before, _Edge(-1, chunk, 0, chunk.start - stop)))
+            if start > chunk.end:
+                frontier.append((hit.after, _Edge(1, chunk, 0, start - chunk.end)))
+        found: list[_Candidate] = []
+        for _ in range(_HOPS):
+            frontier = [(key, edge) for key, edge in frontier if key and edge.reach < edge.gap]
+            if not frontier:
+                break
+            hits = client.lookup([key for key, _ in frontier], namespace=self.wish.namespace)
+            further = []
+            for (key, edge), hit in zip(frontier, hits, strict=True):
+                if not self._fits(hit):
+                    continue
+                found.append(self._candidate(key, b"", edge.side, edge.anchor, hit, edge.reach))
+                link = hit.before if edge.side < 0 else hit.after
+                further.append((link, edge._replace(reach=edge.reach + hit.n_tokens)))
+            frontier = further
+        return found
+
+    def _groups(self, nbytes: int) -> list[tuple[int, int]]:
+        """Ranges of layers that are brought in one after another: few where there is little."""
+        layers = self.rules.layout.n_layers
+        count = max(1, min(8, layers, nbytes >> 22))
+        edges = [round(i * layers / count) for i in range(count + 1)]
+        return list(zip(edges, edges[1:], strict=False))
+
+    def _bring_in(
+        self,
+        client: StoreClient,
+        candidates: list[_Candidate],
+        layers: tuple[int, int] | None,
+        known: dict[_Candidate, HostChunk] | None = None,
+    ) -> dict[_Candidate, HostChunk]:
+        """Whole chunks, or one range of layers of them. known: chunks whose first layers are there."""
+        begun = time.monotonic()
+        contexts = [c.context or bytes(16) for c in candidates]
+        options = {} if layers is None else {"layers": layers, "tokens": layers[0] == 0}
+        try:
+            loaded = client.prepare_load(
+                [c.key for c in candidates],
+                contexts,
+                namespace=self.wish.namespace,
+                wait_s=self.rules.wait_s,
+                deadline_s=self.rules.wait_s + 1.0,
+                **options,
+            )
+        except StoreError:
+            loaded = [None] * len(candidates)
+        seconds = time.monotonic() - begun
+        nbytes: dict[str, int] = {}
+        out: dict[_Candidate, HostChunk] = {}
+        surplus = []
+        with self._news:
+            for candidate, part in zip(candidates, loaded, strict=True):
+                chunk = known.get(candidate) if known else None
+                if part is not None:
+                    nbytes[part.tier] = nbytes.get(part.tier, 0) + part.buf.nbytes
+                    if chunk is None:
+                        chunk = self._accept(candidate, part)
+                    elif part.header.chunk_id != chunk.header.chunk_id:
+                        # Another copy took the place of the one begun with.
+                        surplus.append(part)
+                        part = None
+                if part is None:
+                    if chunk is not None:
+                        chunk.failed = True
+                elif chunk is None or self.closed:
+                    surplus.append(part)
+                else:
+                    chunk.take(part)
+                    out[candidate] = chunk
+                    if known is None:
+                        self._chunks.append((chunk, client))
+            self._news.notify_all()
+        if surplus:
+            client.complete_load(surplus)
+        for tier, size in nbytes.items():
+            self.advice.observe(tier, size, seconds)
+        return out
+
+    def _accept(self, candidate: _Candidate, part) -> HostChunk | None:
+        """A chunk whose first bytes are here, if it is what it should be."""
+        header = part.header
+        if not matching_layout(header, self.rules.layout, self.rules.dtype):
+            return None
+        tokens = part.body.token_ids.astype(np.int64)
+        exact = part.exact and candidate.side == 0 and header.start == candidate.anchor.start
+        if candidate.side == 0:
+            anchor = candidate.anchor
+            if not np.array_equal(tokens, self.wish.tokens[anchor.start : anchor.end]):
+                return None
+        if self.wish.exact_only and not exact:
+            return None
+        return HostChunk(header, part.tier, exact, tokens)
+
+    def _compose(self, loaded: dict[_Candidate, HostChunk]) -> list[ReuseSpan]:
+        """Spans of the prompt, whole chunks first, edges in what is left; neighbours joined."""
+        sides: dict[int, list[ReuseSpan]] = {-1: [], 0: [], 1: []}
+        whole = sorted((c for c in loaded if c.side == 0), key=lambda c: c.anchor.start)
+        stops = [0, *(c.anchor.end for c in whole)]
+        starts = [*(c.anchor.start for c in whole), self.wish.end]
+        for candidate, chunk in loaded.items():
+            span = self._span(candidate, chunk, stops, starts)
+            if span is not None:
+                sides[candidate.side].append(span)
+        for spans in sides.values():
+            spans.sort(key=lambda s: s.start)
+        return _joined(fill_holes(fill_holes(sides[0], sides[1], 1), sides[-1], 1))
+
+    def _span(
+        self, candidate: _Candidate, chunk: HostChunk, stops: list[int], starts: list[int]
+    ) -> ReuseSpan | None:
+        tokens, anchor, n = self.wish.tokens, candidate.anchor, len(chunk.token_ids)
+        first, length, start = 0, n, anchor.start
+        if candidate.side < 0:
+            floor, stop = max(s for s in stops if s <= anchor.start), anchor.start - candidate.reach
+            length = common_tail(chunk.token_ids, tokens[floor:stop])
+            first, start = n - length, stop - length
+        elif candidate.side > 0:
+            ceiling = min(s for s in starts if s >= anchor.end)
+            start = anchor.end + candidate.reach
+            length = common_head(chunk.token_ids, tokens[start:ceiling])
+        length = min(length, self.wish.end - start)
+        if length <= 0:
+            return None
+        return ReuseSpan(
+            start=start,
+            length=length,
+            source_start=chunk.header.start + first,
+            slots=None,
+            tier=chunk.tier,
+            generation=chunk.header.generation,
+            parts=(HostPart(chunk, first, length),),
+            exact=chunk.exact,
+        )
+
+
+def _joined(spans: list[ReuseSpan], across_tiers: bool = False) -> list[ReuseSpan]:
+    """Spans that continue one another in the prompt and in their source become one."""
+    out: list[ReuseSpan] = []
+    for span in spans:
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and last.end == span.start
+            and last.shift == span.shift
+            and (last.generation, last.exact) == (span.generation, span.exact)
+            and (across_tiers or last.tier == span.tier)
+        ):
+            out[-1] = replace(last, length=last.length + span.length, parts=last.parts + span.parts)
+        else:
+            out.append(span)
+    return out

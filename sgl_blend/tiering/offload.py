@@ -1,0 +1,157 @@
+"""New chunks out of the KV pool into the store, in the background.
+
+No request waits for it, and nothing is locked: the tree may evict what is being copied. Whether
+the copy is whole is known afterwards, from a flag that the tree raises *before* it gives slots
+away (a sequence lock with one reader); a copy that lost the race is given back unfilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from sgl_blend.errors import StoreError
+from sgl_blend.store.chunk import ChunkHeader, Layout, pack_tokens
+from sgl_blend.tiering.keys import PromptChunk
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sgl_blend.store.client import StoreClient, StoreSlot
+
+#: chunks asked room for in one round trip, and held in leases at once
+BATCH = 64
+
+
+class PoolKV(Protocol):
+    """The KV pool, layer by layer (``attention.PoolView`` without its rotations)."""
+
+    def k(self, layer: int) -> torch.Tensor: ...
+
+    def v(self, layer: int) -> torch.Tensor: ...
+
+
+class FreshChunk(NamedTuple):
+    """A chunk that has just been computed. generation: its label, 0 for exact."""
+
+    chunk: PromptChunk
+    generation: int
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """Chunks of one sequence. tokens: int64, the sequence. slots: int64, one per token, on the
+    pool's device. alive: false from the moment on at which any of the slots may be given away.
+    ready: an event behind which the KV is written (None on a CPU)."""
+
+    namespace: bytes
+    tokens: np.ndarray
+    slots: torch.Tensor
+    chunks: list[FreshChunk]
+    alive: Callable[[], bool]
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass
+class Tally:
+    """What became of the chunks that were offered."""
+
+    stored: int = 0
+    stored_bytes: int = 0
+    known: int = 0
+    refused: int = 0
+    lost: int = 0
+    dropped: int = 0
+
+
+@dataclass(eq=False)
+class Offloader:
+    """Runs jobs, one at a time, on the thread that calls ``run``."""
+
+    pool: PoolKV
+    layout: Layout
+    dtype: str
+    tally: Tally = field(default_factory=Tally)
+
+    def run(self, client: StoreClient, job: Job) -> None:
+        """Store what the store wants of it. Never raises a ``StoreError``."""
+        for at in range(0, len(job.chunks), BATCH):
+            batch = job.chunks[at : at + BATCH]
+            if not job.alive():
+                self.tally.lost += len(job.chunks) - at
+                return
+            try:
+                self._batch(client, job, batch)
+            except StoreError:
+                self.tally.refused += len(job.chunks) - at
+                return
+
+    def _batch(self, client: StoreClient, job: Job, batch: list[FreshChunk]) -> None:
+        slots = client.prepare_store([self._header(job, fresh) for fresh in batch])
+        granted = [(f, s) for f, s in zip(batch, slots, strict=True) if s.granted]
+        self.tally.known += sum(s.status in ("exists", "busy", "duplicate") for s in slots)
+        self.tally.refused += sum(s.status in ("too_large", "no_room") for s in slots)
+        if not granted:
+            return
+        try:
+            self._fill(job, granted)
+            whole = job.alive()
+        except BaseException:
+            client.abort_store(slots)
+            raise
+        if not whole:
+            client.abort_store(slots)
+            self.tally.lost += len(granted)
+            return
+        for (_, slot), status in zip(
+            granted, client.complete_store([s for _, s in granted]), strict=True
+        ):
+            if status in ("stored", "durable"):
+                self.tally.stored += 1
+                self.tally.stored_bytes += slot.header.body_bytes
+            else:
+                self.tally.refused += 1
+
+    def _header(self, job: Job, fresh: FreshChunk) -> ChunkHeader:
+        chunk = fresh.chunk
+        return ChunkHeader(
+            namespace=job.namespace,
+            key=chunk.key,
+            layout=self.layout,
+            dtype=self.dtype,
+            n_tokens=chunk.end - chunk.start,
+            start=chunk.start,
+            context=chunk.context,
+            generation=fresh.generation,
+            before=chunk.before,
+            after=chunk.after,
+        )
+
+    def _fill(self, job: Job, granted: list[tuple[FreshChunk, StoreSlot]]) -> None:
+        """Copy the pool's KV into the store's memory."""
+        stream = None
+        if job.slots.is_cuda:
+            stream = torch.cuda.Stream(job.slots.device)
+            if job.ready is not None:
+                stream.wait_event(job.ready)
+        with torch.cuda.stream(stream):
+            for fresh, slot in granted:
+                chunk = fresh.chunk
+                pack_tokens(job.tokens[chunk.start : chunk.end], slot.buf)
+                at = job.slots[chunk.start : chunk.end]
+                for layer in range(self.layout.n_layers):
+                    k, v = slot.body.torch_layer(layer)
+                    _gather(self.pool.k(layer), at, k)
+                    _gather(self.pool.v(layer), at, v)
+        if stream is not None:
+            stream.synchronize()
+
+
+def _gather(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    if cache.is_cuda:
+        out.copy_(cache[slots], non_blocking=True)
+    else:
+        torch.index_select(cache, 0, slots, out=out)
