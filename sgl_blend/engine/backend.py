@@ -132,7 +132,9 @@ def _install(
             return original(self, input_ids, positions, forward_batch, *args, **kwargs)
         with torch.no_grad():
             slices = ModelSlices(self, forward_batch, num_layers)
-            return prefill.run(pieces, slices, pool, ranks, config)
+            out = prefill.run(pieces, slices, pool, ranks, config)
+        planner.settle(pieces)
+        return out
 
     def keep_pieces(result, runner, forward_batch, *args, **kwargs):
         pieces = getattr(forward_batch, ATTR, None)

@@ -58,8 +58,8 @@ class Planner:
             blend = None
             if id(req) not in decoding:
                 blend = self._plan(req, begin, rows, forward_batch, full_capture)
-            piece = Piece(row, rows, begin, no_slots, blend)
-            if id(req) not in decoding:
+            piece = Piece(row, rows, begin, no_slots, blend, owner=req)
+            if blend is None and id(req) not in decoding:
                 self._count(req, piece)
             pieces.append(piece)
             planned = planned or blend is not None
@@ -70,6 +70,13 @@ class Planner:
                 row_slots = table[req.kv.req_pool_idx, : piece.begin + piece.rows]
                 piece.kv_slots = row_slots.to(torch.int64)
             setattr(forward_batch, ATTR, pieces)
+
+    def settle(self, pieces: list[Piece]) -> None:
+        """Count the blended pieces of a pass that is over: only now is it known how many tokens
+        a policy with ``coverage`` chose."""
+        for piece in pieces:
+            if piece.blend is not None:
+                self._count(piece.owner, piece)
 
     def _plan(
         self, req: Any, begin: int, rows: int, fb: Any, full_capture: bool
@@ -175,12 +182,15 @@ class Planner:
         src_pos = np.concatenate(
             [np.arange(s.source_start, s.source_start + s.length) for s in spans]
         )
+        budget = state.policy.budget(len(positions), state.ratio)
         reused = ReusedTokens(
             torch.from_numpy(positions),
             torch.from_numpy(np.concatenate([np.arange(s.length) for s in spans])),
             torch.from_numpy(np.concatenate([np.full(s.length, s.length) for s in spans])),
-            state.policy.budget(len(positions), state.ratio),
+            budget,
             seed=_seed(tokens, state.prompt_tokens),
+            coverage=state.coverage,
+            floor=min(budget, state.policy.budget(len(positions), cfg.min_ratio)),
         )
         plan = BlendPlan(
             begin, end, state.suffix_start, tuple(spans), state.policy.name, state.ratio
