@@ -49,6 +49,13 @@ class BlendConfig:
         "share of the reused tokens that is recomputed, 0 to 1 (policies all, none ignore it; "
         "CacheBlend's paper takes 0.15 for hkvd)",
     )
+    coverage: float = _option(
+        0.0,
+        "query, hkvd: recompute as few tokens as cover this share of the summed score, between min_ratio and recompute_ratio of them; 0: always recompute_ratio",
+    )
+    min_ratio: float = _option(
+        0.02, "with coverage: at least this share of the reused tokens is recomputed"
+    )
     check_layers: tuple[int, ...] = _option(
         (1,),
         "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first",
@@ -131,7 +138,8 @@ class BlendConfig:
                 raise ConfigError(f"blend option {name} is {getattr(self, name)!r}: {want}")
 
         check(bool(self.policy), "policy", "must name a selection policy")
-        check(0.0 <= self.recompute_ratio <= 1.0, "recompute_ratio", "must lie in 0..1")
+        for name in ("recompute_ratio", "coverage", "min_ratio"):
+            check(0.0 <= getattr(self, name) <= 1.0, name, "must lie in 0..1")
         check(
             len(self.check_layers) > 0
             and all(a < b for a, b in zip(self.check_layers, self.check_layers[1:], strict=False))

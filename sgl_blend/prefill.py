@@ -59,7 +59,7 @@ class PieceBlend:
     among them whose source lies in the pool: all, unless ``host`` is given.
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
     piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
-    ahead, for ``Need.NOTHING``.
+    ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it.
     """
 
     plan: BlendPlan
@@ -72,6 +72,7 @@ class PieceBlend:
     question_pos: torch.Tensor | None = None
     lead: int = 0
     fixed: torch.Tensor | None = None
+    chosen: int | None = None
     host: HostSources | None = None
 
     @property
@@ -80,8 +81,11 @@ class PieceBlend:
         return 0 if self.host is None else int(self.host.given.numel())
 
     def recomputed(self) -> int:
-        """How many of the reused tokens are recomputed through all layers."""
-        return self.tokens.budget if self.fixed is None else int(self.fixed.numel())
+        """How many of the reused tokens are recomputed through all layers. With coverage this is
+        the upper bound until the pass is over."""
+        if self.fixed is not None:
+            return int(self.fixed.numel())
+        return self.tokens.budget if self.chosen is None else self.chosen
 
 
 class HostTokens(Protocol):
@@ -187,7 +191,7 @@ def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
     """(check layer, tokens kept after it) for a ``Need.DEVIATION`` piece; the last is the budget."""
     n, ratio = b.tokens.count, b.plan.ratio
     kept = [budget_of(n, min(1.0, ratio * m)) for m in config.multipliers()]
-    kept[-1] = b.tokens.budget
+    kept[-1] = b.recomputed()
     return list(zip(config.check_layers, kept, strict=True))
 
 
@@ -237,6 +241,7 @@ class _PiecePass:
     def keep(self, chosen: torch.Tensor) -> None:
         """From now on only ``chosen`` (ascending indices into ``reused``) and ``must`` run."""
         self.alive = chosen
+        self.blend.chosen = chosen.numel()
         self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
 
     def local_rows(self) -> torch.Tensor:
@@ -327,8 +332,17 @@ def _question_pass(
         layers.stop()
     masses = ranks.sum(torch.cat([q.mass for q in scratch]))
     for s, mass in zip(asking, masses.split([q.mass.numel() for q in scratch]), strict=True):
-        s.keep(ranks.agree(s.blend.policy.select(s.blend.tokens, mass, config)))
+        s.keep(_agree(ranks, s.blend.tokens, s.blend.policy.select(s.blend.tokens, mass, config)))
         s.copy_from = depth
+
+
+def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Tensor:
+    """Rank 0's choice among ``tokens`` on every rank, also where ranks chose differently many."""
+    if not tokens.coverage:
+        return ranks.agree(chosen)
+    picked = torch.zeros(tokens.count, dtype=torch.uint8, device=chosen.device)
+    picked[chosen] = 1
+    return torch.nonzero(ranks.agree(picked)).flatten()
 
 
 def _main_pass(
@@ -348,8 +362,12 @@ def _main_pass(
             layers.run(done, layer + 1, attention)
             done = layer + 1
             before = torch.cat([s.batch_rows() for s in passes])
+            last = layer == config.check_layers[-1]
             for s in checking:
-                _check(s, layer, filters[id(s)][step][1], pool, ranks, config)
+                kept = filters[id(s)][step][1]
+                tokens = s.blend.tokens
+                tokens = replace(tokens, budget=kept, coverage=tokens.coverage if last else 0.0)
+                _check(s, layer, tokens, pool, ranks, config)
                 s.copy_from = done
             after = torch.cat([s.batch_rows() for s in passes])
             counts = [s.count for s in passes]
@@ -362,9 +380,15 @@ def _main_pass(
 
 
 def _check(
-    s: _PiecePass, layer: int, kept: int, pool: PoolView, ranks: Ranks, config: BlendConfig
+    s: _PiecePass,
+    layer: int,
+    tokens: ReusedTokens,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
 ) -> None:
-    """Keep the tokens whose fresh V at ``layer`` is farthest from the cached V."""
+    """Keep the tokens whose fresh V at ``layer`` is farthest from the cached V; ``tokens`` says
+    how many."""
     b = s.blend
     alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
     fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]
@@ -374,8 +398,7 @@ def _check(
         apart = pool.v(layer)[fresh].float() - s.cached_v(pool, layer)[alive].float()
         score = apart.square().sum(dim=(1, 2))
     score = ranks.sum(score)
-    chosen = b.policy.select(replace(b.tokens, budget=kept), score, config)
-    s.keep(alive[ranks.agree(chosen)])
+    s.keep(alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))])
 
 
 def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:

@@ -386,6 +386,33 @@ def test_top_rows_breaks_ties_by_position(scores, k):
     assert got.dtype == torch.int64 and got.tolist() == sorted(best)
 
 
+@given(
+    scores=st.lists(st.integers(0, 4), max_size=40),
+    share=st.sampled_from((0.0, 0.1, 0.5, 0.9, 1.0)),
+    bounds=st.tuples(st.integers(0, 50), st.integers(0, 50)).map(sorted),
+)
+def test_covering_rows_are_the_fewest(scores, share, bounds):
+    least, most = bounds
+    got = ops.covering_rows(torch.tensor(scores, dtype=torch.float32), share, least, most)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    enough = [k for k in range(len(order) + 1) if _covers(scores, order[:k], share)]
+    count = min(max(enough[0], least), most, len(order))
+    assert got.dtype == torch.int64 and got.tolist() == sorted(order[:count])
+
+
+def _covers(scores, picked, share):
+    """Whether ``picked`` rows hold ``share`` of all; a share of something takes a row at least."""
+    if not sum(scores):
+        return True
+    return bool(picked) and sum(scores[i] for i in picked) >= share * sum(scores)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_score_is_recomputed_up_to_the_ceiling(broken):
+    scores = torch.tensor([0.0, broken, 1.0, 0.0, 0.5])
+    assert ops.covering_rows(scores, 0.5, 1, 3).tolist() == [1, 2, 4]
+
+
 # Bad arguments and machines ------------------------------------------------------------------
 
 
@@ -485,6 +512,14 @@ def test_others_refuse():
         ops.top_rows(cache, 1)
     with pytest.raises(KernelError):
         ops.top_rows(cache[:, 0, 0], -1)
+    for scores, share, least, most in (
+        (cache, 0.5, 0, 1),
+        (cache[:, 0, 0], 1.5, 0, 1),
+        (cache[:, 0, 0], 0.5, -1, 1),
+        (cache[:, 0, 0], 0.5, 2, 1),
+    ):
+        with pytest.raises(KernelError):
+            ops.covering_rows(scores, share, least, most)
     with pytest.raises(KernelError):
         ops.Rope(torch.randn(10, 8), 6, True)
     with pytest.raises(KernelError, match="no rotary module"):

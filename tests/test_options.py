@@ -19,17 +19,22 @@ def test_all_options_are_read():
     said = {
         "blend": True,
         "blend_ratio": 0.2,
+        "blend_coverage": 0.9,
         "blend_policy": "hkvd",
         "blend_boundaries": [0, 4, 10],
         "someone_elses": {"a": 1},
     }
-    assert parse_options(said, 10) == RequestOptions(True, 0.2, "hkvd", (0, 4, 10))
+    assert parse_options(said, 10) == RequestOptions(True, 0.2, "hkvd", (0, 4, 10), 0.9)
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 0.0, 1.0])
 def test_ratio_may_be_a_whole_number_at_either_end(ratio):
     got = parse_options({"blend_ratio": ratio}, None).ratio
     assert got == ratio and isinstance(got, float)
+
+
+def test_a_policy_without_a_score_may_be_told_that_coverage_is_off():
+    assert parse_options({"blend_coverage": 0, "blend_policy": "random"}, None).coverage == 0.0
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,12 @@ def test_ratio_may_be_a_whole_number_at_either_end(ratio):
         ({"blend_ratio": True}, r"custom_params\.blend_ratio is True"),
         ({"blend_ratio": "0.2"}, r"custom_params\.blend_ratio is '0\.2'"),
         ({"blend_ratio": float("nan")}, r"custom_params\.blend_ratio is nan"),
+        ({"blend_coverage": 1.5}, r"custom_params\.blend_coverage is 1\.5: expected a number"),
+        ({"blend_coverage": False}, r"custom_params\.blend_coverage is False"),
+        (
+            {"blend_coverage": 0.5, "blend_policy": "leading"},
+            r"blend_coverage is 0\.5: policy 'leading' has no score to cover",
+        ),
         ({"blend_policy": "hkvdd"}, r"blend_policy: unknown policy 'hkvdd'; did you mean 'hkvd'"),
         ({"blend_policy": 3}, r"blend_policy: unknown policy '3'"),
         ({"blend_polcy": "hkvd"}, r"unknown key 'blend_polcy'; did you mean 'blend_policy'"),

@@ -175,9 +175,13 @@ def attach(server_args: Any, config: BlendConfig) -> None:
     from sgl_blend.engine import seams
     from sgl_blend.engine.options import validate_request
     from sgl_blend.engine.report import show_report, take_report
-    from sgl_blend.selection import POLICIES
+    from sgl_blend.selection import POLICIES, Need
 
-    POLICIES.get(config.policy)
+    if POLICIES.get(config.policy).need is Need.NOTHING and config.coverage:
+        raise ConfigError(
+            f"blend option coverage is {config.coverage}: policy {config.policy!r} has no score "
+            "to cover; leave coverage at 0"
+        )
     seams.verify()
     setattr(server_args, CONFIG_ATTR, config)
     hook_resolution()

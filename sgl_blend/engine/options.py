@@ -1,7 +1,7 @@
 """What a request may say about blending, in ``sampling_params.custom_params``.
 
-``blend`` (bool), ``blend_ratio`` (number, 0 to 1), ``blend_policy`` (a policy's name),
-``blend_boundaries`` (flat ascending list of token offsets into the prompt).
+``blend`` (bool), ``blend_ratio`` and ``blend_coverage`` (numbers, 0 to 1), ``blend_policy`` (a
+policy's name), ``blend_boundaries`` (flat ascending list of token offsets into the prompt).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from sgl_blend.errors import RequestError, unknown_name
 
-KEYS = ("blend", "blend_ratio", "blend_policy", "blend_boundaries")
+KEYS = ("blend", "blend_ratio", "blend_coverage", "blend_policy", "blend_boundaries")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class RequestOptions:
     ratio: float | None = None
     policy: str | None = None
     boundaries: tuple[int, ...] | None = None
+    coverage: float | None = None
 
 
 def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptions:
@@ -43,25 +44,34 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
     if not isinstance(enabled, bool):
         raise RequestError(f"custom_params.blend is {enabled!r}: expected true or false")
 
-    ratio = custom_params.get("blend_ratio")
-    if ratio is not None:
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-            raise RequestError(
-                f"custom_params.blend_ratio is {ratio!r}: expected a number from 0 to 1"
-            )
-        ratio = float(ratio)
+    ratio = _share(custom_params, "blend_ratio")
+    coverage = _share(custom_params, "blend_coverage")
 
     policy = custom_params.get("blend_policy")
     if policy is not None:
-        from sgl_blend.selection import POLICIES
+        from sgl_blend.selection import POLICIES, Need
 
         if not isinstance(policy, str) or policy not in POLICIES:
             raise RequestError(
                 "custom_params.blend_policy: "
                 + unknown_name("policy", str(policy), POLICIES.names())
             )
+        if coverage and POLICIES.get(policy).need is Need.NOTHING:
+            raise RequestError(
+                f"custom_params.blend_coverage is {coverage}: policy {policy!r} has no score to cover"
+            )
 
-    return RequestOptions(enabled, ratio, policy, _boundaries(custom_params, prompt_tokens))
+    boundaries = _boundaries(custom_params, prompt_tokens)
+    return RequestOptions(enabled, ratio, policy, boundaries, coverage)
+
+
+def _share(custom_params: dict, key: str) -> float | None:
+    value = custom_params.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RequestError(f"custom_params.{key} is {value!r}: expected a number from 0 to 1")
+    return float(value)
 
 
 def _boundaries(custom_params: dict, prompt_tokens: int | None) -> tuple[int, ...] | None:

@@ -226,12 +226,15 @@ class Planner:
         ratio = self._ratio(state, spans)
         # Where all that is reused is exact, nothing is left to choose.
         policy = state.policy if scored else POLICIES.get("none")
+        budget = policy.budget(len(positions), ratio)
         reused = ReusedTokens(
             torch.from_numpy(positions),
             torch.from_numpy(ranges([(0, s.length) for s in scored])),
             torch.from_numpy(np.repeat([s.length for s in scored], [s.length for s in scored])),
-            policy.budget(len(positions), ratio),
+            budget,
             seed=_seed(tokens, state.prompt_tokens),
+            coverage=state.coverage,
+            floor=min(budget, policy.budget(len(positions), cfg.min_ratio)),
         )
         pooled = [s for s in scored if s.slots is not None]
         no_slots = torch.zeros(0, dtype=torch.int64, device=device)

@@ -28,6 +28,7 @@ def attach(req: Any, state: Any) -> None:
         "sources": dict(c.sources),
         "policy": state.policy.name if c.reused + c.recomputed else None,
         "ratio": state.used_ratio if c.reused + c.recomputed else None,
+        "coverage": (state.coverage or None) if c.reused + c.recomputed else None,
         "cost": round(c.token_layers / c.full_token_layers, 4) if c.full_token_layers else 0.0,
         "fallback": state.fallback,
     }

@@ -48,6 +48,8 @@ class RequestState:
     ratio: float
     #: every reused token will be recomputed: nothing approximate comes of it
     exact: bool
+    #: share of the summed score to cover (0: a fixed number of tokens)
+    coverage: float = 0.0
     fallback: str | None = None
     next_begin: int | None = None
     generation: int = 0
@@ -95,8 +97,12 @@ def state_of(req: Any, config: BlendConfig) -> RequestState:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
         policy = POLICIES.get(options.policy or config.policy)
         ratio = config.recompute_ratio if options.ratio is None else options.ratio
-        exact = _recomputes_all(policy, ratio, config)
-        state = req._blend_state = RequestState(options, policy, ratio, exact, fallback)
+        coverage = config.coverage if options.coverage is None else options.coverage
+        if policy.need is Need.NOTHING:
+            coverage = 0.0  # there is no score to cover
+        exact = _recomputes_all(policy, min(ratio, config.min_ratio) if coverage else ratio, config)
+        state = RequestState(options, policy, ratio, exact, coverage, fallback)
+        req._blend_state = state
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
     return state
@@ -115,7 +121,7 @@ def namespace_of(req: Any, upto: int, config: BlendConfig) -> str | None:
     """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
     the request must never see approximate KV.
 
-    A digest over tenant, policy, ratio and tokens: KV repaired for another question, by another
+    A digest over tenant, policy, ratio, coverage and tokens: KV repaired for another question, by another
     policy or for another tenant has another name.
     """
     state = state_of(req, config)
@@ -123,7 +129,8 @@ def namespace_of(req: Any, upto: int, config: BlendConfig) -> str | None:
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
     h = hashlib.blake2b(digest_size=16)
-    head = (req.extra_key, req.cache_salt, state.policy.name, round(state.ratio, 9), upto)
+    budget = (round(state.ratio, 9), round(state.coverage, 9))
+    head = (req.extra_key, req.cache_salt, state.policy.name, *budget, upto)
     h.update(repr(head).encode())
     h.update(tokens.tobytes())
     return h.hexdigest()

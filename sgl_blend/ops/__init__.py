@@ -26,13 +26,14 @@ from sgl_blend.ops.attention import (
 )
 from sgl_blend.ops.deviation import k_deviation, v_deviation
 from sgl_blend.ops.rotation import Rope, Rotation, rotate_copy, rotate_from
-from sgl_blend.ops.rows import top_rows
+from sgl_blend.ops.rows import covering_rows, top_rows
 
 __all__ = [
     "AttentionWithMass",
     "Rope",
     "Rotation",
     "attention_mass",
+    "covering_rows",
     "k_deviation",
     "rotate_copy",
     "rotate_from",

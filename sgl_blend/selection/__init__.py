@@ -5,7 +5,7 @@ a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 """
 
 from sgl_blend.registry import Registry
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
 from sgl_blend.selection.query import Query
@@ -14,4 +14,4 @@ POLICIES: Registry[Policy] = Registry("blend policy")
 for _policy in (Query(), Hkvd(), Leading(), Random(), All(), None_()):
     POLICIES.register(_policy.name, _policy)
 
-__all__ = ["POLICIES", "Need", "Policy", "ReusedTokens", "budget_of"]
+__all__ = ["POLICIES", "Need", "Policy", "ReusedTokens", "budget_of", "highest"]

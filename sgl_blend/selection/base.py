@@ -30,7 +30,9 @@ class ReusedTokens:
 
     positions: int64 [n], ascending prompt positions. offsets: int64 [n], each token's offset
     within its span. span_lengths: int64 [n], the length of each token's span. All on CPU.
-    budget: how many of the ``n`` tokens to recompute. seed: the same for the same prompt.
+    budget: how many of the ``n`` tokens to recompute. coverage: when not 0, recompute as few as
+    cover this share of the summed score, at least ``floor`` and at most ``budget`` tokens.
+    seed: the same for the same prompt.
     """
 
     positions: torch.Tensor
@@ -38,6 +40,8 @@ class ReusedTokens:
     span_lengths: torch.Tensor
     budget: int
     seed: int
+    coverage: float = 0.0
+    floor: int = 0
 
     @property
     def count(self) -> int:
@@ -65,9 +69,19 @@ class Policy(ABC):
         ``score`` is fp32 [n], summed over tensor-parallel ranks; ``None`` for ``Need.NOTHING``.
         With several check layers, ``score`` and the indices are of the survivors of the layer
         before, while ``reused`` still describes all (its budget is this layer's). Ties go to the
-        lower position. The number of indices must not depend on the score's
-        values: counts are reported, and labels set, without waiting for the device.
+        lower position. Without ``reused.coverage`` the number of indices must not depend on the
+        score's values: rows are counted without waiting for the device. :func:`highest` keeps all
+        of this.
         """
+
+
+def highest(reused: ReusedTokens, score: torch.Tensor) -> torch.Tensor:
+    """The tokens of the highest ``score``: as many as the budget, or as the coverage, asks for."""
+    from sgl_blend.ops import covering_rows, top_rows
+
+    if reused.coverage:
+        return covering_rows(score, reused.coverage, reused.floor, reused.budget)
+    return top_rows(score, reused.budget)
 
 
 def budget_of(count: int, ratio: float) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.ops import top_rows
-from sgl_blend.selection.base import Need, Policy, ReusedTokens
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +17,12 @@ class Hkvd(Policy):
 
     Score: ``|V_fresh - V_cached|^2`` summed over heads and dimensions. With several check
     layers the choice narrows gradually (section 4.3, gradual filtering): the engine calls
-    ``select`` once per check layer, each time with the survivors and a smaller budget.
+    ``select`` once per check layer, each time with the survivors and a smaller budget. Coverage
+    is asked for at the last one, over the survivors' scores; the others narrow to fixed counts.
     """
 
     name = "hkvd"
     need = Need.DEVIATION
 
     def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
-        return top_rows(score, reused.budget)
+        return highest(reused, score)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.ops import top_rows
-from sgl_blend.selection.base import Need, Policy, ReusedTokens
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest
 
 if TYPE_CHECKING:
     import torch
@@ -25,4 +24,4 @@ class Query(Policy):
     need = Need.QUERY
 
     def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
-        return top_rows(score, reused.budget)
+        return highest(reused, score)

@@ -45,6 +45,10 @@ def _cases() -> list:
     table += [(a, {"page_size": 16}, EXACT + ("layer0_right",)) for a in ARCHITECTURES]
     for arch in ("llama", "llama-yarn", "qwen3"):
         table += [(arch, {"dtype": "bfloat16", "fp32_rope": True}, ("bf16_keys",))]
+    hkvd = ("hkvd_as_published", "hkvd_as_published_bites")
+    for arch in ("llama", "qwen3"):
+        table += [(arch, {"options": {"check_layers": c}}, hkvd) for c in ((1,), (2,), (1, 2))]
+    table += [(arch, {"page_size": 1}, ("covering",)) for arch in ("llama", "qwen3")]
     table += [("llama", {"dtype": "bfloat16"}, ("bf16_keys_of_the_cpu",))]
     table += [(a, {"options": {"check_layers": (1, 2)}}, ("two_check_layers",)) for a in ("qwen3",)]
     # Chunked or behind a prefix, Gemma's rows run through SGLang's attention, which lacks the cap.

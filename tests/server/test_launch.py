@@ -71,6 +71,9 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
         ["--config", "<server-bad.yaml>"], {}, "", ["unknown blend policy 'hkvdd'"]),
     "out of range": (
         [*ON, "--blend-recompute-ratio", "1.5"], {}, "", ["recompute_ratio is 1.5", "0..1"]),
+    "coverage of a policy that has no score": (
+        [*ON, "--blend-policy", "leading", "--blend-coverage", "0.9"], {}, "",
+        ["coverage is 0.9", "'leading' has no score"]),
     "no number": (
         [*ON, "--blend-recompute-ratio", "lots"], {}, "", ["--blend-recompute-ratio", "'lots'"]),
     "check layer beyond the model": (

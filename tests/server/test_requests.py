@@ -77,6 +77,38 @@ def test_ratio_and_policy_of_the_request_are_used(blend):
     assert none.blend["recomputed"] == 0 < none.blend["reused"]
 
 
+def test_coverage_of_the_request_is_used_and_what_it_took_is_told(blend):
+    d = Docs(4)
+    d.warm(blend)
+    p = d.prompt([2, 4, 1])
+    took = {"query": [], "hkvd": []}
+    for policy, seen in took.items():
+        for coverage in (0.2, 0.5, 0.999):
+            custom = {"blend_policy": policy, "blend_ratio": 0.8, "blend_coverage": coverage}
+            a = ask(blend, p, custom=custom)
+            check_report(a)
+            assert a.blend["coverage"] == coverage and a.blend["ratio"] == 0.8
+            share = a.blend["recomputed"] / (a.blend["reused"] + a.blend["recomputed"])
+            assert 0.02 <= share <= 0.81
+            seen.append((share, a.blend["cost"]))
+        assert seen == sorted(set(seen)), f"{policy}: {seen}"
+    plain = ask(blend, p, custom={"blend_ratio": 0.8, "blend_coverage": 0})
+    assert plain.blend["coverage"] is None
+    fixed = ask(blend, p, custom={"blend_policy": "leading", "blend_ratio": 0.8})
+    assert fixed.blend["coverage"] is None
+
+
+def test_coverage_with_several_answers_to_one_prompt(blend):
+    d = Docs(14)
+    d.warm(blend)
+    custom = {"blend_ratio": 0.8, "blend_coverage": 0.5}
+    bodies = blend.generate(**body_of(d.prompt([3, 0, 2]), custom=custom, s_n=3))
+    answers = [answer_of(b) for b in bodies]
+    for a in answers:
+        check_report(a)
+    assert len({a.tokens for a in answers}) == 1
+
+
 def test_stated_boundaries_find_documents_that_content_cuts_miss(blend):
     d = Docs(5, count=4, size=(20, 24))
     for doc in d.docs:
@@ -197,6 +229,7 @@ def test_policy_all_equals_plain(blend, plain):
         ({"blend": "yes"}, "custom_params.blend is 'yes'"),
         ({"blend_ratio": 2}, "custom_params.blend_ratio is 2"),
         ({"blend_ratio": "0.1"}, "custom_params.blend_ratio is '0.1'"),
+        ({"blend_coverage": 2}, "custom_params.blend_coverage is 2"),
         ({"blend_policy": "qery"}, "did you mean 'query'"),
         ({"blend_boundries": [1]}, "did you mean 'blend_boundaries'"),
         ({"blend_boundaries": [5, 3]}, "blend_boundaries[1] is 3 after 5"),

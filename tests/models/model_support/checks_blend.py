@@ -37,6 +37,9 @@ def _blended(ask: Ask, ours: Outcome) -> int:
     assert r["reused"] + r["recomputed"] == n >= 64, f"not blended as asked: {r}"
     if ask.policy == "none":
         assert r["recomputed"] == 0, r
+    elif ask.coverage:
+        assert r["coverage"] == ask.coverage
+        assert 1 <= r["recomputed"] <= n * ask.ratio + len(ours.pieces), r
     elif not ask.chunks:
         assert r["recomputed"] == budget(n, ask.ratio), r
     return n
@@ -117,6 +120,53 @@ def _against_reference(
     assert logits <= LOGITS, f"{ask.policy}: logits are {logits:.2e} of their scale apart"
     assert kv <= KV, f"{ask.policy}: KV per layer is {kv_apart(ours, theirs)} apart"
     return {"logits": logits, "kv": kv}
+
+
+@check
+def covering(world: World) -> dict[str, Any]:
+    """With coverage: as few tokens as cover the share, down to the floor, up to the ceiling, alone,
+    in pieces and in one batch; the report tells what was recomputed, not what might have been."""
+    shares: dict[str, list[int]] = {}
+    out: dict[str, float] = {}
+    for policy in ("query", "hkvd"):
+        for coverage in (0.01, 0.3, 0.6, 0.999):
+            ask = _ask(world, 0, policy, 0.9, coverage=coverage)
+            got = _against_reference(world, ask)
+            out |= {k: max(v, out.get(k, 0.0)) for k, v in got.items()}
+            world.stock()
+            with watch() as chosen:
+                [ours] = world.engine.run(ask)
+            n = ours.pieces[0].blend.tokens.count
+            picked = chosen.of(ours.pieces[0])[-1].numel()
+            assert ours.report["recomputed"] == picked
+            assert ours.report["reused"] == n - picked
+            shares.setdefault(policy, []).append(picked)
+            # Layers up to the check run whole; the question's pass is query's own.
+            rows = len(ask.tokens) - ours.prefix
+            blend, depth = ours.pieces[0].blend, world.engine.layers
+            if policy == "hkvd":
+                top = world.engine.config.check_layers[-1] + 1
+                layers = rows * top + (rows - n + picked) * (depth - top)
+            else:
+                asked = blend.question_ids.numel()
+                layers = (rows - n + picked) * depth + asked * (depth - 1)
+            assert ours.report["cost"] == round(layers / (rows * depth), 4)
+        floor = budget(n, world.engine.config.min_ratio)
+        assert shares[policy][0] == floor and shares[policy][-1] == budget(n, 0.9), shares
+        assert shares[policy] == sorted(set(shares[policy])), f"no choice in between: {shares}"
+        _against_reference(world, _ask(world, 0, policy, 0.9, coverage=0.5, chunks=(83, 1, 120)))
+
+    asks = [_ask(world, i, p, 0.5, coverage=0.4) for i in range(3) for p in ("query", "hkvd")]
+    alone = []
+    for ask in asks:
+        world.stock()
+        alone += world.engine.run(ask)
+    world.stock()
+    for ask, one, ours in zip(asks, alone, world.engine.run(*asks), strict=True):
+        assert ours.report == one.report, f"{ask.policy}: in company {ours.report}"
+        assert apart(ours.logits, one.logits) <= LOGITS
+    world.engine.check()
+    return out | {k: str(v) for k, v in shares.items()}
 
 
 def _same_choice(ours: Outcome, theirs: list[torch.Tensor], chosen: Chosen) -> None:

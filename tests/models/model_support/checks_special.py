@@ -133,6 +133,7 @@ def two_check_layers(world: World) -> dict[str, Any]:
         _against_reference(world, _ask(world, order, "hkvd", ratio, chunks=chunks))
         for order, ratio, chunks in ((0, 0.1, ()), (1, 0.3, ()), (2, 0.9, ()), (0, 0.2, (150, 91)))
     ]
+    parts.append(_against_reference(world, _ask(world, 1, "hkvd", 0.5, coverage=0.4)))
     return {k: max(p[k] for p in parts) for k in parts[0]}
 
 
@@ -169,6 +170,8 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
     asks = [_ask(world, order, p) for order in (0, 1) for p in ("all", *POLICIES)]
     asks.append(_ask(world, 0, "hkvd", chunks=(83, 120)))
     asks.append(_ask(world, 0, "query", chunks=(83, 120)))
+    asks += [_ask(world, 1, p, coverage=0.2) for p in ("query", "hkvd")]
+    asks.append(_ask(world, 0, "query", coverage=0.3, chunks=(83, 120)))
     for ask in asks:
         world.stock()
         with watch() as chosen:

@@ -44,6 +44,7 @@ class Ask:
     chunks: Sequence[int] = ()
     new_tokens: int = 1
     extra_key: str | None = None
+    coverage: float | None = None
 
 
 @dataclass
@@ -151,6 +152,8 @@ class Engine:
             custom["blend_policy"] = ask.policy
         if ask.ratio is not None:
             custom["blend_ratio"] = ask.ratio
+        if ask.coverage is not None:
+            custom["blend_coverage"] = ask.coverage
         if ask.boundaries is not None:
             custom["blend_boundaries"] = ask.boundaries
         params = SamplingParams(

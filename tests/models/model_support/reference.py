@@ -29,7 +29,8 @@ class RefPiece:
     """Rows [begin, end). reused: ascending positions; raw, v: their source KV per layer.
 
     fixed: positions that are recomputed, for policies without a score. budgets: tokens kept after
-    each check layer (hkvd), or the one budget (query). question: positions (query).
+    each check layer (hkvd), or the one budget (query). cover: (share of the score, least tokens),
+    for the last of them. question: positions (query).
     """
 
     begin: int
@@ -41,6 +42,7 @@ class RefPiece:
     fixed: torch.Tensor | None = None
     budgets: Sequence[int] = ()
     question: torch.Tensor | None = None
+    cover: tuple[float, int] | None = None
 
 
 class Blended(NamedTuple):
@@ -210,7 +212,8 @@ class Reference:
             if p.policy == "hkvd" and layer in check_layers and p.reused.numel():
                 among = torch.isin(p.reused, picked)
                 off = (full_v[picked] - p.v[layer][among]).square().flatten(1).sum(1)
-                picked = picked[off.topk(min(next(budgets), picked.numel())).indices].sort().values
+                cover = p.cover if layer == check_layers[-1] else None
+                picked = highest(picked, off, next(budgets), cover)
                 kept = torch.isin(rows, torch.cat([must, picked]))
                 rows, x = rows[kept], x[kept]
         return x, picked
@@ -243,4 +246,20 @@ class Reference:
             by_key = (probs.sum(dim=0) * weights[:, None]).sum(dim=0)
             mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
-        return p.reused[mass.topk(min(p.budgets[0], mass.numel())).indices].sort().values
+        return highest(p.reused, mass, p.budgets[0], p.cover)
+
+
+def highest(
+    tokens: torch.Tensor, score: torch.Tensor, most: int, cover: tuple[float, int] | None
+) -> torch.Tensor:
+    """The tokens of the highest score, ascending: ``most``, or as few as cover a share of it."""
+    count = min(most, tokens.numel())
+    if cover is not None:
+        share, least = cover
+        got, total = 0.0, float(score.double().sum())
+        for taken, one in enumerate(score.double().sort(descending=True).values.tolist(), 1):
+            got += one
+            if got >= share * total:
+                count = max(least, min(count, taken))
+                break
+    return tokens[score.topk(count).indices].sort().values

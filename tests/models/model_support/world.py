@@ -136,6 +136,7 @@ class World:
             fixed,
             [budget(n, min(1.0, plan.ratio * m)) for m in multipliers],
             torch.arange(plan.suffix_start, len(ask.tokens)),
+            (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None,
         )
 
     def _source(self, tokens: list[int], span: Any) -> Kv:
@@ -203,7 +204,13 @@ def run_checks(
 ) -> dict[str, dict[str, Any]]:
     """In a child: build the engine for ``arch`` and run the checks. Per check: figures, or the
     error's traceback."""
-    from model_support import checks_blend, checks_exact, checks_random, checks_special  # noqa: F401
+    from model_support import (  # noqa: F401
+        checks_blend,
+        checks_exact,
+        checks_hkvd,
+        checks_random,
+        checks_special,
+    )
 
     model = model_for(Path(models), arch)
     world = World(Engine(model, **engine_options), model)
