@@ -16,15 +16,16 @@ from typing import Any
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.state import state_of
+from sgl_blend.gate.state import GateState
 
 
-def uncut(config: BlendConfig):
+def uncut(config: BlendConfig, gate: GateState):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
         room = adder.rem_chunk_tokens
-        if room is not None and adder.can_run_list and state_of(req, config).wants_blend:
+        if room is not None and adder.can_run_list and state_of(req, config, gate).wants_blend:
             rows = len(req.full_untruncated_fill_ids) - req.prefix_len
             if adder.ceil_paged_tokens(rows) > room:
                 return AddReqResult.OTHER

@@ -18,12 +18,15 @@ from sgl_blend.engine import admission, report, seams
 from sgl_blend.engine.checks import check_depth, check_model
 from sgl_blend.engine.fingerprint import model_fingerprint
 from sgl_blend.engine.flags import CONFIG_ATTR
+from sgl_blend.engine.gate import LaunchGate
+from sgl_blend.engine.gate_model import SglangModel
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.planner import ATTR, Planner, PlannerContext
 from sgl_blend.engine.pool import ModelPool
 from sgl_blend.engine.separators import strong_tokens
 from sgl_blend.engine.state import namespace_of, state_of
 from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.gate.state import GateState
 from sgl_blend.ops.build import cpu_module
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ def build_tree(ctx: Any) -> Any:
     num_layers = ctx.model_config.num_hidden_layers
     check_depth(config, num_layers)
     pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
+    gate = GateState(config.recompute_ratio)
     strong = strong_tokens(ctx.server_args, config)
     tree = BlendRadixCache(
         ctx.params,
@@ -84,25 +88,30 @@ def build_tree(ctx: Any) -> Any:
             max_suffix=config.max_suffix_tokens,
         ),
         strong=strong,
-        namespace_of=lambda req, upto: namespace_of(req, upto, config),
+        namespace_of=lambda req, upto: namespace_of(req, upto, config, gate),
         fingerprint=model_fingerprint(model_runner, ctx.model_config),
-        boundaries_of=lambda req: state_of(req, config).options.boundaries,
+        boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
     )
     ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
+    metrics = Metrics(_metric_labels(ctx))
     planner = Planner(
         PlannerContext(
             tree=tree,
             config=config,
             num_layers=num_layers,
             max_positions=pool.max_positions,
-            metrics=Metrics(_metric_labels(ctx)),
+            metrics=metrics,
+            gate=gate,
         )
     )
     # Kernels are built at launch, not in the first blended request.
     cpu_module(pool.k(0).device)
-    _install(model, planner, pool, ranks, num_layers, config)
+    _install(model, planner, pool, ranks, num_layers, config, gate)
     if ctx.tp_rank == 0:
         logger.info("sgl-blend is on: %s", config.describe())
+    probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
+    metrics.gate_state(gate)
+    LaunchGate(probes, config, gate, metrics, ctx.tp_rank == 0).run()
     return tree
 
 
@@ -116,7 +125,13 @@ def _metric_labels(ctx: Any) -> dict[str, str] | None:
 
 
 def _install(
-    model: Any, planner: Planner, pool: ModelPool, ranks: Any, num_layers: int, config: BlendConfig
+    model: Any,
+    planner: Planner,
+    pool: ModelPool,
+    ranks: Any,
+    num_layers: int,
+    config: BlendConfig,
+    gate: GateState,
 ) -> None:
     from sgl_blend.engine.slices import ModelSlices
 
@@ -145,7 +160,7 @@ def _install(
 
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
-    seams.install(seams.PREFILL_ADD_ONE, admission.uncut(config), "around")
+    seams.install(seams.PREFILL_ADD_ONE, admission.uncut(config, gate), "around")
     seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
     seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
     if config.report:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sgl_blend.gate.state import GateState
 
 
 class Metrics:
@@ -16,9 +20,12 @@ class Metrics:
         self.fallbacks: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._labels = labels
-        self._fallback_total = self._token_total = None
+        self.gate_failures: Counter[str] = Counter()
+        self._fallback_total = self._token_total = self._gate_failures = None
+        self._gate_on = self._gate_ratio = None
         if labels is not None:
             from prometheus_client import Counter as PromCounter
+            from prometheus_client import Gauge
 
             names = list(labels)
             self._fallback_total = PromCounter(
@@ -30,6 +37,21 @@ class Metrics:
                 "sgl_blend:prompt_tokens_total",
                 "Prompt tokens prefilled, by how: reused, recomputed, computed.",
                 [*names, "kind"],
+            )
+            self._gate_failures = PromCounter(
+                "sgl_blend:gate_failures_total",
+                "Checks of the correctness gate that failed, by check.",
+                [*names, "check"],
+            )
+
+            def gauge(name: str, text: str) -> Gauge:
+                return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**labels)
+
+            self._gate_on = gauge(
+                "sgl_blend:gate_state", "1: blending is on; 0: the correctness gate turned it off."
+            )
+            self._gate_ratio = gauge(
+                "sgl_blend:gate_ratio", "Recompute ratio of requests that state none."
             )
 
     def fallback(self, reason: str) -> None:
@@ -43,3 +65,14 @@ class Metrics:
                 self.tokens[kind] += n
                 if self._token_total is not None:
                     self._token_total.labels(**self._labels, kind=kind).inc(n)
+
+    def gate_failure(self, check: str) -> None:
+        self.gate_failures[check] += 1
+        if self._gate_failures is not None:
+            self._gate_failures.labels(**self._labels, check=check).inc()
+
+    def gate_state(self, gate: GateState) -> None:
+        """Call whenever ``gate`` has changed."""
+        if self._gate_on is not None:
+            self._gate_on.set(int(gate.on))
+            self._gate_ratio.set(gate.ratio)

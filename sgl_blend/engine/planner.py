@@ -18,6 +18,7 @@ import torch
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.report import attach
 from sgl_blend.engine.state import RequestState, namespace_of, state_of, unservable
+from sgl_blend.gate.state import TURNED_OFF, GateState
 from sgl_blend.plan import BLENDED, EXACT, MAX_GENERATION, BlendPlan, BlendRecord, ReuseSpan
 from sgl_blend.prefill import Piece, PieceBlend, token_layers
 from sgl_blend.selection import Need, ReusedTokens
@@ -36,6 +37,7 @@ class PlannerContext:
     num_layers: int
     max_positions: int
     metrics: Any
+    gate: GateState
 
 
 class Planner:
@@ -74,7 +76,7 @@ class Planner:
     def _plan(
         self, req: Any, begin: int, rows: int, fb: Any, full_capture: bool
     ) -> PieceBlend | None:
-        state = state_of(req, self.c.config)
+        state = state_of(req, self.c.config, self.c.gate)
         tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
         end = begin + rows
         stale = state.record is not None and getattr(req, "_blend", None) is not state.record
@@ -120,8 +122,14 @@ class Planner:
     ) -> list[ReuseSpan]:
         """What of [begin, end) is reused; empty when the request falls back."""
         if state.fallback is not None:
+            if not state.decided and not state.counts_closed:
+                self.c.metrics.fallback(state.fallback)
             return []
+        if state.probe is not None and state.probe.spans is not None:
+            return state.probe.spans
         reason = unservable(req)
+        if reason is None and not self.c.gate.on and state.probe is None:
+            reason = TURNED_OFF
         if reason is None and full_capture:
             reason = "hidden states captured"
         if (
@@ -149,7 +157,7 @@ class Planner:
             end=reach,
             boundaries=state.options.boundaries,
         )
-        if not state.decided:
+        if not state.decided and state.probe is None:
             found = sum(s.length for s in spans)
             if found < self.c.config.min_reused_tokens:
                 if found:
@@ -241,14 +249,14 @@ class Planner:
         record.tail_label = state.generation
 
     def _record(self, req: Any, state: RequestState) -> BlendRecord:
-        name = namespace_of(req, len(req.origin_input_ids), self.c.config)
+        name = namespace_of(req, len(req.origin_input_ids), self.c.config, self.c.gate)
         record = BlendRecord(namespace=name or "")
         state.record = req._blend = record
         return record
 
     def _count(self, req: Any, piece: Piece) -> None:
-        state = state_of(req, self.c.config)
-        if state.counts_closed:
+        state = state_of(req, self.c.config, self.c.gate)
+        if state.counts_closed or state.probe is not None:
             return
         c, b = state.counts, piece.blend
         n = 0 if b is None else b.tokens.count

@@ -12,7 +12,8 @@ import numpy as np
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.options import RequestOptions, parse_options
 from sgl_blend.errors import RequestError
-from sgl_blend.plan import BlendRecord
+from sgl_blend.gate.state import GateState
+from sgl_blend.plan import BlendRecord, ReuseSpan
 from sgl_blend.selection import POLICIES, Need, Policy
 
 
@@ -31,6 +32,14 @@ class Counts:
 
 
 @dataclass
+class Probe:
+    """Marks a request of the gate's own: blended whatever the gate's state and the thresholds
+    are, and not counted. spans: reuse these and look nothing up."""
+
+    spans: list[ReuseSpan] | None = None
+
+
+@dataclass
 class RequestState:
     """Lives on SGLang's ``Req`` as ``_blend_state``; ``record`` also as ``_blend``."""
 
@@ -39,6 +48,7 @@ class RequestState:
     ratio: float
     #: every reused token will be recomputed: nothing approximate comes of it
     exact: bool
+    gate: GateState
     fallback: str | None = None
     next_begin: int | None = None
     generation: int = 0
@@ -48,13 +58,19 @@ class RequestState:
     record: BlendRecord | None = None
     prompt_tokens: int = 0
     suffix_start: int = 0
+    probe: Probe | None = None
 
     @property
     def wants_blend(self) -> bool:
-        return self.options.enabled and not self.exact
+        return self.options.enabled and not self.exact and (self.gate.on or self.probe is not None)
+
+    @property
+    def by_default(self) -> bool:
+        """Blended as the server is set, with no policy or ratio of its own."""
+        return self.options.policy is None and self.options.ratio is None
 
 
-def state_of(req: Any, config: BlendConfig) -> RequestState:
+def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
     """The request's state, made at first sight. Never raises: what the HTTP process let
     through and is malformed all the same falls back to full prefill."""
     state = getattr(req, "_blend_state", None)
@@ -65,15 +81,15 @@ def state_of(req: Any, config: BlendConfig) -> RequestState:
         except RequestError:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
         policy = POLICIES.get(options.policy or config.policy)
-        ratio = config.recompute_ratio if options.ratio is None else options.ratio
-        exact = _recomputes_all(policy, ratio, config)
-        state = req._blend_state = RequestState(options, policy, ratio, exact, fallback)
+        ratio = gate.ratio if options.ratio is None else options.ratio
+        exact = recomputes_all(policy, ratio, config)
+        state = req._blend_state = RequestState(options, policy, ratio, exact, gate, fallback)
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
     return state
 
 
-def _recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
+def recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
     """Certain before any score: KV that is called exact by mistake would spread."""
     if policy.exact or ratio < 1.0:
         return policy.exact
@@ -82,14 +98,14 @@ def _recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
     return policy.budget(1, ratio) == 1
 
 
-def namespace_of(req: Any, upto: int, config: BlendConfig) -> str | None:
+def namespace_of(req: Any, upto: int, config: BlendConfig, gate: GateState) -> str | None:
     """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
     the request must never see approximate KV.
 
     A digest over tenant, policy, ratio and tokens: KV repaired for another question, by another
     policy or for another tenant has another name.
     """
-    state = state_of(req, config)
+    state = state_of(req, config, gate)
     if not state.wants_blend or unservable(req) is not None:
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]

@@ -314,7 +314,7 @@ class _Live:
     decode_logits: list[torch.Tensor] = field(default_factory=list)
 
     def outcome(self, engine: Engine) -> Outcome:
-        state_of(self.req, engine.config)
+        assert self.req._blend_state is state_of(self.req, engine.config, None)
         report = (self.req.customized_info or {}).get("blend", [{}])[-1]
         return Outcome(
             self.logits,
