@@ -101,7 +101,7 @@ class BlendConfig:
     )
     gate_prompts: str = _option(
         "",
-        "gate: JSONL file of calibration prompts, each line {\"documents\": [...], \"question\": ...} "
+        'gate: JSONL file of calibration prompts, each line {"documents": [...], "question": ...} '
         "(default: a short built-in text)",
     )
     gate_max_kl: float = _option(

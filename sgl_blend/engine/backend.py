@@ -18,15 +18,17 @@ from sgl_blend.engine import admission, report, seams
 from sgl_blend.engine.checks import check_depth, check_model
 from sgl_blend.engine.fingerprint import model_fingerprint
 from sgl_blend.engine.flags import CONFIG_ATTR
-from sgl_blend.engine.gate import LaunchGate
+from sgl_blend.engine.gate import LaunchGate, ratio_matters
+from sgl_blend.engine.gate_live import LiveGate
 from sgl_blend.engine.gate_model import SglangModel
 from sgl_blend.engine.metrics import Metrics
-from sgl_blend.engine.planner import ATTR, Planner, PlannerContext
+from sgl_blend.engine.planner import ATTR, SAMPLES, Planner, PlannerContext
 from sgl_blend.engine.pool import ModelPool
-from sgl_blend.engine.separators import strong_tokens
+from sgl_blend.engine.separators import load_tokenizer, strong_tokens
 from sgl_blend.engine.state import namespace_of, state_of
 from sgl_blend.errors import ConfigError, UnsupportedError
 from sgl_blend.gate.state import GateState
+from sgl_blend.gate.window import LiveWindow
 from sgl_blend.ops.build import cpu_module
 
 logger = logging.getLogger(__name__)
@@ -73,7 +75,8 @@ def build_tree(ctx: Any) -> Any:
     check_depth(config, num_layers)
     pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
     gate = GateState(config.recompute_ratio)
-    strong = strong_tokens(ctx.server_args, config)
+    tokenizer = load_tokenizer(ctx.server_args)
+    strong = strong_tokens(tokenizer, config)
     tree = BlendRadixCache(
         ctx.params,
         RadixConfig(
@@ -111,7 +114,11 @@ def build_tree(ctx: Any) -> Any:
         logger.info("sgl-blend is on: %s", config.describe())
     probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
     metrics.gate_state(gate)
-    LaunchGate(probes, config, gate, metrics, ctx.tp_rank == 0).run()
+    LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0).run()
+    if config.gate != "off" and config.gate_sample > 0 and gate.on:
+        window = LiveWindow(gate, config, ratio_matters(config))
+        planner.live = LiveGate(probes, config, gate, metrics, window, ctx.tp_rank == 0)
+        seams.install(seams.SCHEDULER_ON_IDLE, planner.live.on_idle, "around")
     return tree
 
 
@@ -147,12 +154,17 @@ def _install(
             return original(self, input_ids, positions, forward_batch, *args, **kwargs)
         with torch.no_grad():
             slices = ModelSlices(self, forward_batch, num_layers)
-            return prefill.run(pieces, slices, pool, ranks, config)
+            output = prefill.run(pieces, slices, pool, ranks, config)
+        samples = getattr(forward_batch, SAMPLES, None)
+        if samples:
+            planner.live.collect(samples, output)
+        return output
 
     def keep_pieces(result, runner, forward_batch, *args, **kwargs):
         pieces = getattr(forward_batch, ATTR, None)
         if pieces is not None:
             setattr(result, ATTR, pieces)
+            setattr(result, SAMPLES, getattr(forward_batch, SAMPLES, None))
         return result
 
     def no_graph(result, runner, forward_batch, *args, **kwargs):

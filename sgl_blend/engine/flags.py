@@ -147,9 +147,12 @@ def attach(server_args: Any, config: BlendConfig) -> None:
     from sgl_blend.engine import seams
     from sgl_blend.engine.options import validate_request
     from sgl_blend.engine.report import show_report, take_report
+    from sgl_blend.gate.prompts import read_prompts
     from sgl_blend.selection import POLICIES
 
     POLICIES.get(config.policy)
+    if config.gate_prompts:
+        read_prompts(config.gate_prompts)
     seams.verify()
     setattr(server_args, CONFIG_ATTR, config)
     hook_resolution()

@@ -10,20 +10,24 @@ tree only where it is to be kept. Not for use beside a running batch: at launch,
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 
+from sgl_blend.attention import RowSegment
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.attn_backend import BlendAttnBackend
 from sgl_blend.engine.options import RequestOptions
 from sgl_blend.engine.planner import ATTR
 from sgl_blend.engine.pool import ModelPool
 from sgl_blend.engine.state import Probe, RequestState, recomputes_all
 from sgl_blend.gate.model import Ask, Sizes
 from sgl_blend.gate.state import GateState
+from sgl_blend.gate.yardstick import PlainAttention
 from sgl_blend.plan import ReuseSpan
 from sgl_blend.selection import POLICIES, Policy
 
@@ -84,6 +88,7 @@ class SglangModel:
         policy = POLICIES.get(config.policy)
         self.full_policy = config.policy if recomputes_all(policy, 1.0, config) else "all"
         self._in_use: list[Run] = []
+        self._uncapped = _leaves_out_the_cap(self.runner)
 
     def sizes(self) -> Sizes:
         # Special tokens lie at one end of the vocabulary: probes take the middle of it.
@@ -91,18 +96,38 @@ class SglangModel:
         room = self._allocator.available_size()
         return Sizes(room, self.pool.max_positions, self.tree.page_size, (first, last))
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV pool holds."""
+        return self._allocator.size
+
+    def has_room(self, tokens: int) -> bool:
+        """Are so many slots free, or cached and in nobody's use?"""
+        page = self.tree.page_size
+        room = self._allocator.available_size() + self.tree.evictable_size()
+        return tokens + 2 * page <= room and self._rows.available_size() > 0
+
     def run(self, *asks: Ask) -> list[Run]:
+        return self._run(asks, lambda: False)
+
+    def run_unless(self, ask: Ask, stop: Callable[[], bool]) -> Run | None:
+        """As ``run``, of one prompt; None where ``stop``, asked before each piece, says so."""
+        runs = self._run((ask,), stop)
+        return runs[0] if runs else None
+
+    def _run(self, asks: Sequence[Ask], stop: Callable[[], bool]) -> list[Run]:
         waiting = [(ask, self._request(ask), list(ask.pieces)) for ask in asks]
         reqs = [req for _, req, _ in waiting]
         logits: dict[int, torch.Tensor] = {}
         reused: dict[int, list[torch.Tensor]] = {id(r): [] for r in reqs}
         try:
             while waiting:
+                if stop():
+                    self._abandon(reqs)
+                    return []
                 waiting = self._step(waiting, logits, reused)
         except BaseException:
-            for req in reqs:
-                if req.kv.holds_kv:
-                    self._release(req, keep=False)
+            self._abandon(reqs)
             raise
         runs = []
         for ask, req in zip(asks, reqs, strict=True):
@@ -204,7 +229,9 @@ class SglangModel:
             spec_algorithm=SpeculativeAlgorithm.NONE,
         )
         batch.prepare_for_extend()
-        out, plan = self._forward(batch)
+        exact = all(ask.policy is None for ask, _, _ in waiting)
+        with self._meant(batch) if exact else nullcontext():
+            out, plan = self._forward(batch)
         more = []
         for i, (ask, req, pieces) in enumerate(waiting):
             if plan is not None and plan[i].blend is not None:
@@ -215,6 +242,26 @@ class SglangModel:
                 checkpoint_kv_cache(req, self.tree)
                 more.append((ask, req, pieces))
         return more
+
+    @contextmanager
+    def _meant(self, batch: Any) -> Iterator[None]:
+        """Attention as the model means it, where the server's own is not (``gate/yardstick.py``):
+        blended rows are held against what is right, and that has the soft cap."""
+        if not self._uncapped:
+            yield
+            return
+        segments, row = [], 0
+        for req in batch.reqs:
+            slots = self._rows.req_to_token[req.kv.req_pool_idx, : req.extend_end]
+            at = torch.arange(req.prefix_len, req.extend_end, device=slots.device)
+            segments.append(RowSegment(row, row + at.numel(), at, slots.to(torch.int64)))
+            row += at.numel()
+        base = self.runner.attn_backend
+        self.runner.attn_backend = BlendAttnBackend(base, PlainAttention(self.pool, segments))
+        try:
+            yield
+        finally:
+            self.runner.attn_backend = base
 
     def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -229,10 +276,24 @@ class SglangModel:
             plan = getattr(forward, ATTR, None)
             return self.runner.forward(forward).logits_output.next_token_logits, plan
 
+    def _abandon(self, reqs: list[Any]) -> None:
+        for req in reqs:
+            if req.kv.holds_kv:
+                self._release(req, keep=False)
+
     def _release(self, req: Any, keep: bool) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache
 
         release_kv_cache(req, self.tree, checkpoint=keep)
+
+
+def _leaves_out_the_cap(runner: Any) -> bool:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+    capped = any((layer.logit_cap or 0.0) > 0 for layer in layers)
+    return capped and isinstance(runner.attn_backend, TorchNativeAttnBackend)
 
 
 def _plain_ids(special: Sequence[int], vocab: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sgl_blend.gate.fidelity import Mean
     from sgl_blend.gate.state import GateState
 
 
@@ -21,8 +22,10 @@ class Metrics:
         self.tokens: Counter[str] = Counter()
         self._labels = labels
         self.gate_failures: Counter[str] = Counter()
-        self._fallback_total = self._token_total = self._gate_failures = None
-        self._gate_on = self._gate_ratio = None
+        self.gate_samples: Counter[str] = Counter()
+        self._fallback_total = self._token_total = None
+        self._gate_failures = self._gate_samples = None
+        self._gate_on = self._gate_ratio = self._gate_kl = self._gate_top1 = None
         if labels is not None:
             from prometheus_client import Counter as PromCounter
             from prometheus_client import Gauge
@@ -43,6 +46,11 @@ class Metrics:
                 "Checks of the correctness gate that failed, by check.",
                 [*names, "check"],
             )
+            self._gate_samples = PromCounter(
+                "sgl_blend:gate_samples_total",
+                "Live requests picked by the correctness gate, by what became of them.",
+                [*names, "outcome"],
+            )
 
             def gauge(name: str, text: str) -> Gauge:
                 return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**labels)
@@ -52,6 +60,13 @@ class Metrics:
             )
             self._gate_ratio = gauge(
                 "sgl_blend:gate_ratio", "Recompute ratio of requests that state none."
+            )
+            self._gate_kl = gauge(
+                "sgl_blend:gate_kl",
+                "Mean KL(exact || blended) of the next token, in nats, where last measured.",
+            )
+            self._gate_top1 = gauge(
+                "sgl_blend:gate_top1", "Share of equal most likely tokens, where last measured."
             )
 
     def fallback(self, reason: str) -> None:
@@ -76,3 +91,15 @@ class Metrics:
         if self._gate_on is not None:
             self._gate_on.set(int(gate.on))
             self._gate_ratio.set(gate.ratio)
+
+    def gate_sample(self, mean: Mean) -> None:
+        """The latest calibration prompts' or live window's mean."""
+        if self._gate_kl is not None:
+            self._gate_kl.set(mean.kl)
+            self._gate_top1.set(mean.top1)
+
+    def gate_compared(self, outcome: str) -> None:
+        """A live sample: ``compared``, or why it was not."""
+        self.gate_samples[outcome] += 1
+        if self._gate_samples is not None:
+            self._gate_samples.labels(**self._labels, outcome=outcome).inc()

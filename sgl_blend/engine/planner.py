@@ -25,7 +25,9 @@ from sgl_blend.selection import Need, ReusedTokens
 
 logger = logging.getLogger(__name__)
 
+#: attributes of a forward batch: its pieces; (index, sample) of requests that are sampled
 ATTR = "_blend_pieces"
+SAMPLES = "_blend_samples"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Planner:
 
     def __init__(self, context: PlannerContext) -> None:
         self.c = context
+        #: picks requests whose answers are checked later (``gate_live.LiveGate``); None: nobody
+        self.live: Any = None
 
     def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
         """AFTER ``ForwardBatch.init_new``: attach the pieces when any request is blended."""
@@ -53,7 +57,7 @@ class Planner:
             return
         decoding = {id(r) for r in (batch.decoding_reqs or ())}
         full_capture = _captures_all(forward_batch)
-        row, pieces, planned = 0, [], False
+        row, pieces, planned, samples = 0, [], False, []
         no_slots = forward_batch.out_cache_loc[:0]
         for i, req in enumerate(batch.reqs):
             begin, rows = int(batch.prefix_lens[i]), int(batch.extend_lens[i])
@@ -63,8 +67,12 @@ class Planner:
             piece = Piece(row, rows, begin, no_slots, blend)
             if id(req) not in decoding:
                 self._count(req, piece)
+                sample = self._sample(req, begin + rows)
+                if sample is not None:
+                    samples.append((i, sample))
             pieces.append(piece)
-            planned = planned or blend is not None
+            # A sampled prompt may end in a piece that reuses nothing.
+            planned = planned or blend is not None or bool(samples)
             row += rows
         if planned:  # an ordinary batch pays for no copy of its rows
             table = batch.req_to_token_pool.req_to_token
@@ -72,6 +80,7 @@ class Planner:
                 row_slots = table[req.kv.req_pool_idx, : piece.begin + piece.rows]
                 piece.kv_slots = row_slots.to(torch.int64)
             setattr(forward_batch, ATTR, pieces)
+            setattr(forward_batch, SAMPLES, samples)
 
     def _plan(
         self, req: Any, begin: int, rows: int, fb: Any, full_capture: bool
@@ -122,7 +131,7 @@ class Planner:
     ) -> list[ReuseSpan]:
         """What of [begin, end) is reused; empty when the request falls back."""
         if state.fallback is not None:
-            if not state.decided and not state.counts_closed:
+            if not (state.decided or state.counts_closed or state.probe):
                 self.c.metrics.fallback(state.fallback)
             return []
         if state.probe is not None and state.probe.spans is not None:
@@ -247,6 +256,13 @@ class Planner:
                 labels[last : state.prompt_tokens] = BLENDED
         record.labels = labels
         record.tail_label = state.generation
+
+    def _sample(self, req: Any, end: int) -> Any:
+        if self.live is None or end != len(req.origin_input_ids):
+            return None
+        state = state_of(req, self.c.config, self.c.gate)
+        tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)
+        return self.live.pick(req, state, end, _seed(tokens, end)) if state.record else None
 
     def _record(self, req: Any, state: RequestState) -> BlendRecord:
         name = namespace_of(req, len(req.origin_input_ids), self.c.config, self.c.gate)

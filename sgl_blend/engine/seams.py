@@ -26,6 +26,7 @@ PREFILL_GRAPH_CAN_RUN = (
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
     ".PrefillCudaGraphRunner.can_run_graph"
 )
+SCHEDULER_ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 REQUEST_LEVEL_INFO = (
     "sglang.srt.managers.scheduler_components.output_streamer"
     ".SchedulerOutputStreamer.is_request_level_customized_info_key"
@@ -43,7 +44,12 @@ TARGETS = (
     PREFILL_ADD_ONE,
     EAGER_LOAD_BATCH,
     PREFILL_GRAPH_CAN_RUN,
+    SCHEDULER_ON_IDLE,
     REQUEST_LEVEL_INFO,
+    "sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+    "sglang.srt.mem_cache.common.checkpoint_kv_cache",
+    "sglang.srt.mem_cache.common.release_kv_cache",
     "sglang.srt.managers.schedule_policy.PrefillAdder.ceil_paged_tokens",
     "sglang.srt.mem_cache.registry.register_radix_cache_backend",
     "sglang.srt.mem_cache.radix_cache.RadixCache._split_node",

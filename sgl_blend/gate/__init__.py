@@ -5,6 +5,7 @@
 ``model.py``        protocol: what the gate asks of a model (``engine/gate_model.py`` fills it)
 ``mechanics.py``    exact checks at launch on random tokens: rotation, copies, mask, recomputation
 ``fidelity.py``     blended against exact next-token distributions; the ratio ladder
+``yardstick.py``    exact attention, where the server's own is not what the model means
 ``prompts.py``      calibration prompts: the operator's file, or a short built-in text
 ``window.py``       sampled live requests: a sliding window and what follows from it
 ==================  ============================================================

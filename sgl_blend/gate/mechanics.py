@@ -107,7 +107,8 @@ def check_mechanics(model: GateModel, config: BlendConfig, prompt: Prompt) -> li
         for source in prompt.sources:
             model.release(*model.run(Ask(source, keep=True)))
         found += _moved(model, config, prompt, meter)
-        found.append(_recomputed(model, config, prompt, meter))
+        if found[0].ok:  # what finds nothing blends nothing
+            found.append(_recomputed(model, config, prompt, meter))
         found.append(_masked(model, config, prompt, meter))
         model.release(exact)
     finally:
@@ -115,9 +116,7 @@ def check_mechanics(model: GateModel, config: BlendConfig, prompt: Prompt) -> li
     return _agreed(model, found)
 
 
-def _moved(
-    model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter
-) -> list[Finding]:
+def _moved(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> list[Finding]:
     [ran] = model.run(Ask(prompt.tokens, policy="none"))
     short = 1.0 - ran.reused.numel() / prompt.documents
     # A span is extended as far as texts agree: a page at each end is all that may be missing.
@@ -128,9 +127,7 @@ def _moved(
     return found
 
 
-def _recomputed(
-    model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter
-) -> Finding:
+def _recomputed(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> Finding:
     beside_exact = model.run(Ask(prompt.beside))
     blended, beside = model.run(
         Ask(prompt.tokens, policy=model.full_policy, ratio=1.0),
@@ -212,9 +209,7 @@ class _Meter:
         return max(found, key=_severity)
 
     def logits(self, check: str, ran: Ran, exact: Ran, where: str) -> Finding:
-        return Finding(
-            check, _logits_apart(ran.logits, exact.logits), self.tolerance_logits, where
-        )
+        return Finding(check, _logits_apart(ran.logits, exact.logits), self.tolerance_logits, where)
 
     def _layer(
         self, layer: int, ran: Ran, rows: torch.Tensor | None, quantile: float | None = None

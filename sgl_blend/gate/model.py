@@ -80,4 +80,3 @@ class GateModel(Protocol):
 
     def agree(self, values: Sequence[float]) -> list[float]:
         """Rank 0's values on every rank."""
-

@@ -203,7 +203,13 @@ def run_checks(
 ) -> dict[str, dict[str, Any]]:
     """In a child: build the engine for ``arch`` and run the checks. Per check: figures, or the
     error's traceback."""
-    from model_support import checks_blend, checks_exact, checks_random, checks_special  # noqa: F401
+    from model_support import (  # noqa: F401
+        checks_blend,
+        checks_exact,
+        checks_gate,
+        checks_random,
+        checks_special,
+    )
 
     model = model_for(Path(models), arch)
     world = World(Engine(model, **engine_options), model)
