@@ -130,7 +130,7 @@ class LaunchGate:
             f"gate_max_kl {self.config.gate_max_kl:g}, gate_min_top1 {self.config.gate_min_top1:g}"
         )
         if theirs and not last.within:
-            self._fail(["fidelity"], f"{what}; the budget is {budget}")
+            self._fail(["fidelity"], f"fidelity: {what}; the budget is {budget}")
             return
         self.gate.raise_to(last.ratio)
         self.metrics.gate_state(self.gate)

@@ -36,6 +36,7 @@ BLEND = (
     "as_reference_in_pieces",
     "as_reference_at_stated_boundaries",
     "as_reference_bites",
+    "report_is_true",
 )
 GATE = ("gate_passes",)
 RANDOM = ("random_traffic", "random_traffic_bites")
@@ -43,7 +44,10 @@ RANDOM = ("random_traffic", "random_traffic_bites")
 
 def _cases() -> list:
     table = [(a, {"page_size": 1}, GATE + EXACT + BLEND) for a in ARCHITECTURES]
-    table += [(a, {"page_size": 16}, GATE + EXACT + ("layer0_right",)) for a in ARCHITECTURES]
+    table += [
+        (a, {"page_size": 16}, GATE + EXACT + ("layer0_right", "report_is_true"))
+        for a in ARCHITECTURES
+    ]
     table += [(a, {"dtype": "bfloat16", "page_size": 16}, GATE) for a in ARCHITECTURES]
     table += [("gemma2", {"dtype": "bfloat16"}, GATE)]
     for arch in ("llama", "llama-yarn", "qwen3"):
