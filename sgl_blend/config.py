@@ -29,6 +29,7 @@ _ENV_RESERVED = {"ENABLE", "CONFIG"}
 CONTINUATIONS = ("same", "extend")
 TIERS = ("device", "store")
 PREFETCH = ("best_effort", "timeout", "wait")
+GATES = ("disable", "fail", "off")
 #: the highest label that a token may carry (``plan.MAX_GENERATION``, which would import numpy)
 MAX_GENERATION = 100
 
@@ -131,6 +132,29 @@ class BlendConfig:
         True, "recompute more while slow tiers are loading, as long as it takes no longer"
     )
     report: bool = _option(True, "put blend counts into each response's meta_info")
+    gate: str = _option(
+        "disable",
+        "correctness gate at launch; where it fails: 'disable' blending, 'fail' the launch; "
+        "'off': nothing is checked",
+    )
+    gate_prompts: str = _option(
+        "",
+        'gate: JSONL file of calibration prompts, each line {"documents": [...], "question": ...} '
+        "(default: a short built-in text)",
+    )
+    gate_max_kl: float = _option(
+        0.5, "gate: highest mean KL(exact || blended) of the next token's distribution, in nats"
+    )
+    gate_min_top1: float = _option(
+        0.8,
+        "gate: least share of prompts whose most likely next token stays the same (counted from 10 prompts on)",
+    )
+    gate_max_ratio: float = _option(
+        0.5, "gate: how far recompute_ratio is raised before blending is turned off"
+    )
+    gate_sample: float = _option(
+        0.01, "gate: share of the blended requests that are computed exactly again while idle"
+    )
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, want: str) -> None:
@@ -185,6 +209,10 @@ class BlendConfig:
         )
         check(all(self.separators), "separators", "must not contain an empty text")
         check(self.continuation in CONTINUATIONS, "continuation", f"must be one of {CONTINUATIONS}")
+        check(self.gate in GATES, "gate", f"must be one of {GATES}")
+        check(self.gate_max_kl > 0.0, "gate_max_kl", "must be positive")
+        for name in ("gate_min_top1", "gate_max_ratio", "gate_sample"):
+            check(0.0 <= getattr(self, name) <= 1.0, name, "must lie in 0..1")
         check(
             bool(self.tiers) and self.tiers[0] == "device" and set(self.tiers) <= set(TIERS),
             "tiers",
@@ -275,6 +303,8 @@ def _from_file(path: str) -> dict[str, Any]:
 
 def _coerce(name: str, value: Any, where: str) -> Any:
     """Check a YAML value's type against the option's default; ints pass for floats."""
+    if name == "gate" and value is False:
+        value = "off"  # YAML 1.1 reads a bare ``off`` as a truth value
     default = {f.name: f.default for f in fields(BlendConfig)}[name]
     bad = ConfigError(
         f"blend option {name} ({where}) is {value!r}: expected {type(default).__name__}"

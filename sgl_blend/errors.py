@@ -18,6 +18,10 @@ class UnsupportedError(BlendError):
     """A model or a server configuration that blending cannot serve. Raised at launch."""
 
 
+class GateError(BlendError):
+    """The correctness gate failed and was told to end the launch."""
+
+
 class RequestError(BlendError, ValueError):
     """A request's blend options are malformed. Becomes an HTTP 400; the server goes on."""
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.state import state_of
+from sgl_blend.gate.state import GateState
 
 
-def admit(config: BlendConfig, tiers: Any | None):
+def admit(config: BlendConfig, gate: GateState, tiers: Any | None):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -29,7 +30,7 @@ def admit(config: BlendConfig, tiers: Any | None):
         if tiers is not None and not tiers.admits(req):
             return AddReqResult.CONTINUE
         room = adder.rem_chunk_tokens
-        if room is not None and adder.can_run_list and state_of(req, config).wants_blend:
+        if room is not None and adder.can_run_list and state_of(req, config, gate).wants_blend:
             rows = len(req.full_untruncated_fill_ids) - req.prefix_len
             if adder.ceil_paged_tokens(rows) > room:
                 return AddReqResult.OTHER

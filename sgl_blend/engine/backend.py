@@ -19,13 +19,18 @@ from sgl_blend.engine import admission, report, seams
 from sgl_blend.engine.checks import check_depth, check_model
 from sgl_blend.engine.fingerprint import model_fingerprint
 from sgl_blend.engine.flags import CONFIG_ATTR
+from sgl_blend.engine.gate import LaunchGate, ratio_matters
+from sgl_blend.engine.gate_live import LiveGate
+from sgl_blend.engine.gate_model import SglangModel
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.planner import ATTR, Planner, PlannerContext
 from sgl_blend.engine.pool import ModelPool
-from sgl_blend.engine.separators import strong_tokens
+from sgl_blend.engine.separators import load_tokenizer, strong_tokens
 from sgl_blend.engine.state import namespace_of, state_of
 from sgl_blend.engine.tiers import connect
 from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.gate.state import GateState
+from sgl_blend.gate.window import LiveWindow
 from sgl_blend.ops.build import cpu_module
 from sgl_blend.tiering.chunks import LoadFailed
 
@@ -83,7 +88,9 @@ def build_tree(ctx: Any) -> Any:
     num_layers = ctx.model_config.num_hidden_layers
     check_depth(config, num_layers)
     pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
-    strong = strong_tokens(ctx.server_args, config)
+    gate = GateState(config.recompute_ratio)
+    tokenizer = load_tokenizer(ctx.server_args)
+    strong = strong_tokens(tokenizer, config)
     tree = BlendRadixCache(
         ctx.params,
         RadixConfig(
@@ -98,13 +105,13 @@ def build_tree(ctx: Any) -> Any:
             max_suffix=config.max_suffix_tokens,
         ),
         strong=strong,
-        namespace_of=lambda req, upto: namespace_of(req, upto, config),
+        namespace_of=lambda req, upto: namespace_of(req, upto, config, gate),
         fingerprint=model_fingerprint(model_runner, ctx.model_config),
-        boundaries_of=lambda req: state_of(req, config).options.boundaries,
+        boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
     )
     ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
     metrics = Metrics(_metric_labels(ctx))
-    tiers = connect(ctx, config, tree, pool, num_layers, ranks, metrics)
+    tiers = connect(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
     planner = Planner(
         PlannerContext(
             tree=tree,
@@ -113,14 +120,40 @@ def build_tree(ctx: Any) -> Any:
             max_positions=pool.max_positions,
             metrics=metrics,
             tiers=tiers,
+            gate=gate,
         )
     )
     # Kernels are built at launch, not in the first blended request.
     cpu_module(pool.k(0).device)
-    _install(model, planner, pool, ranks, num_layers, config)
+    _install(model, planner, pool, ranks, num_layers, config, gate)
     if ctx.tp_rank == 0:
         logger.info("sgl-blend is on: %s", config.describe())
+    probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
+    metrics.gate_state(gate)
+    LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0).run()
+    if config.gate != "off" and config.gate_sample > 0 and gate.on:
+        window = LiveWindow(gate, config, ratio_matters(config))
+        planner.live = LiveGate(probes, config, gate, metrics, window, ctx.tp_rank == 0)
+    _install_idle(planner)
+    if tiers is not None:
+        tiers.listen()
     return tree
+
+
+def _install_idle(planner: Planner) -> None:
+    """What is done when no batch runs."""
+    live, tiers = planner.live, planner.c.tiers
+
+    def on_idle(original: Any, scheduler: Any, *args: Any, **kw: Any) -> Any:
+        if live is not None:
+            live.before_idle(scheduler)
+        result = original(scheduler, *args, **kw)
+        if tiers is not None:
+            tiers.after_idle()
+        return result
+
+    if live is not None or tiers is not None:
+        seams.install(seams.SCHEDULER_IDLE, on_idle, "around")
 
 
 def _metric_labels(ctx: Any) -> dict[str, str] | None:
@@ -133,7 +166,13 @@ def _metric_labels(ctx: Any) -> dict[str, str] | None:
 
 
 def _install(
-    model: Any, planner: Planner, pool: ModelPool, ranks: Any, num_layers: int, config: BlendConfig
+    model: Any,
+    planner: Planner,
+    pool: ModelPool,
+    ranks: Any,
+    num_layers: int,
+    config: BlendConfig,
+    gate: GateState,
 ) -> None:
     from sgl_blend.engine.slices import ModelSlices
 
@@ -162,8 +201,10 @@ def _install(
                     # Each turn loses at least one chunk, so this ends.
                     logger.warning("sgl-blend: %s; they are computed instead", e)
                     planner.without(batch.planned, e.chunks)
-            planner.finish(batch.planned)
-            return result
+        planner.finish(batch.planned)
+        if batch.samples:
+            planner.live.collect(batch.samples, result)
+        return result
 
     def keep_pieces(result, runner, forward_batch, *args, **kwargs):
         batch = getattr(forward_batch, ATTR, None)
@@ -176,10 +217,9 @@ def _install(
 
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
-    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, tiers), "around")
+    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers), "around")
     if tiers is not None:
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
-        seams.install(seams.SCHEDULER_IDLE, tiers.after_idle, "after")
         seams.install(seams.NEW_WEIGHTS, tiers.before_new_weights, "before")
     seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
     seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")

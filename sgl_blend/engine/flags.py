@@ -175,6 +175,7 @@ def attach(server_args: Any, config: BlendConfig) -> None:
     from sgl_blend.engine import seams
     from sgl_blend.engine.options import validate_request
     from sgl_blend.engine.report import show_report, take_report
+    from sgl_blend.gate.prompts import read_prompts
     from sgl_blend.selection import POLICIES, Need
 
     if POLICIES.get(config.policy).need is Need.NOTHING and config.coverage:
@@ -182,6 +183,8 @@ def attach(server_args: Any, config: BlendConfig) -> None:
             f"blend option coverage is {config.coverage}: policy {config.policy!r} has no score "
             "to cover; leave coverage at 0"
         )
+    if config.gate_prompts:
+        read_prompts(config.gate_prompts)
     seams.verify()
     setattr(server_args, CONFIG_ATTR, config)
     hook_resolution()

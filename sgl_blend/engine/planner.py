@@ -18,6 +18,7 @@ import torch
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.report import attach
 from sgl_blend.engine.state import RequestState, StateMark, namespace_of, state_of, unservable
+from sgl_blend.gate.state import TURNED_OFF, GateState
 from sgl_blend.plan import (
     BLENDED,
     EXACT,
@@ -33,6 +34,7 @@ from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
 logger = logging.getLogger(__name__)
 
+#: attributes of a forward batch: its pieces; (index, sample) of requests that are sampled
 ATTR = "_blend_pieces"
 
 
@@ -46,6 +48,7 @@ class PlannerContext:
     num_layers: int
     max_positions: int
     metrics: Any
+    gate: GateState
     tiers: Any = None
 
 
@@ -64,6 +67,8 @@ class Planner:
 
     def __init__(self, context: PlannerContext) -> None:
         self.c = context
+        #: picks requests whose answers are checked later (``gate_live.LiveGate``); None: nobody
+        self.live: Any = None
 
     def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
         """AFTER ``ForwardBatch.init_new``: attach the pieces when any request is blended."""
@@ -72,7 +77,7 @@ class Planner:
             return
         decoding = {id(r) for r in (batch.decoding_reqs or ())}
         full_capture = _captures_all(forward_batch)
-        row, pieces, mine = 0, [], []
+        row, pieces, mine, samples = 0, [], [], []
         no_slots = forward_batch.out_cache_loc[:0]
         for i, req in enumerate(batch.reqs):
             begin, rows = int(batch.prefix_lens[i]), int(batch.extend_lens[i])
@@ -83,9 +88,13 @@ class Planner:
                 spans = self._spans(req, state, piece, full_capture)
                 state.decided = True
                 self._set(mine[-1], spans, forward_batch.input_ids.device)
+                # A sampled prompt may end in a piece that reuses nothing.
+                sample = self._sample(req, begin + rows)
+                if sample is not None:
+                    samples.append((i, sample))
             pieces.append(piece)
             row += rows
-        if any(piece.blend is not None for piece in pieces):
+        if samples or any(piece.blend is not None for piece in pieces):
             # An ordinary batch pays for no copy of its rows.
             table = batch.req_to_token_pool.req_to_token
             for req, piece in zip(batch.reqs, pieces, strict=True):
@@ -93,7 +102,7 @@ class Planner:
                 piece.kv_slots = row_slots.to(torch.int64)
                 if piece.blend is not None and self.c.tiers is not None:
                     self.c.tiers.attach(req, piece)
-            setattr(forward_batch, ATTR, PlannedBatch(pieces, mine))
+            setattr(forward_batch, ATTR, PlannedBatch(pieces, mine, samples))
         else:
             self.finish(mine)
 
@@ -121,7 +130,7 @@ class Planner:
 
     def _begin(self, req: Any, piece: Piece) -> RequestState:
         """The request's state at the beginning of ``piece``."""
-        state = state_of(req, self.c.config)
+        state = state_of(req, self.c.config, self.c.gate)
         begin = piece.begin
         stale = state.record is not None and getattr(req, "_blend", None) is not state.record
         if state.next_begin != begin or stale:
@@ -167,8 +176,14 @@ class Planner:
         """What of the piece is reused; empty when the request falls back."""
         begin, end, n_tokens = piece.begin, piece.begin + piece.rows, len(_tokens(req))
         if state.fallback is not None:
+            if not (state.decided or state.counts_closed or state.probe):
+                self.c.metrics.fallback(state.fallback)
             return []
+        if state.probe is not None and state.probe.spans is not None:
+            return state.probe.spans
         reason = unservable(req)
+        if reason is None and not self.c.gate.on and state.probe is None:
+            reason = TURNED_OFF
         if reason is None and full_capture:
             reason = "hidden states captured"
         if (
@@ -199,7 +214,7 @@ class Planner:
         if self.c.tiers is not None:
             spans = self.c.tiers.fill(req, begin, reach, spans)
             state.free_ratio = self.c.tiers.free_ratio(req)
-        if not state.decided:
+        if not state.decided and state.probe is None:
             found = sum(s.length for s in spans)
             if found < self.c.config.min_reused_tokens:
                 if found:
@@ -307,15 +322,22 @@ class Planner:
         record.labels = labels
         record.tail_label = state.generation
 
+    def _sample(self, req: Any, end: int) -> Any:
+        if self.live is None or end != len(req.origin_input_ids):
+            return None
+        state = state_of(req, self.c.config, self.c.gate)
+        tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)
+        return self.live.pick(req, state, end, _seed(tokens, end)) if state.record else None
+
     def _record(self, req: Any, state: RequestState) -> BlendRecord:
-        name = namespace_of(req, len(req.origin_input_ids), self.c.config)
+        name = namespace_of(req, len(req.origin_input_ids), self.c.config, self.c.gate)
         record = BlendRecord(namespace=name or "")
         state.record = req._blend = record
         return record
 
     def _count(self, req: Any, piece: Piece) -> None:
-        state = state_of(req, self.c.config)
-        if state.counts_closed:
+        state = state_of(req, self.c.config, self.c.gate)
+        if state.counts_closed or state.probe is not None:
             return
         c, b = state.counts, piece.blend
         n = 0 if b is None else b.tokens.count + b.given
@@ -338,10 +360,12 @@ class Planner:
 
 @dataclass(frozen=True, eq=False)
 class PlannedBatch:
-    """What travels on a ``ForwardBatch``: the pieces to run, and how to plan them again."""
+    """What travels on a ``ForwardBatch``: the pieces to run, how to plan them again, and which
+    rows of its output the correctness gate wants to see: (row, sample)."""
 
     pieces: list[Piece]
     planned: list[_Planned]
+    samples: list[tuple[int, Any]]
 
 
 def _remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:

@@ -12,24 +12,29 @@ from sgl_blend.config import BlendConfig
 logger = logging.getLogger(__name__)
 
 
-def strong_tokens(server_args: Any, config: BlendConfig) -> np.ndarray:
-    """Token ids (int64, ascending): special tokens, and tokens whose text has a separator in it.
-
-    Without a tokenizer (``--skip-tokenizer-init``) there are none; content-defined chunking
-    needs none.
-    """
+def load_tokenizer(server_args: Any) -> Any:
+    """The server's Hugging Face tokenizer; None under ``--skip-tokenizer-init``."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     view = resolving_view(server_args)
     if view.skip_tokenizer_init:
-        return np.zeros(0, dtype=np.int64)
-    tokenizer = get_tokenizer(
+        return None
+    return get_tokenizer(
         view.tokenizer_path or view.model_path,
         tokenizer_mode=view.tokenizer_mode,
         trust_remote_code=view.trust_remote_code,
         tokenizer_revision=view.revision,
     )
+
+
+def strong_tokens(tokenizer: Any, config: BlendConfig) -> np.ndarray:
+    """Token ids (int64, ascending): special tokens, and tokens whose text has a separator in it.
+
+    Without a tokenizer (None) there are none; content-defined chunking needs none.
+    """
+    if tokenizer is None:
+        return np.zeros(0, dtype=np.int64)
     return strong_tokens_of(tokenizer, config.separators)
 
 

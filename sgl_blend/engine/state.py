@@ -12,7 +12,8 @@ import numpy as np
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.options import RequestOptions, parse_options
 from sgl_blend.errors import RequestError
-from sgl_blend.plan import BlendRecord
+from sgl_blend.gate.state import GateState
+from sgl_blend.plan import BlendRecord, ReuseSpan
 from sgl_blend.selection import POLICIES, Need, Policy
 
 
@@ -40,6 +41,14 @@ class StateMark(NamedTuple):
 
 
 @dataclass
+class Probe:
+    """Marks a request of the gate's own: blended whatever the gate's state and the thresholds
+    are, and not counted. spans: reuse these and look nothing up."""
+
+    spans: list[ReuseSpan] | None = None
+
+
+@dataclass
 class RequestState:
     """Lives on SGLang's ``Req`` as ``_blend_state``; ``record`` also as ``_blend``."""
 
@@ -48,6 +57,7 @@ class RequestState:
     ratio: float
     #: every reused token will be recomputed: nothing approximate comes of it
     exact: bool
+    gate: GateState
     #: share of the summed score to cover (0: a fixed number of tokens)
     coverage: float = 0.0
     fallback: str | None = None
@@ -59,6 +69,7 @@ class RequestState:
     record: BlendRecord | None = None
     prompt_tokens: int = 0
     suffix_start: int = 0
+    probe: Probe | None = None
     #: the ratio that was applied: ``ratio``, or more where loading left time for it
     used_ratio: float = -1.0
     #: how much may be recomputed while chunks are loading without taking longer
@@ -69,7 +80,12 @@ class RequestState:
 
     @property
     def wants_blend(self) -> bool:
-        return self.options.enabled and not self.exact
+        return self.options.enabled and not self.exact and (self.gate.on or self.probe is not None)
+
+    @property
+    def by_default(self) -> bool:
+        """Blended as the server is set, with no policy or ratio of its own."""
+        return self.options.policy is None and self.options.ratio is None
 
     def mark(self) -> StateMark:
         record = self.record
@@ -85,7 +101,7 @@ class RequestState:
             mark.record.labels, mark.record.tail_label = mark.labels, mark.tail_label
 
 
-def state_of(req: Any, config: BlendConfig) -> RequestState:
+def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
     """The request's state, made at first sight. Never raises: what the HTTP process let
     through and is malformed all the same falls back to full prefill."""
     state = getattr(req, "_blend_state", None)
@@ -96,19 +112,19 @@ def state_of(req: Any, config: BlendConfig) -> RequestState:
         except RequestError:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
         policy = POLICIES.get(options.policy or config.policy)
-        ratio = config.recompute_ratio if options.ratio is None else options.ratio
+        ratio = gate.ratio if options.ratio is None else options.ratio
         coverage = config.coverage if options.coverage is None else options.coverage
         if policy.need is Need.NOTHING:
             coverage = 0.0  # there is no score to cover
-        exact = _recomputes_all(policy, min(ratio, config.min_ratio) if coverage else ratio, config)
-        state = RequestState(options, policy, ratio, exact, coverage, fallback)
+        exact = recomputes_all(policy, min(ratio, config.min_ratio) if coverage else ratio, config)
+        state = RequestState(options, policy, ratio, exact, gate, coverage, fallback)
         req._blend_state = state
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
     return state
 
 
-def _recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
+def recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
     """Certain before any score: KV that is called exact by mistake would spread."""
     if policy.exact or ratio < 1.0:
         return policy.exact
@@ -117,14 +133,14 @@ def _recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
     return policy.budget(1, ratio) == 1
 
 
-def namespace_of(req: Any, upto: int, config: BlendConfig) -> str | None:
+def namespace_of(req: Any, upto: int, config: BlendConfig, gate: GateState) -> str | None:
     """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
     the request must never see approximate KV.
 
     A digest over tenant, policy, ratio, coverage and tokens: KV repaired for another question, by another
     policy or for another tenant has another name.
     """
-    state = state_of(req, config)
+    state = state_of(req, config, gate)
     if not state.wants_blend or unservable(req) is not None:
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]

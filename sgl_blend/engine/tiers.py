@@ -1,7 +1,7 @@
 """The chunk store in the scheduler's life: arrival, admission, planning, new chunks, idle moments.
 
 Seams (SGLang 0.5.23): BEFORE ``Scheduler._add_request_to_queue`` a load begins; AROUND
-``PrefillAdder.add_one_req`` a request waits for it; AFTER ``Scheduler.on_idle`` the loop, which
+``PrefillAdder.add_one_req`` a request waits for it; behind ``Scheduler.on_idle`` the loop, which
 spins, leaves the interpreter to the loads' threads for a moment. New chunks are offered when the
 tree takes them in.
 
@@ -27,6 +27,7 @@ import torch
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.flags import STORE_ATTR
 from sgl_blend.engine.state import state_of, unservable
+from sgl_blend.gate.state import GateState
 from sgl_blend.plan import ReuseSpan, exact_head, fill_holes, ranges
 from sgl_blend.prefill import HostSources, Piece
 from sgl_blend.store.chunk import Layout, make_namespace
@@ -45,7 +46,14 @@ _YIELD_S = 5e-5
 
 
 def connect(
-    ctx: Any, config: BlendConfig, tree: Any, pool: Any, num_layers: int, ranks: Any, metrics: Any
+    ctx: Any,
+    config: BlendConfig,
+    gate: GateState,
+    tree: Any,
+    pool: Any,
+    num_layers: int,
+    ranks: Any,
+    metrics: Any,
 ) -> StoreTier | None:
     """The store tier of this rank; None where the configuration names none.
 
@@ -80,7 +88,7 @@ def connect(
         _page_lock if k.is_cuda else lambda client: None,
     )
     rank = (ctx.tp_rank, ctx.tp_size)
-    return StoreTier(config, tree, service, ranks, rank, k.device, metrics)
+    return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics)
 
 
 def _page_lock(client: Any) -> None:
@@ -94,6 +102,7 @@ class StoreTier:
     def __init__(
         self,
         config: BlendConfig,
+        gate: GateState,
         tree: Any,
         service: StoreService,
         ranks: Any,
@@ -101,7 +110,8 @@ class StoreTier:
         device: torch.device,
         metrics: Any,
     ) -> None:
-        self.config, self.tree, self.service, self.ranks = config, tree, service, ranks
+        self.config, self.gate, self.tree = config, gate, tree
+        self.service, self.ranks = service, ranks
         self.rank, self.device, self.metrics = rank, device, metrics
         self.chunking = store_chunking(config.store_chunk_tokens)
         self.clock = ForwardClock(service.speeds, device)
@@ -113,7 +123,10 @@ class StoreTier:
         self._own = not (config.store_endpoint or config.store_disk_path or config.store_config)
         #: loads whose bytes the device may still be reading: (event behind the last copy, load)
         self._closing: deque[tuple[Any, Load]] = deque()
-        tree.on_fresh = self.offer
+
+    def listen(self) -> None:
+        """From now on store what the tree takes in (not what the correctness gate tried before)."""
+        self.tree.on_fresh = self.offer
 
     def namespace(self, tenant: bytes) -> bytes:
         """What this rank's chunks of a tenant are filed under."""
@@ -138,11 +151,11 @@ class StoreTier:
     def before_queue(self, scheduler: Any, req: Any, *args: Any, **kw: Any) -> None:
         """BEFORE ``Scheduler._add_request_to_queue``: start to load what the device lacks."""
         self.drop(req)
-        state = state_of(req, self.config)
-        n = len(req.origin_input_ids)
+        state = state_of(req, self.config, self.gate)
+        n, gate_on = len(req.origin_input_ids), self.gate.on
         if (
             state.fallback is not None
-            or not state.options.enabled
+            or not (state.options.enabled and gate_on)
             or n < self.config.min_reused_tokens
             or unservable(req) is not None
         ):
@@ -348,8 +361,8 @@ class StoreTier:
 
     # -- idle ----------------------------------------------------------------------------
 
-    def after_idle(self, result: Any, scheduler: Any, *args: Any, **kw: Any) -> None:
-        """AFTER ``Scheduler.on_idle``."""
+    def after_idle(self) -> None:
+        """Behind ``Scheduler.on_idle``."""
         if self._closing:
             self._close_finished()
         if self.service.busy:

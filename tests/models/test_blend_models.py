@@ -36,13 +36,20 @@ BLEND = (
     "as_reference_in_pieces",
     "as_reference_at_stated_boundaries",
     "as_reference_bites",
+    "report_is_true",
 )
+GATE = ("gate_passes",)
 RANDOM = ("random_traffic", "random_traffic_bites")
 
 
 def _cases() -> list:
-    table = [(a, {"page_size": 1}, EXACT + BLEND) for a in ARCHITECTURES]
-    table += [(a, {"page_size": 16}, EXACT + ("layer0_right",)) for a in ARCHITECTURES]
+    table = [(a, {"page_size": 1}, GATE + EXACT + BLEND) for a in ARCHITECTURES]
+    table += [
+        (a, {"page_size": 16}, GATE + EXACT + ("layer0_right", "report_is_true"))
+        for a in ARCHITECTURES
+    ]
+    table += [(a, {"dtype": "bfloat16", "page_size": 16}, GATE) for a in ARCHITECTURES]
+    table += [("gemma2", {"dtype": "bfloat16"}, GATE)]
     for arch in ("llama", "llama-yarn", "qwen3"):
         table += [(arch, {"dtype": "bfloat16", "fp32_rope": True}, ("bf16_keys",))]
     hkvd = ("hkvd_as_published", "hkvd_as_published_bites")
@@ -53,11 +60,11 @@ def _cases() -> list:
     table += [(a, {"options": {"check_layers": (1, 2)}}, ("two_check_layers",)) for a in ("qwen3",)]
     # Chunked or behind a prefix, Gemma's rows run through SGLang's attention, which lacks the cap.
     gemma = ("reference_is_sound", "as_reference", "as_reference_bites", "soft_cap_as_transformers")
-    table += [("gemma2", {"page_size": 1}, gemma)]
+    table += [("gemma2", {"page_size": 1}, GATE + gemma)]
     for arch, page in (("llama-llama3", 1), ("qwen3", 16)):
         options = {"page_size": page, "pool_tokens": 8192, "options": {"min_reused_tokens": 32}}
         table += [(arch, options, RANDOM)]
-    table += [("mistral-window", {"page_size": 1}, EXACT)]
+    table += [("mistral-window", {"page_size": 1}, GATE + EXACT)]
     return [
         pytest.param(name, arch, options, id=f"{arch}-{_words(options)}-{name}")
         for arch, options, names in table

@@ -8,6 +8,7 @@ import json
 import pytest
 import requests
 from talk import (
+    SEP,
     Docs,
     answer_of,
     ask,
@@ -202,6 +203,27 @@ def test_exact_prefill_is_bit_for_bit_that_of_a_plain_server(blend, plain):
         assert a.tokens == b.tokens and a.logprobs == b.logprobs
         assert a.meta["cached_tokens"] == b.meta["cached_tokens"]
         assert a.text == b.text
+
+
+def test_exact_prefill_stays_bit_for_bit_plain_beside_blended_requests(blend, plain):
+    """The very prompts that are asked for exactly have been blended before, thrice. Plain SGLang
+    is shown what blending leaves behind as exact KV: the prompt's head before its documents."""
+    plain.flush()
+    d = Docs(71)
+    for doc in d.docs:
+        p = [1, *doc, SEP, *d.tokens(40)]
+        a, b = (ask(s, p, new=1, custom={"blend": False}) for s in (blend, plain))
+        assert a.logprobs == b.logprobs
+    for i in range(4):
+        p = d.prompt([i, (i + 1) % 6, (i + 3) % 6])
+        for policy in ("query", "hkvd", "none"):
+            assert ask(blend, p, custom={"blend_policy": policy}).blend["reused"] > 100
+        ask(plain, [*p[:13], SEP, *d.tokens(8)], new=1)
+        a, b = ask(blend, p, custom={"blend": False}), ask(plain, p)
+        assert a.tokens == b.tokens and a.logprobs == b.logprobs and a.text == b.text
+        assert a.meta["cached_tokens"] == b.meta["cached_tokens"] == 13
+        assert a.blend["fallback"] == "disabled by the request"
+        assert a.blend["exact"] == a.meta["prompt_tokens"]
 
 
 def test_policy_all_equals_plain(blend, plain):

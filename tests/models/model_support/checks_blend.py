@@ -286,3 +286,53 @@ def as_reference_bites(world: World) -> dict[str, Any]:
     with mock.patch.object(QuestionAttention, "bring_in", lambda self, layer: None):
         must_fail("the question sees keys that were not brought in", lambda: run("query"))
     return {}
+
+
+@check
+def report_is_true(world: World) -> dict[str, Any]:
+    """``meta_info["blend"]`` against the KV itself: ``reused`` tokens hold their source's V bit for
+    bit and ``recomputed`` ones do not, ``computed`` is the rest, and the prompt's first ``exact``
+    tokens, and no more of it, are what full prefill computes at every layer."""
+    engine, cases = world.engine, 0
+    last = engine.layers - 1
+    for order, policy, chunks, prefix in (
+        (0, "query", (), 0),
+        (0, "hkvd", (), 40),
+        (1, "leading", (83, 41), 0),
+        (2, "none", (), 0),
+        (2, "random", (200,), 100),
+        (1, "all", (), 0),
+    ):
+        ask = _ask(world, order, policy, chunks=chunks)
+        full = world.full(ask.tokens)
+        world.stock()
+        if prefix:
+            engine.run(Ask(ask.tokens[:prefix] + world.desk.fresh(20), blend=False))
+        with watch() as chosen:
+            [ours] = engine.run(ask)
+        r, what = ours.report, f"{policy}, order {order}, pieces {chunks}, prefix {prefix}"
+        n = _blended(ask, ours)
+        assert r["prefix"] == ours.prefix >= prefix // engine.page_size * engine.page_size, what
+        held = again = 0
+        for piece in ours.pieces:
+            if piece is None or piece.blend is None:
+                continue
+            b = piece.blend
+            source = engine.pool.get_value_buffer(last)[b.src_slots]
+            same = (ours.v[last][b.tokens.positions] == source).flatten(1).all(dim=1)
+            held += int(same.sum())
+            again += len(chosen.of(piece)[-1])
+        assert held == r["reused"] and again == r["recomputed"] == n - held, (what, held, again, r)
+        assert r["computed"] == len(ask.tokens) - ours.prefix - n, what
+        off = torch.zeros(len(ask.tokens))
+        for ours_l, full_l in ((ours.k, full.k), (ours.v, full.v)):
+            for x, y in zip(ours_l, full_l, strict=True):
+                gap = (x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1).median()
+                off = torch.maximum(off, gap)
+        exact = r["exact"]
+        assert exact == len(ask.tokens) or policy != "all", what
+        assert off[:exact].max() <= KV, f"{what}: {off[:exact].max():.2e} off before {exact}"
+        if exact < len(ask.tokens):
+            assert off[exact] > 1e-3, f"{what}: token {exact} is exact, too ({off[exact]:.2e})"
+        cases += 1
+    return {"prompts": cases}

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from sglang.benchmark import one_batch
@@ -28,6 +29,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from sgl_blend.engine.gate import LaunchGate
 from sgl_blend.engine.planner import ATTR
 from sgl_blend.engine.state import state_of
 
@@ -121,16 +123,19 @@ class Engine:
             ),
             get_memory_pool=lambda: (runner.req_to_token_pool, runner.token_to_kv_pool_allocator),
         )
-        built = build_kv_cache(
-            server_args=server_args,
-            model_config=runner.model_config,
-            tp_worker=worker,
-            page_size=page_size,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-            enable_metrics=False,
-            enable_kv_cache_events=False,
-            enable_hierarchical_cache=False,
-        )
+        launched: list[LaunchGate] = []
+        self.findings: list[Any] = []
+        mechanics = LaunchGate._mechanics
+
+        def watched(gate: LaunchGate) -> list[Any]:
+            launched.append(gate)
+            self.findings = mechanics(gate)
+            return self.findings
+
+        with mock.patch.object(LaunchGate, "_mechanics", watched):
+            built = self._build(worker, page_size)
+        self.launch = launched[0] if launched else None
+
         self.tree = built.tree_cache
         self.rows = built.req_to_token_pool
         self.allocator = built.token_to_kv_pool_allocator
@@ -141,6 +146,26 @@ class Engine:
         self.capacity = self.allocator.available_size()
         self.free_rows = self.rows.available_size()
         self._ids = count()
+
+    def _build(self, worker: Any, page_size: int) -> Any:
+        return build_kv_cache(
+            server_args=self.server_args,
+            model_config=self.runner.model_config,
+            tp_worker=worker,
+            page_size=page_size,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+            enable_metrics=False,
+            enable_kv_cache_events=False,
+            enable_hierarchical_cache=False,
+        )
+
+    @property
+    def gate(self) -> Any:
+        return self.launch.gate
+
+    @property
+    def metrics(self) -> Any:
+        return self.launch.metrics
 
     # -- requests ------------------------------------------------------------------------
 
@@ -318,7 +343,7 @@ class _Live:
     decode_logits: list[torch.Tensor] = field(default_factory=list)
 
     def outcome(self, engine: Engine) -> Outcome:
-        state_of(self.req, engine.config)
+        assert self.req._blend_state is state_of(self.req, engine.config, None)
         report = (self.req.customized_info or {}).get("blend", [{}])[-1]
         return Outcome(
             self.logits,

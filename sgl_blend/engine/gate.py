@@ -1,0 +1,169 @@
+"""The gate at launch: runs the checks in each scheduler process and acts on what they find.
+
+Called by ``backend.build_tree`` when the hooks are in place and the tree is still empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.metrics import Metrics
+from sgl_blend.errors import BlendError, GateError
+from sgl_blend.gate.fidelity import Calibrator, Rung, climb
+from sgl_blend.gate.mechanics import Finding, check_mechanics, make_prompt, slots_needed
+from sgl_blend.gate.model import GateModel
+from sgl_blend.gate.prompts import built_in, encode, read_prompts
+from sgl_blend.gate.state import GateState
+from sgl_blend.selection import POLICIES, Need
+
+logger = logging.getLogger(__name__)
+
+#: probes are the same at every launch
+SEED = 20405
+
+
+class LaunchGate:
+    """Runs the checks once. ``speaks``: whether this rank writes the log."""
+
+    def __init__(
+        self,
+        model: GateModel,
+        config: BlendConfig,
+        gate: GateState,
+        metrics: Metrics,
+        tokenizer: Any,
+        speaks: bool,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.gate = gate
+        self.metrics = metrics
+        self.tokenizer = tokenizer
+        self.speaks = speaks
+
+    def run(self) -> None:
+        """Raises :class:`GateError` where a check fails and the option ``gate`` says 'fail'."""
+        if self.config.gate == "off":
+            self._say(logging.WARNING, "the correctness gate is off: nothing was checked")
+            return
+        start = time.perf_counter()
+        findings = self._mechanics()
+        failed = [f for f in findings if not f.ok]
+        if failed:
+            self._fail([f.check for f in failed], "; ".join(map(str, failed)))
+            return
+        if findings:
+            worst = max(findings, key=lambda f: f.error / f.tolerance)
+            self._say(
+                logging.INFO,
+                f"the correctness gate passed {len(findings)} checks (closest to its bound: {worst})",
+            )
+            self._fidelity()
+        seconds = time.perf_counter() - start
+        self._say(logging.INFO, f"the correctness gate took {seconds:.2f} s")
+
+    def _mechanics(self) -> list[Finding]:
+        sizes = self.model.sizes()
+        prompt = make_prompt(self.config, sizes.page, sizes.ids, SEED)
+        need = slots_needed(prompt, sizes.page)
+        if need > sizes.room or len(prompt.tokens) > sizes.positions:
+            self._say(
+                logging.WARNING,
+                f"the correctness gate needs {need} KV slots and {len(prompt.tokens)} positions "
+                f"for its probes; here are {sizes.room} and {sizes.positions}: nothing was checked",
+            )
+            return []
+        try:
+            return check_mechanics(self.model, self.config, prompt)
+        except (BlendError, RuntimeError) as e:
+            logger.exception("sgl-blend: a probe of the correctness gate failed")
+            return [
+                Finding("run", float("inf"), 0.0, f"a probe ended with {type(e).__name__}: {e};")
+            ]
+
+    def _fidelity(self) -> None:
+        """Blended against exact on calibration prompts: the operator's may turn blending off, the
+        built-in ones (a few lines of English, which say little about a model) only raise the
+        ratio."""
+        theirs = bool(self.config.gate_prompts)
+        if self.tokenizer is None:
+            if theirs:
+                self._say(logging.WARNING, "gate_prompts needs a tokenizer: it was not checked")
+            return
+        if theirs:
+            texts = read_prompts(self.config.gate_prompts)
+            calibrator = Calibrator(self.model, [encode(t, self.tokenizer) for t in texts])
+            if len(calibrator.prompts) < len(texts):
+                self._say(
+                    logging.WARNING,
+                    f"{len(texts) - len(calibrator.prompts)} of {len(texts)} gate_prompts are too "
+                    "long for this server and were left out",
+                )
+        else:
+            calibrator = Calibrator(self.model, built_in(self.tokenizer))
+        if not calibrator.prompts:
+            return
+        policy = self.config.policy
+        rungs = climb(
+            lambda ratio: calibrator.measure(policy, ratio),
+            self.gate.ratio,
+            self.config,
+            ratio_matters(self.config),
+        )
+        self._act(rungs, theirs)
+
+    def _act(self, rungs: list[Rung], theirs: bool) -> None:
+        first, last = rungs[0], rungs[-1]
+        whose = "gate_prompts" if theirs else "the built-in prompts"
+        what = f"{whose}: {first.mean} at ratio {first.ratio:g}"
+        self.metrics.gate_sample(last.mean)
+        if first.within:
+            self._say(logging.INFO, f"{what}: within the budget")
+            return
+        if len(rungs) > 1:
+            what += f", {last.mean} at {last.ratio:g}"
+        budget = (
+            f"gate_max_kl {self.config.gate_max_kl:g}, gate_min_top1 {self.config.gate_min_top1:g}"
+        )
+        if theirs and not last.within:
+            self._fail(["fidelity"], f"fidelity: {what}; the budget is {budget}")
+            return
+        self.gate.raise_to(last.ratio)
+        self.metrics.gate_state(self.gate)
+        advice = "" if last.within else "; measure it on prompts of your own (gate_prompts)"
+        self._say(
+            logging.WARNING,
+            f"{what}; the budget is {budget}. The default ratio is now {self.gate.ratio:g}{advice}",
+        )
+
+    def _fail(self, checks: Sequence[str], what: str) -> None:
+        for check in checks:
+            self.metrics.gate_failure(check)
+        if self.config.gate == "fail":
+            raise GateError(
+                f"the correctness gate failed: {what}. Blended answers would be wrong here; launch "
+                "with --blend-gate disable to serve by full prefill"
+            )
+        self.gate.turn_off(what)
+        self.metrics.gate_state(self.gate)
+        self._say(
+            logging.ERROR,
+            f"the correctness gate failed: {what}. Blending is OFF: every request is served by "
+            "full prefill",
+        )
+
+    def _say(self, level: int, text: str) -> None:
+        if self.speaks:
+            logger.log(level, "sgl-blend: %s", text)
+
+
+def ratio_matters(config: BlendConfig) -> bool:
+    """Does a higher ratio recompute more?"""
+    policy = POLICIES.get(config.policy)
+    if policy.need is Need.NOTHING and config.leading_tokens:
+        return False
+    return policy.budget(1000, 0.2) > policy.budget(1000, 0.1)

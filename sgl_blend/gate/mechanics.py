@@ -1,0 +1,257 @@
+"""Exact checks of the blend prefill on random tokens: true of every model, or the build is broken.
+
+==============  ==================================================  ==========================
+check           what must hold                                      what breaks it
+==============  ==================================================  ==========================
+``lookup``      documents prefilled before are found                chunking, the index
+``keys``        layer 0's K of every reused token is what exact     rotation, positions,
+                prefill computes at its new place                   the wrong source
+``values``      the same of V                                       the wrong source; V moved
+``recompute``   ratio 1.0: the logits and all KV are exact, beside  pruning, positions, batches
+                an ordinary request, whose logits are exact, too
+``mask``        sources that are the exact KV of the very same      attention by anything but
+                prompt: whichever tokens are recomputed, logits     the true position (a
+                and KV are exact                                    bottom-right mask)
+==============  ==================================================  ==========================
+
+Layer 0's K and V depend on token and position alone, so these two need no tolerance for context.
+Documents move forward and back, out of order, with a hole between them.
+
+Tolerances. A token's error is the distance of its K (V) from exact prefill's, all heads together,
+over its norm or the median norm of the prompt's tokens, whichever is larger. Two exact prefills
+differ as well where their shapes do (GEMMs and attention sum in another order), and how much
+depends on the model. So the prompt is prefilled exactly twice, in one piece and in two, and a
+check allows ``NOISE`` times what these two are apart, at that layer, and never less than a floor
+of a few unit roundoffs. In half precision a single token may fall either way (a router's choice
+in a mixture of experts): there a layer's error is the 90th percentile of its tokens' errors, in
+fp32 the largest.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.gate.model import Ask, GateModel, Ran
+
+NOISE = 6.0
+#: fp32's sums over thousands of terms: no floor lies below these
+LEAST_FIRST, LEAST_DEEP, LEAST_LOGITS = 2e-5, 2e-4, 1e-4
+#: documents are no longer than this, whatever the options say
+MAX_DOCUMENT = 512
+
+
+class Finding(NamedTuple):
+    """error over tolerance is what a check found at its worst place (``where``)."""
+
+    check: str
+    error: float
+    tolerance: float
+    where: str
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where} is {self.error:.2g} off, {self.tolerance:.2g} allowed"
+
+
+class Prompt(NamedTuple):
+    """sources: prompts that hold the documents; tokens: the prompt that reuses them. suffix:
+    where its question begins. documents: tokens of it that can be reused. beside: another."""
+
+    sources: list[list[int]]
+    tokens: list[int]
+    suffix: int
+    documents: int
+    beside: list[int]
+
+
+def make_prompt(config: BlendConfig, page: int, ids: tuple[int, int], seed: int) -> Prompt:
+    """Random documents A, B and C; C moves forward, the others back, with a hole behind C."""
+    rng = random.Random(seed)
+
+    def fresh(n: int) -> list[int]:
+        return [rng.randrange(*ids) for _ in range(n)]
+
+    size = max(64, 2 * config.min_span_tokens, config.chunk_max_tokens, 2 * page)
+    a, b, c = (fresh(min(size, MAX_DOCUMENT)) for _ in range(3))
+    # Sources end in a page of their own question, so that no document loses its last page.
+    tail = max(16, page)
+    sources = [a + fresh(tail), b + c + fresh(tail)]
+    question = max(32, min(config.min_suffix_tokens, MAX_DOCUMENT))
+    body = fresh(24) + c + fresh(20) + b + a
+    return Prompt(sources, body + fresh(question), len(body), len(a + b + c), fresh(48))
+
+
+def slots_needed(prompt: Prompt, page: int) -> int:
+    """Pool slots that are in use at once, at the most."""
+    kept = sum(map(len, prompt.sources))
+    runs = 3 * len(prompt.tokens) + len(prompt.beside)
+    return kept + runs + 8 * page
+
+
+def check_mechanics(model: GateModel, config: BlendConfig, prompt: Prompt) -> list[Finding]:
+    """Each check's worst finding. Leaves nothing behind in ``model``. Layers are compared on the
+    device and one at a time; all ranks return the same findings where errors are concerned."""
+    found: list[Finding] = []
+    try:
+        [exact] = model.run(Ask(prompt.tokens))
+        [again] = model.run(Ask(prompt.tokens, pieces=(len(prompt.tokens) // 2,)))
+        meter = _Meter(model, exact, again)
+        model.release(again)
+        for source in prompt.sources:
+            model.release(*model.run(Ask(source, keep=True)))
+        found += _moved(model, config, prompt, meter)
+        if found[0].ok:  # what finds nothing blends nothing
+            found.append(_recomputed(model, config, prompt, meter))
+        found.append(_masked(model, config, prompt, meter))
+        model.release(exact)
+    finally:
+        model.flush()
+    return _agreed(model, found)
+
+
+def _moved(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> list[Finding]:
+    [ran] = model.run(Ask(prompt.tokens, policy="none"))
+    short = 1.0 - ran.reused.numel() / prompt.documents
+    # A span is extended as far as texts agree: a page at each end is all that may be missing.
+    found = [Finding("lookup", short, 0.25, "the share of the documents' tokens found")]
+    if ran.reused.numel():
+        found += meter.first_layer(ran, ran.reused)
+    model.release(ran)
+    return found
+
+
+def _recomputed(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> Finding:
+    beside_exact = model.run(Ask(prompt.beside))
+    blended, beside = model.run(
+        Ask(prompt.tokens, policy=model.full_policy, ratio=1.0),
+        Ask(prompt.beside),
+    )
+    finding = max(
+        meter.everything("recompute", blended),
+        meter.logits("recompute", beside, beside_exact[0], "the ordinary request's logits"),
+        key=_severity,
+    )
+    model.release(blended, beside, *beside_exact)
+    return finding
+
+
+def _masked(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> Finding:
+    scattered = tuple(range(1, prompt.suffix, 7))
+    runs = model.run(
+        Ask(
+            prompt.tokens,
+            policy="none",
+            source=meter.exact,
+            suffix=prompt.suffix,
+            recompute=scattered,
+        ),
+        Ask(
+            prompt.tokens,
+            policy=config.policy,
+            ratio=config.recompute_ratio,
+            source=meter.exact,
+            suffix=prompt.suffix,
+        ),
+    )
+    rows = torch.tensor([*scattered, *range(prompt.suffix, len(prompt.tokens))])
+    finding = max(
+        meter.everything("mask", runs[0], rows),
+        meter.everything("mask", runs[1]),
+        key=_severity,
+    )
+    model.release(*runs)
+    return finding
+
+
+class _Meter:
+    """Measures runs of one prompt against its exact prefill."""
+
+    def __init__(self, model: GateModel, exact: Ran, again: Ran) -> None:
+        self.model = model
+        self.exact = exact
+        half = model.roundoff > 1e-5
+        self.quantile = 0.9 if half else 1.0
+        u = model.roundoff
+        self.noise = [self._layer(layer, again, None) for layer in range(model.num_layers)]
+        self.floor_first = max(LEAST_FIRST, 8 * u)
+        self.floor_deep = max(LEAST_DEEP, 16 * u)
+        self.tolerance_logits = max(
+            LEAST_LOGITS, 16 * u, NOISE * _logits_apart(again.logits, exact.logits)
+        )
+
+    def first_layer(self, ran: Ran, rows: torch.Tensor) -> list[Finding]:
+        """``keys`` and ``values``: every single token counts."""
+        errors = self._layer(0, ran, rows, quantile=1.0)
+        out = []
+        for name, what, error, noise in zip(
+            ("keys", "values"), ("K", "V"), errors, self.noise[0], strict=True
+        ):
+            allowed = max(self.floor_first, NOISE * noise)
+            out.append(Finding(name, error, allowed, f"layer 0's {what} of a reused token"))
+        return out
+
+    def everything(self, check: str, ran: Ran, rows: torch.Tensor | None = None) -> Finding:
+        """The logits, and K and V of every layer (of ``rows``; None: of all tokens)."""
+        found = [self.logits(check, ran, self.exact, "the logits")]
+        for layer in range(self.model.num_layers):
+            for what, error, noise in zip(
+                "KV", self._layer(layer, ran, rows), self.noise[layer], strict=True
+            ):
+                allowed = max(self.floor_deep, NOISE * noise)
+                found.append(Finding(check, error, allowed, f"layer {layer}'s {what}"))
+        return max(found, key=_severity)
+
+    def logits(self, check: str, ran: Ran, exact: Ran, where: str) -> Finding:
+        return Finding(check, _logits_apart(ran.logits, exact.logits), self.tolerance_logits, where)
+
+    def _layer(
+        self, layer: int, ran: Ran, rows: torch.Tensor | None, quantile: float | None = None
+    ) -> tuple[float, float]:
+        """Error of K and of V at ``layer``."""
+        ours, theirs = self.model.kv(ran, layer), self.model.kv(self.exact, layer)
+        return tuple(
+            _quantile(_tokens_apart(x, y, rows), self.quantile if quantile is None else quantile)
+            for x, y in zip(ours, theirs, strict=True)
+        )
+
+
+def _tokens_apart(ours: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor | None):
+    """fp32 [tokens]: each token's error (see the module's docstring)."""
+    ours, exact = ours.float().flatten(1), exact.float().flatten(1)
+    norm = exact.norm(dim=1)
+    error = (ours - exact).norm(dim=1) / norm.clamp(min=norm.median()).clamp(min=1e-20)
+    return error if rows is None else error[rows.to(error.device)]
+
+
+def _quantile(errors: torch.Tensor, q: float) -> float:
+    value = errors.max() if q >= 1.0 else torch.quantile(errors, q)
+    # NaN would compare as no error at all.
+    return float(torch.nan_to_num(value, nan=float("inf")))
+
+
+def _logits_apart(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference, as a share of the exact logits' range."""
+    reach = (exact.max() - exact.min()).clamp(min=1e-20)
+    return float(torch.nan_to_num((ours - exact).abs().max() / reach, nan=float("inf")))
+
+
+def _severity(finding: Finding) -> float:
+    return finding.error / finding.tolerance
+
+
+def _agreed(model: GateModel, found: list[Finding]) -> list[Finding]:
+    """A check that fails on any rank fails on all: ranks see other heads."""
+    failed = model.worst([float(not f.ok) for f in found])
+    return [
+        f._replace(where=f"another rank's {f.where}", error=max(f.error, float("inf")))
+        if bad > 0 and f.ok
+        else f
+        for f, bad in zip(found, failed, strict=True)
+    ]

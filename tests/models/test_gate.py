@@ -1,0 +1,52 @@
+"""The correctness gate at launch, in process, under broken builds. Needs: CPU only.
+
+That unbroken builds pass is among the checks of ``test_blend_models.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from faults import CAUGHT_BY, FAULTS
+
+CHECKS = "model_support.checks_gate:"
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        pytest.param("llama", {}, id="llama"),
+        pytest.param("qwen3", {"page_size": 16, "dtype": "bfloat16"}, id="qwen3-bf16-pages"),
+        pytest.param("gemma2", {}, id="gemma2"),
+    ],
+)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_build_is_named_and_serves_exactly(jobs, models, fault, arch, options):
+    got = jobs.run(CHECKS + "broken", str(models), arch, options, fault)
+    must, may = CAUGHT_BY[FAULTS[fault]]
+    assert must <= set(got["failed"]) <= must | may, got["findings"]
+    assert not got["on"]
+    assert all(check in got["why"] for check in got["failed"]), got["why"]
+    assert got["metric"] == dict.fromkeys(got["failed"], 1)
+    # Documents seen before are there, and all the same nothing is reused.
+    report = got["report"]
+    assert report["fallback"] == "turned off by the correctness gate"
+    assert report["computed"] == report["exact"] == got["tokens"]
+    assert got["fallbacks"]["turned off by the correctness gate"] == 1
+
+
+def test_the_launch_ends_where_that_is_asked_for(jobs, models):
+    message = jobs.run(CHECKS + "launch_that_fails", str(models), "llama", "bottom_right_mask")
+    assert "the correctness gate failed: mask: " in message and "allowed" in message
+    assert "\n" not in message
+
+
+def test_the_gate_leaves_the_pools_as_it_found_them(jobs, models):
+    state = jobs.run(CHECKS + "launch_state", str(models), "llama")
+    assert state["free"] == state["capacity"]
+    assert state["tree"] == state["index"] == 0
+    assert state["counted"] == state["fallbacks"] == {}
