@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from sgl_blend.errors import BlendError
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import ChunkHeader
     from sgl_blend.store.client import LoadedChunk
+
+
+# What the store lends is read-only, and nobody writes to the tensors made of it.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 
 class LoadFailed(BlendError):
@@ -39,18 +44,30 @@ class HostChunk:
     layers: int = 0
     failed: bool = False
     parts: list[LoadedChunk] = field(default_factory=list)
+    #: (first layer, [layers, values of one layer]) of each part: views into host memory
+    _values: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
     def take(self, part: LoadedChunk) -> None:
         """One more readable range of layers, directly behind those that are there."""
+        first, last, tokens = part.layers or (0, self.header.layout.n_layers, True)
+        payload = torch.from_numpy(part.buf[self.header.tokens_bytes if tokens else 0 :])
+        kind = getattr(torch, self.header.dtype)
+        self._values.append((first, payload.view(kind).view(last - first, -1)))
         self.parts.append(part)
-        self.layers = part.layers.last if part.layers else self.header.layout.n_layers
+        self.layers = last
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K [n, Hk, D] and V [n, Hk, Dv] of one readable layer: views into host memory, valid
         until the load is closed."""
-        for part in self.parts:
-            if part.layers is None or part.layers.first <= index < part.layers.last:
-                return part.body.torch_layer(index)
+        lay, n = self.header.layout, self.header.n_tokens
+        for first, values in self._values:
+            if first <= index < first + values.shape[0]:
+                k_size = n * lay.n_kv_heads * lay.head_dim
+                row = values[index - first]
+                return (
+                    row[:k_size].view(n, lay.n_kv_heads, lay.head_dim),
+                    row[k_size:].view(n, lay.n_kv_heads, lay.v_head_dim),
+                )
         raise BlendError(f"layer {index} of a chunk is not loaded ({self.layers} layers are)")
 
 
