@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from typing import Any, NoReturn
 
 from sgl_blend import config as cfg
 from sgl_blend.config import BlendConfig
-from sgl_blend.errors import BlendError, ConfigError
+from sgl_blend.errors import BlendError, ConfigError, StoreError
 
 #: attribute under which the configuration travels to the scheduler processes; the underscore
 #: passes ServerArgs' seal on public names (``server_args.py``, 0.5.23)
@@ -135,7 +136,17 @@ def start_store(server_args: Any) -> None:
     given = {"memory_bytes": config.store_memory}
     if config.store_disk_path:
         given |= {"disk_path": config.store_disk_path, "disk_bytes": config.store_disk}
-    store = EmbeddedStore(load_config(config.store_config or None, **given))
+    options = load_config(config.store_config or None, **given)
+    # A server that was ended a moment ago may still be writing to the same disk.
+    patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
+    while True:
+        try:
+            store = EmbeddedStore(options)
+            break
+        except StoreError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.5)
     _stores.append(store)
     setattr(server_args, STORE_ATTR, store.endpoint)
 

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import secrets
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ LOAD_ATTR = "_blend_load"
 #: changes when stored KV is laid out or labelled in another way
 NAMESPACE_VERSION = "sgl-blend/1"
 _YIELD_S = 5e-5
+_SWEEP_S = 0.5
 
 
 def connect(
@@ -123,6 +125,9 @@ class StoreTier:
         self._own = not (config.store_endpoint or config.store_disk_path or config.store_config)
         #: loads whose bytes the device may still be reading: (event behind the last copy, load)
         self._closing: deque[tuple[Any, Load]] = deque()
+        #: loads of requests that may be aborted while they wait, or between two pieces
+        self._open: list[tuple[weakref.ref, Load]] = []
+        self._swept = 0.0
 
     def listen(self) -> None:
         """From now on store what the tree takes in (not what the correctness gate tried before)."""
@@ -199,7 +204,24 @@ class StoreTier:
             state.exact,
             0.0 if state.exact else state.ratio,
         )
-        setattr(req, LOAD_ATTR, self.service.request(wish))
+        load = self.service.request(wish)
+        setattr(req, LOAD_ATTR, load)
+        self._open.append((weakref.ref(req), load))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Let go of what was loaded for requests that are gone."""
+        now = time.monotonic()
+        if now - self._swept < _SWEEP_S:
+            return
+        self._swept = now
+        held = []
+        for ref, load in self._open:
+            if ref() is None:
+                load.close()
+            elif not load.closed:
+                held.append((ref, load))
+        self._open = held
 
     def admits(self, req: Any) -> bool:
         """May the request be scheduled now? Not while what it loads is worth waiting for."""
@@ -365,6 +387,8 @@ class StoreTier:
         """Behind ``Scheduler.on_idle``."""
         if self._closing:
             self._close_finished()
+        if self._open:
+            self._sweep()
         if self.service.busy:
             time.sleep(_YIELD_S)
 
