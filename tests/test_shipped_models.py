@@ -19,9 +19,9 @@ from training.report import SIZES  # noqa: E402
 
 from sgl_blend.eval import tasks  # noqa: E402
 
-NAMES = {"shallow": "blend-4l"}
-LAYERS = {"shallow": 4}
-COUNT = {"shallow": 8}
+NAMES = {"shallow": "blend-4l", "deep": "blend-8l"}
+LAYERS = {"shallow": 4, "deep": 8}
+COUNT = {"shallow": 8, "deep": 5}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -106,6 +106,23 @@ def test_full_reuse_loses_what_needs_another_document(subject, cases, place):
     assert scores[0.0].local >= 0.9
 
 
+@pytest.mark.parametrize("place", ["alone", "other"])
+def test_the_tokens_that_the_question_looks_at_bring_it_back(subject, cases, place):
+    by_query = reuse.reuse_scores(subject, cases, place, (0.1,), "query")[0.1]
+    assert by_query.dependent >= 0.9 and by_query.local >= 0.9
+
+
+def test_without_a_layer_and_back(subject, cases):
+    ids = subject.layout(cases[0], tasks.ask(cases[0].questions[:1])).ids
+    before, _ = subject.prefill(ids)
+    for layer in range(subject.layers):
+        with subject.without(layer):
+            changed, _ = subject.prefill(ids)
+        assert not torch.allclose(changed, before, atol=1e-2)
+    after, _ = subject.prefill(ids)
+    assert torch.equal(after, before)
+
+
 def test_all_rows_recomputed_are_the_prefill(subject, cases):
     layout = subject.layout(cases[0], tasks.ask(cases[0].questions[:1]))
     cached = subject.elsewhere(cases[0], layout, "alone")
@@ -125,3 +142,6 @@ def test_the_shipped_report_is_of_this_model(subject, which):
             r: told["exact"]["dependent"] - s["dependent"] for r, s in told["reuse"][place].items()
         }
         assert lost["0.0"] >= 0.2 and lost["0.15"] >= 0.1 and lost["1.0"] <= 0.005
+        by_query = told["reuse_query"][place]["0.1"]["dependent"]
+        assert told["exact"]["dependent"] - by_query <= 0.05
+    assert len(told["without_layer"]) == LAYERS[which]

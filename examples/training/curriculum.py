@@ -79,6 +79,13 @@ DEEP = (
         decay=True,
         rate=0.4,
     ),
+    Stage(
+        "talk",
+        Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 20, (60, 160), 8192, True, 0.6, 64),
+        60,
+        decay=True,
+        rate=0.2,
+    ),
 )
 """Eight layers out of the shallow model's four; prompts up to about 1700 tokens at the end."""
 

@@ -38,7 +38,7 @@ class Report:
 
     ``follow_up``: questions after others in the same prompt. ``shuffled``: documents in another
     order, under another system prompt. ``tokens``: mean prompt length. ``without_layer``: as
-    ``exact``, with one layer made the identity, for each layer.
+    ``follow_up``, with one layer made the identity, for each layer.
     """
 
     cases: int
@@ -110,7 +110,7 @@ def report(subject: Subject, which: str, count: int, first_seed: int = 1000) -> 
 
 def _without(subject: Subject, cases: list[tasks.Case], layer: int) -> Score:
     with subject.without(layer):
-        return exact_scores(subject, cases)
+        return follow_up_scores(subject, cases)
 
 
 def _words(score: Score) -> str:
