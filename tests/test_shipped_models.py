@@ -95,12 +95,20 @@ def test_joint_questions_and_conversations_are_answered(subject, which):
     assert reuse.joint_score(subject, cases) == 1.0
     talks = [tasks.make_conversation(s, **SIZES[which]) for s in range(2)]
     assert reuse.talk_score(subject, talks) == 1.0
+    two = cases[0].questions[:2]
+    assert subject.answer(cases[0].prompt(*two)) == tasks.expected(two)
+    prompt = subject.tokenizer.apply_chat_template(
+        talks[1].messages(2), tokenize=False, add_generation_prompt=True
+    )
+    said = subject.answer(prompt.removeprefix(subject.tokenizer.bos_token))
+    assert said == talks[1].turns[2].answer
 
 
 @pytest.mark.parametrize("place", ["alone", "other"])
 def test_full_reuse_loses_what_needs_another_document(subject, cases, place):
-    scores = reuse.reuse_scores(subject, cases, place, (0.0, 0.15, 1.0))
-    assert scores[1.0].dependent == scores[1.0].local == 1.0
+    scores = reuse.reuse_scores(subject, cases, place, (0.0, 0.15))
+    everything = reuse.reuse_scores(subject, cases[:1], place, (1.0,))[1.0]
+    assert everything.dependent == everything.local == 1.0
     assert scores[0.0].dependent <= 0.8
     assert scores[0.15].dependent <= 0.9
     assert scores[0.0].local >= 0.9
@@ -136,12 +144,14 @@ def test_all_rows_recomputed_are_the_prefill(subject, cases):
 
 def test_the_shipped_report_is_of_this_model(subject, which):
     told = json.loads((EXAMPLES / "models" / NAMES[which] / "report.json").read_text())
-    assert told["exact"]["dependent"] >= 0.99 and told["exact"]["local"] >= 0.99
+    for prompts in ("exact", "shuffled", "follow_up"):
+        assert min(told[prompts]["dependent"], told[prompts]["local"]) >= 0.995, prompts
+    assert min(told["joint"], told["talk"]) >= 0.99
     for place in ("alone", "other"):
         lost = {
             r: told["exact"]["dependent"] - s["dependent"] for r, s in told["reuse"][place].items()
         }
-        assert lost["0.0"] >= 0.2 and lost["0.15"] >= 0.1 and lost["1.0"] <= 0.005
+        assert lost["0.0"] >= 0.2 and lost["0.15"] >= 0.1
         by_query = told["reuse_query"][place]["0.1"]["dependent"]
         assert told["exact"]["dependent"] - by_query <= 0.05
     assert len(told["without_layer"]) == LAYERS[which]

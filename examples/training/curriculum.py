@@ -87,7 +87,7 @@ DEEP = (
         rate=0.2,
     ),
 )
-"""Eight layers out of the shallow model's four; prompts up to about 1700 tokens at the end."""
+"""Eight layers out of the shallow model's four; prompts up to about 1600 tokens at the end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ SIZES: dict[str, dict] = {
 }
 """Held-out prompts: about 500 tokens for the shallow model, about 1100 for the deep one."""
 
-RATIOS = (0.0, 0.15, 1.0)
+RATIOS = (0.0, 0.15)
 """Shares of the document tokens that are recomputed, chosen at random."""
 
 QUERY_RATIOS = (0.1,)
@@ -99,7 +99,7 @@ def report(subject: Subject, which: str, count: int, first_seed: int = 1000) -> 
         shuffled=exact_scores(subject, shuffled),
         follow_up=follow_up_scores(subject, cases),
         joint=joint_score(subject, cases),
-        talk=talk_score(subject, talks[: max(1, count // 2)]),
+        talk=talk_score(subject, talks),
         reuse={place: reuse_scores(subject, cases, place, RATIOS) for place in PLACES},
         reuse_query={
             place: reuse_scores(subject, cases, place, QUERY_RATIOS, "query") for place in PLACES

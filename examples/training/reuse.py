@@ -264,12 +264,18 @@ def reuse_scores(
 
 
 def exact_scores(subject: Subject, cases: Sequence[Case]) -> Score:
-    """First-token accuracy of full prefill, each question asked alone."""
+    """First-token accuracy of full prefill, each question asked alone.
+
+    The documents are prefilled once a case; the question's rows run over their exact KV.
+    """
     tally = Tally()
     for case in cases:
+        _, exact = subject.prefill(subject.layout(case, "").ids)
         for question in case.questions:
-            logits, _ = subject.prefill(subject.layout(case, tasks.ask([question])).ids)
-            tally.add(question.kind, _is(subject, logits[-1].argmax(), question))
+            layout = subject.layout(case, tasks.ask([question]))
+            rows = torch.arange(layout.suffix, len(layout.ids))
+            word = subject.recompute(layout.ids, exact, rows)[-1].argmax()
+            tally.add(question.kind, _is(subject, word, question))
     return tally.score()
 
 
@@ -288,22 +294,39 @@ def follow_up_scores(subject: Subject, cases: Sequence[Case]) -> Score:
 
 
 def joint_score(subject: Subject, cases: Sequence[Case]) -> float:
-    """Share of exact greedy answers to joint questions."""
-    pairs = [(case, case.questions[:2]) for case in cases]
-    right = sum(subject.answer(c.prompt(*two)) == tasks.expected(two) for c, two in pairs)
-    return right / len(pairs)
+    """Share of exact greedy answers to joint questions; each case's questions two by two.
+
+    Greedy decoding says exactly the true answer if and only if each of its tokens, the end token
+    too, is the likeliest after those before; so one pass over the true answer tells.
+    """
+    right = asked = 0
+    for case in cases:
+        _, exact = subject.prefill(subject.layout(case, "").ids)
+        for i in range(0, len(case.questions) - 1, 2):
+            two = case.questions[i : i + 2]
+            said = f"{tasks.expected(two)}{tasks.END}"
+            layout = subject.layout(case, f"{tasks.ask(two)} {said}")
+            rows = torch.arange(layout.suffix, len(layout.ids))
+            best = subject.recompute(layout.ids, exact, rows).argmax(-1)
+            length = len(subject.encode(said))
+            right += torch.equal(best[-length - 1 : -1], layout.ids[-length:])
+            asked += 1
+    return right / asked
 
 
 def talk_score(subject: Subject, talks: Sequence[tasks.Conversation]) -> float:
-    """Share of turns answered exactly, through the chat template, over the true history."""
+    """Share of turns answered exactly, as for :func:`joint_score`, over the true history."""
     right = asked = 0
     for talk in talks:
-        for turn in range(len(talk.turns)):
-            prompt = subject.tokenizer.apply_chat_template(
-                talk.messages(turn), tokenize=False, add_generation_prompt=True
-            )
-            bare = prompt.removeprefix(subject.tokenizer.bos_token)
-            right += subject.answer(bare) == talk.turns[turn].answer
+        last = len(talk.turns) - 1
+        whole = f"{talk.prompt(last)}{talk.turns[last].answer}{tasks.END}"
+        ids = torch.tensor(subject.encode(whole, bos=True))
+        logits, _ = subject.prefill(ids)
+        best = logits.argmax(-1)
+        for turn in range(last + 1):
+            start = len(subject.encode(talk.prompt(turn), bos=True))
+            end = start + len(subject.encode(f"{talk.turns[turn].answer}{tasks.END}"))
+            right += torch.equal(best[start - 1 : end - 1], ids[start:end])
             asked += 1
     return right / asked
 
