@@ -1,8 +1,8 @@
-"""Train the models under ``examples/models`` from scratch, and report what full reuse costs them.
+"""Train the models under ``examples/models``, and report what full reuse costs them.
 
     python examples/train_models.py            # both, one after the other
     python examples/train_models.py shallow    # four layers
-    python examples/train_models.py deep       # grown from the shallow one's checkpoint
+    python examples/train_models.py deep       # eight, grown from the shallow one under --out
     python examples/train_models.py report     # measure the shipped models again
 
 Needs a CPU, torch, transformers, tokenizers and safetensors. Progress is printed every ten
@@ -24,19 +24,17 @@ from training import curriculum, data, model, reuse, vocab  # noqa: E402
 from training.report import Report, report  # noqa: E402
 
 NAMES = {"shallow": "blend-4l", "deep": "blend-8l"}
-LAYERS = {"shallow": 4, "deep": 8}
 
 
 def train(which: str, args: argparse.Namespace) -> float:
     """Train one model and write it to ``args.out``; the processor minutes it took."""
     torch.manual_seed(args.seed)
-    llama = model.Llama(model.Shape(vocab=len(data.IDS)))
-    stages = curriculum.SHALLOW
     if which == "deep":
-        small = torch.load(args.checkpoints / "shallow.pt", weights_only=True)
-        llama.load_state_dict(small["model"])
-        llama = model.grown(llama, LAYERS["deep"])
+        llama = model.doubled(model.load(args.out / NAMES["shallow"]))
         stages = curriculum.DEEP
+    else:
+        llama = model.Llama(model.Shape(vocab=len(data.IDS)))
+        stages = curriculum.SHALLOW
     trainer = curriculum.Trainer(
         llama, stages, args.seed, args.checkpoints / f"{which}.pt", say=_say
     )
@@ -65,8 +63,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("all", "shallow", "deep", "report"), nargs="?")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=HERE / "models")
-    parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "models", help="where the models lie, one folder each"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=Path,
+        default=Path("checkpoints"),
+        help="where a run that was stopped finds its state again; start anew: an empty folder",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", type=int, default=50, help="held-out prompts per figure")
     args = parser.parse_args()

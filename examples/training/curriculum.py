@@ -65,16 +65,29 @@ SHALLOW = (
 """Four layers from scratch; prompts up to about 1400 tokens at the end."""
 
 DEEP = (
-    Stage("wake", Size((2, 5), (1, 3), (3, 6), (2, 3), (2, 4), 10, (30, 110), 6144), 20, rate=0.4),
+    Stage(
+        "mend",
+        Size((1, 4), (1, 3), (3, 6), (2, 4), (2, 4), 16, (30, 90), 6144),
+        120,
+        0.97,
+        rate=0.5,
+    ),
     Stage(
         "long",
-        Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 12, (60, 160), 8192),
-        120,
+        Size((3, 7), (2, 3), (4, 7), (2, 4), (2, 4), 20, (50, 160), 8192),
+        300,
         decay=True,
         rate=0.4,
     ),
+    Stage(
+        "talk",
+        Size((4, 7), (2, 3), (4, 7), (2, 4), (2, 4), 20, (60, 160), 8192, True, 0.6, 64),
+        60,
+        decay=True,
+        rate=0.2,
+    ),
 )
-"""Grown from the shallow one; prompts up to about 1700 tokens at the end."""
+"""Eight layers out of the shallow model's four; prompts up to about 1600 tokens at the end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,10 @@ class Size:
     """Tokens a batch may hold; its prompt count follows (at most 64)."""
     joint: bool = True
     """Whether some questions ask for two or three owners at once."""
+    talks: float = 1 / 3
+    """Share of the prompts that are conversations (where there are two records or more)."""
+    late_facts: int = 24
+    """Conversations bring new documents in later turns when the records hold fewer facts."""
 
 
 def encode(text: str) -> list[int]:
@@ -121,15 +125,15 @@ def prompts(rng: random.Random, size: Size) -> Batch:
 
 
 def _prompt(rng: random.Random, size: Size, **sizes) -> tuple[list[int], list[int]]:
-    """BOS, documents and question-answer pairs; a third are conversations with late documents."""
+    """BOS, documents and question-answer pairs; some are conversations with late documents."""
     seed = rng.randrange(TRAINING_SEEDS, 2 * TRAINING_SEEDS)
     facts = sizes["n_docs"] * (sizes["local_facts"] + sizes["dependent_facts"])
-    if sizes["n_docs"] > 1 and rng.random() < 1 / 3:
+    if sizes["n_docs"] > 1 and rng.random() < size.talks:
         talk = tasks.make_conversation(
             seed,
             n_turns=3,
             questions_per_turn=rng.randint(1, 2) if size.joint else 1,
-            **sizes | {"n_docs": sizes["n_docs"] - 1, "later_docs": 1 if facts < 24 else 0},
+            **sizes | {"n_docs": sizes["n_docs"] - 1, "later_docs": int(facts < size.late_facts)},
         )
         parts = [talk.system]
         for turn in talk.turns:

@@ -7,7 +7,7 @@ Only what training needs: right-padded batches, full causal attention, logits wh
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -135,22 +135,62 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def grown(small: Llama, layers: int) -> Llama:
-    """A model with ``layers`` layers that computes what ``small`` does.
+def load(folder: Path) -> Llama:
+    """The model that :func:`export` wrote into ``folder``."""
+    from safetensors.torch import load_file
 
-    The trained layers are spread out evenly; new ones between and after them start as the
-    identity (zero output projections; their inputs are freshly drawn, so gradients flow).
+    config = json.loads((folder / "config.json").read_text())
+    shape = Shape(
+        vocab=config["vocab_size"],
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        mlp=config["intermediate_size"],
+        theta=config["rope_theta"],
+        eps=config["rms_norm_eps"],
+        max_position=config["max_position_embeddings"],
+    )
+    model = Llama(shape)
+    model.load_state_dict(load_file(str(folder / "model.safetensors")))
+    return model
+
+
+def doubled(small: Llama) -> Llama:
+    """A model with twice the layers, each holding half of what a layer of ``small`` does.
+
+    Layer ``i`` becomes layers ``2i`` and ``2i + 1``. The first keeps the even query heads and the
+    first half of the MLP, the second the rest. What a layer gives away is drawn afresh and starts
+    without effect. Identity layers would stay idle; halves are needed from the start. The second
+    half reads what the first wrote, so the whole computes roughly what ``small`` does.
     """
-    from dataclasses import replace
-
-    big = Llama(replace(small.shape, layers=layers))
-    body = small.model
-    big.model.embed_tokens.load_state_dict(body.embed_tokens.state_dict())
-    big.model.norm.load_state_dict(body.norm.state_dict())
+    shape = small.shape
+    big = Llama(replace(shape, layers=2 * shape.layers))
+    big.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
+    big.model.norm.load_state_dict(small.model.norm.state_dict())
     big.lm_head.load_state_dict(small.lm_head.state_dict())
-    for i, layer in enumerate(body.layers):
-        place = i * layers // small.shape.layers
-        big.model.layers[place].load_state_dict(layer.state_dict())
+    neurons = torch.arange(shape.mlp)
+    dims = torch.arange(shape.heads * shape.head_dim)
+    with torch.no_grad():
+        for i, layer in enumerate(big.model.layers):
+            whole = small.model.layers[i // 2]
+            own_dims = dims[dims // shape.head_dim % 2 == i % 2]
+            own_neurons = neurons[neurons // (shape.mlp // 2) == i % 2]
+            layer.input_layernorm.load_state_dict(whole.input_layernorm.state_dict())
+            layer.post_attention_layernorm.load_state_dict(
+                whole.post_attention_layernorm.state_dict()
+            )
+            mine, theirs = layer.self_attn, whole.self_attn
+            mine.k_proj.weight.copy_(theirs.k_proj.weight)
+            mine.v_proj.weight.copy_(theirs.v_proj.weight)
+            mine.q_proj.weight[own_dims] = theirs.q_proj.weight[own_dims]
+            mine.o_proj.weight[:, own_dims] = theirs.o_proj.weight[:, own_dims]
+            for name in ("gate_proj", "up_proj"):
+                getattr(layer.mlp, name).weight[own_neurons] = getattr(whole.mlp, name).weight[
+                    own_neurons
+                ]
+            layer.mlp.down_proj.weight[:, own_neurons] = whole.mlp.down_proj.weight[:, own_neurons]
     return big
 
 

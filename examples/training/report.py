@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from sgl_blend.eval import tasks
 
 from .reuse import (
+    Place,
     Score,
     Subject,
     exact_scores,
@@ -22,7 +23,13 @@ SIZES: dict[str, dict] = {
 }
 """Held-out prompts: about 500 tokens for the shallow model, about 1100 for the deep one."""
 
-RATIOS = (0.0, 0.15, 1.0)
+RATIOS = (0.0, 0.15)
+"""Shares of the document tokens that are recomputed, chosen at random."""
+
+QUERY_RATIOS = (0.1,)
+"""The same, chosen by the question's attention."""
+
+PLACES: tuple[Place, ...] = ("alone", "other")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,8 @@ class Report:
     """Accuracies (fractions) on held-out seeds. ``reuse``: place -> recomputed share -> score.
 
     ``follow_up``: questions after others in the same prompt. ``shuffled``: documents in another
-    order, under another system prompt. ``tokens``: mean prompt length.
+    order, under another system prompt. ``tokens``: mean prompt length. ``without_layer``: as
+    ``follow_up``, with one layer made the identity, for each layer.
     """
 
     cases: int
@@ -41,6 +49,8 @@ class Report:
     joint: float
     talk: float
     reuse: dict[str, dict[float, Score]]
+    reuse_query: dict[str, dict[float, Score]]
+    without_layer: list[Score]
 
     def lines(self) -> list[str]:
         out = [f"{self.cases} prompts of {self.tokens:.0f} tokens on average"]
@@ -51,6 +61,13 @@ class Report:
         for place, scores in self.reuse.items():
             for ratio, score in scores.items():
                 out.append(f"documents from {place}, {ratio:.0%} recomputed: {_words(score)}")
+        for place, scores in self.reuse_query.items():
+            for ratio, score in scores.items():
+                out.append(
+                    f"documents from {place}, {ratio:.0%} recomputed by query: {_words(score)}"
+                )
+        for layer, score in enumerate(self.without_layer):
+            out.append(f"without layer {layer}: {_words(score)}")
         return out
 
     def as_json(self) -> dict:
@@ -58,10 +75,12 @@ class Report:
         out = asdict(self)
         for name in ("exact", "shuffled", "follow_up"):
             out[name] = getattr(self, name)._asdict()
-        out["reuse"] = {
-            place: {str(ratio): score._asdict() for ratio, score in scores.items()}
-            for place, scores in self.reuse.items()
-        }
+        for name in ("reuse", "reuse_query"):
+            out[name] = {
+                place: {str(ratio): score._asdict() for ratio, score in scores.items()}
+                for place, scores in getattr(self, name).items()
+            }
+        out["without_layer"] = [score._asdict() for score in self.without_layer]
         return out
 
 
@@ -80,9 +99,18 @@ def report(subject: Subject, which: str, count: int, first_seed: int = 1000) -> 
         shuffled=exact_scores(subject, shuffled),
         follow_up=follow_up_scores(subject, cases),
         joint=joint_score(subject, cases),
-        talk=talk_score(subject, talks[: max(1, count // 2)]),
-        reuse={place: reuse_scores(subject, cases, place, RATIOS) for place in ("alone", "other")},
+        talk=talk_score(subject, talks),
+        reuse={place: reuse_scores(subject, cases, place, RATIOS) for place in PLACES},
+        reuse_query={
+            place: reuse_scores(subject, cases, place, QUERY_RATIOS, "query") for place in PLACES
+        },
+        without_layer=[_without(subject, cases, layer) for layer in range(subject.layers)],
     )
+
+
+def _without(subject: Subject, cases: list[tasks.Case], layer: int) -> Score:
+    with subject.without(layer):
+        return follow_up_scores(subject, cases)
 
 
 def _words(score: Score) -> str:

@@ -3,7 +3,8 @@
 A document's KV is computed elsewhere, its K rotated by the difference of positions, and put into
 the prompt. Then chosen rows (tokens) run through all layers; each writes its fresh K and V over
 the cached one, and sees exactly the keys at its own and smaller positions. With all rows chosen
-this is full prefill.
+this is full prefill. Rows are chosen at random, or by the question's attention: its rows run
+first, over the cached KV, and the tokens that they look at most are recomputed.
 
 Elsewhere is one of two places: ``alone``, behind BOS and the system prompt; ``other``, in the
 same documents' prompt with the records before the legends.
@@ -12,7 +13,8 @@ same documents' prompt with the records before the legends.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,12 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgl_blend.config import BlendConfig
 from sgl_blend.eval import tasks
 from sgl_blend.eval.tasks import Case, Question
+from sgl_blend.prefill import query_depth, question_weights
 
 from .model import rotate
 
 Place = Literal["alone", "other"]
+Choice = Literal["random", "query"]
 
 
 class KV(NamedTuple):
@@ -136,11 +141,47 @@ class Subject:
         ``rows`` must hold every position that ``cached`` does not reach. Returns the rows' logits
         [r, vocab]; ``cached`` is left as it is.
         """
+        x, _ = self._run(ids, cached, rows, self.layers)
+        return self.model.lm_head(self.model.model.norm(x))
+
+    @torch.no_grad()
+    def asked(self, ids: Tensor, cached: KV, rows: Tensor) -> Tensor:
+        """How much the question looks at each token, fp32 [n], by sgl-blend's default rule.
+
+        ``rows`` are the question's; they run over ``cached`` through the first layers, and their
+        attention is summed over layers and heads, the last rows weighing most.
+        """
+        _, mass = self._run(ids, cached, rows, query_depth(self.layers, BlendConfig()))
+        return question_weights(len(rows)) @ mass
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @contextmanager
+    def without(self, layer: int) -> Iterator[None]:
+        """Inside, ``layer`` is the identity."""
+        parts = self.model.model.layers[layer]
+        weights = (parts.self_attn.o_proj.weight, parts.mlp.down_proj.weight)
+        kept = [w.detach().clone() for w in weights]
+        with torch.no_grad():
+            for w in weights:
+                w.zero_()
+            try:
+                yield
+            finally:
+                for w, old in zip(weights, kept, strict=True):
+                    w.copy_(old)
+
+    def _run(self, ids: Tensor, cached: KV, rows: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [r, hidden] of ``rows`` after ``depth`` layers, and their attention to
+        each token, summed over those layers and all heads [r, n]."""
         body = self.model.model
         x = body.embed_tokens(ids[rows])
         cos, sin = self.tables(rows)
-        visible = torch.arange(len(ids))[None] <= rows[:, None]
-        for i, layer in enumerate(body.layers):
+        hidden_keys = torch.arange(len(ids))[None] > rows[:, None]
+        mass = torch.zeros(len(rows), len(ids))
+        for i, layer in enumerate(body.layers[:depth]):
             attention = layer.self_attn
             hidden = layer.input_layernorm(x)
             dim = attention.head_dim
@@ -154,12 +195,13 @@ class Subject:
             v[:, rows] = heads(attention.v_proj)
             q = rotate(heads(attention.q_proj), cos, sin)
             group = q.shape[0] // k.shape[0]
-            out = F.scaled_dot_product_attention(
-                q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), attn_mask=visible
-            )
+            scores = q @ k.repeat_interleave(group, 0).mT * dim**-0.5
+            seen = scores.masked_fill(hidden_keys, -torch.inf).softmax(-1)
+            mass += seen.sum(0)
+            out = seen @ v.repeat_interleave(group, 0)
             x = x + attention.o_proj(out.transpose(0, 1).reshape(len(rows), -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.model.lm_head(body.norm(x))
+        return x, mass
 
 
 class Score(NamedTuple):
@@ -190,9 +232,10 @@ def reuse_scores(
     cases: Sequence[Case],
     place: Place,
     ratios: Sequence[float],
+    choice: Choice = "random",
     seed: int = 0,
 ) -> dict[float, Score]:
-    """First-token accuracy for each share of document tokens that is recomputed, at random.
+    """First-token accuracy for each share of document tokens that is recomputed.
 
     Each question is asked alone. 0 is full reuse, 1 recomputes all; the question's own tokens
     are always computed.
@@ -205,8 +248,15 @@ def reuse_scores(
             layout = subject.layout(case, tasks.ask([question]))
             documents = range(layout.head, layout.suffix)
             suffix = list(range(layout.suffix, len(layout.ids)))
+            if choice == "query":
+                mass = subject.asked(layout.ids, cached, torch.tensor(suffix))
+                ranked = (mass[layout.head : layout.suffix].argsort(descending=True)) + layout.head
             for ratio, tally in tallies.items():
-                chosen = rng.sample(documents, round(ratio * len(documents)))
+                budget = round(ratio * len(documents))
+                if choice == "query":
+                    chosen = ranked[:budget].tolist()
+                else:
+                    chosen = rng.sample(documents, budget)
                 rows = torch.tensor(sorted(chosen) + suffix)
                 word = subject.recompute(layout.ids, cached, rows)[-1].argmax()
                 tally.add(question.kind, _is(subject, word, question))
@@ -214,12 +264,18 @@ def reuse_scores(
 
 
 def exact_scores(subject: Subject, cases: Sequence[Case]) -> Score:
-    """First-token accuracy of full prefill, each question asked alone."""
+    """First-token accuracy of full prefill, each question asked alone.
+
+    The documents are prefilled once a case; the question's rows run over their exact KV.
+    """
     tally = Tally()
     for case in cases:
+        _, exact = subject.prefill(subject.layout(case, "").ids)
         for question in case.questions:
-            logits, _ = subject.prefill(subject.layout(case, tasks.ask([question])).ids)
-            tally.add(question.kind, _is(subject, logits[-1].argmax(), question))
+            layout = subject.layout(case, tasks.ask([question]))
+            rows = torch.arange(layout.suffix, len(layout.ids))
+            word = subject.recompute(layout.ids, exact, rows)[-1].argmax()
+            tally.add(question.kind, _is(subject, word, question))
     return tally.score()
 
 
@@ -238,22 +294,39 @@ def follow_up_scores(subject: Subject, cases: Sequence[Case]) -> Score:
 
 
 def joint_score(subject: Subject, cases: Sequence[Case]) -> float:
-    """Share of exact greedy answers to joint questions."""
-    pairs = [(case, case.questions[:2]) for case in cases]
-    right = sum(subject.answer(c.prompt(*two)) == tasks.expected(two) for c, two in pairs)
-    return right / len(pairs)
+    """Share of exact greedy answers to joint questions; each case's questions two by two.
+
+    Greedy decoding says exactly the true answer if and only if each of its tokens, the end token
+    too, is the likeliest after those before; so one pass over the true answer tells.
+    """
+    right = asked = 0
+    for case in cases:
+        _, exact = subject.prefill(subject.layout(case, "").ids)
+        for i in range(0, len(case.questions) - 1, 2):
+            two = case.questions[i : i + 2]
+            said = f"{tasks.expected(two)}{tasks.END}"
+            layout = subject.layout(case, f"{tasks.ask(two)} {said}")
+            rows = torch.arange(layout.suffix, len(layout.ids))
+            best = subject.recompute(layout.ids, exact, rows).argmax(-1)
+            length = len(subject.encode(said))
+            right += torch.equal(best[-length - 1 : -1], layout.ids[-length:])
+            asked += 1
+    return right / asked
 
 
 def talk_score(subject: Subject, talks: Sequence[tasks.Conversation]) -> float:
-    """Share of turns answered exactly, through the chat template, over the true history."""
+    """Share of turns answered exactly, as for :func:`joint_score`, over the true history."""
     right = asked = 0
     for talk in talks:
-        for turn in range(len(talk.turns)):
-            prompt = subject.tokenizer.apply_chat_template(
-                talk.messages(turn), tokenize=False, add_generation_prompt=True
-            )
-            bare = prompt.removeprefix(subject.tokenizer.bos_token)
-            right += subject.answer(bare) == talk.turns[turn].answer
+        last = len(talk.turns) - 1
+        whole = f"{talk.prompt(last)}{talk.turns[last].answer}{tasks.END}"
+        ids = torch.tensor(subject.encode(whole, bos=True))
+        logits, _ = subject.prefill(ids)
+        best = logits.argmax(-1)
+        for turn in range(last + 1):
+            start = len(subject.encode(talk.prompt(turn), bos=True))
+            end = start + len(subject.encode(f"{talk.turns[turn].answer}{tasks.END}"))
+            right += torch.equal(best[start - 1 : end - 1], ids[start:end])
             asked += 1
     return right / asked
 
