@@ -88,7 +88,7 @@ def put(client, tokens, pool, first_slot=0, generation=0, alive=lambda: True) ->
 
 def load(client, prompt, *, exact_only=False, layerwise=False, end=None, wait_s=10.0) -> Load:
     end = len(prompt) if end is None else end
-    wish = Wish(prompt, chunks_of(prompt, 0, end), end, 10, SPACE, exact_only, 0.1)
+    wish = Wish(prompt, chunks_of(prompt, 0, end), end, 10, TENANT, SPACE, exact_only, 0.1)
     rules = Rules(LAYOUT, "float32", wait_s, layerwise, 4)
     one = Load(wish, rules, Speeds(LAYERS, True))
     one.run(client)
@@ -219,7 +219,10 @@ def test_exact_only_in_its_own_context_and_generation(client):
     tokens = tokens_of(100, 300)
     put(client, tokens, Pool(300))
     own = load(client, np.concatenate([tokens, tokens_of(101, 50)]))
-    assert covered([s for s in own.spans() if s.exact]) > 150
+    assert covered(load(client, own.wish.tokens, exact_only=True).spans()) == covered(own.spans())
+    # Attention is causal: what agrees is exact, up to the last stored token.
+    last = max(c.end for c in chunks_of(tokens) if client.lookup([c.key], namespace=SPACE)[0])
+    assert covered([s for s in own.spans() if s.exact]) == last > 150
     assert [s.start for s in own.spans()][0] == 0
     moved = np.concatenate([tokens_of(102, 64), tokens])
     assert covered(load(client, moved).spans()) > 200
@@ -359,7 +362,9 @@ def test_offer_then_request(client, store):
         service.offer(Job(SPACE, tokens, torch.arange(500), fresh, lambda: True))
         service.flush()
         prompt = np.concatenate([tokens_of(181, 40), tokens])
-        one = service.request(Wish(prompt, chunks_of(prompt), len(prompt), 1, SPACE, False, 0.1))
+        one = service.request(
+            Wish(prompt, chunks_of(prompt), len(prompt), 1, TENANT, SPACE, False, 0.1)
+        )
         assert until(lambda: one.ready) and covered(one.spans()) > 400
         one.close()
         assert until(lambda: not service.busy)
@@ -373,7 +378,7 @@ def test_without_a_store_everything_is_a_miss_and_nothing_waits_long():
         tokens = tokens_of(190, 300)
         begun = time.monotonic()
         loads = [
-            service.request(Wish(tokens, chunks_of(tokens), 300, 1, SPACE, False, 0.1))
+            service.request(Wish(tokens, chunks_of(tokens), 300, 1, TENANT, SPACE, False, 0.1))
             for _ in range(50)
         ]
         service.offer(Job(SPACE, tokens, torch.arange(300), [], lambda: True))
@@ -390,7 +395,7 @@ def test_a_closed_load_holds_nothing(client, store):
     service = service_of(store[0].endpoint, Pool(500))
     try:
         prompt = np.concatenate([tokens_of(201, 40), tokens])
-        wish = Wish(prompt, chunks_of(prompt), len(prompt), 1, SPACE, False, 0.1)
+        wish = Wish(prompt, chunks_of(prompt), len(prompt), 1, TENANT, SPACE, False, 0.1)
         loads = [service.request(wish) for _ in range(20)]
         closers = [threading.Thread(target=one.close) for one in loads]
         for t in closers:
@@ -408,7 +413,7 @@ def test_a_closed_load_holds_nothing(client, store):
 
 def decide(speeds: Speeds, tiers: list[str], tokens=100, nbytes=1 << 20, exact=False):
     n = len(tiers)
-    wish = Wish(np.zeros(1000, dtype=np.int64), [], 1000, 50, SPACE, exact, 0.1)
+    wish = Wish(np.zeros(1000, dtype=np.int64), [], 1000, 50, TENANT, SPACE, exact, 0.1)
     return speeds.decide([tokens] * n, [nbytes] * n, tiers, wish)
 
 

@@ -200,6 +200,7 @@ class StoreTier:
             chunks,
             end,
             n - begin - wanted,
+            tenant,
             self.namespace(tenant),
             state.exact,
             0.0 if state.exact else state.ratio,

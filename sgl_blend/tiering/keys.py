@@ -72,6 +72,15 @@ def prompt_chunks(
     return [_chunk(pieces, at, context) for at, context in out]
 
 
+def context_at(tokens: np.ndarray, tenant: bytes, position: int) -> bytes:
+    """The context of a chunk that would begin at ``position`` (int64 tokens)."""
+    if position == 0:
+        return NO_CONTEXT
+    hasher = chunk_hasher(tenant).copy()
+    hasher.update(tokens[:position].tobytes())
+    return hasher.digest()
+
+
 def _chunk(pieces: list[tuple[int, int, bytes]], at: int, context: bytes) -> PromptChunk:
     start, end, key = pieces[at]
     return PromptChunk(

@@ -26,7 +26,7 @@ from sgl_blend.tiering.chunks import (
     common_tail,
     matching_layout,
 )
-from sgl_blend.tiering.keys import PromptChunk
+from sgl_blend.tiering.keys import NO_CONTEXT, PromptChunk, context_at
 
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import Layout
@@ -43,7 +43,7 @@ class Wish:
 
     tokens: int64, the prompt. chunks: those of its chunks that the device does not hold. end: no
     token at or beyond it is wanted (the question). fresh: tokens that are computed in any case.
-    namespace: 16 bytes, whose KV. exact_only: chunks in another context are of no use.
+    tenant: 32 bytes, whose KV; namespace: 16 bytes, what the store files it under. exact_only: chunks in another context are of no use.
     floor: the recompute ratio that quality asks for.
     """
 
@@ -51,6 +51,7 @@ class Wish:
     chunks: list[PromptChunk]
     end: int
     fresh: int
+    tenant: bytes
     namespace: bytes
     exact_only: bool
     floor: float
@@ -105,12 +106,14 @@ class _Candidate(NamedTuple):
 
 
 class _Edge(NamedTuple):
-    """A gap of ``gap`` tokens beside a chunk found, ``reach`` of which neighbours may fill."""
+    """A gap of ``gap`` tokens beside a chunk found, ``reach`` of which neighbours may fill. exact:
+    everything up to the gap is in the request's own context."""
 
     side: int
     anchor: PromptChunk
     reach: int
     gap: int
+    exact: bool
 
 
 class Load:
@@ -231,8 +234,7 @@ class Load:
         )
         whole = [(c, h) for c, h in zip(wish.chunks, hits, strict=True) if self._fits(h)]
         found = [self._candidate(c.key, c.context, 0, c, h) for c, h in whole]
-        if not wish.exact_only:
-            found += self._edges(client, whole)
+        found += self._edges(client, whole)
         self.found = sum(c.n_tokens for c in found)
         return found
 
@@ -252,25 +254,36 @@ class Load:
         starts = [*(c.start for c, _ in whole), self.wish.end]
         frontier: list[tuple[bytes, _Edge]] = []
         for (chunk, hit), stop, start in zip(whole, stops, starts[1:], strict=False):
-            if chunk.start > stop:
-                frontier.append((hit.before, _Edge(-1, chunk, 0, chunk.start - stop)))
+            if chunk.start > stop and not self.wish.exact_only:
+                frontier.append((hit.before, _Edge(-1, chunk, 0, chunk.start - stop, False)))
             if start > chunk.end:
-                frontier.append((hit.after, _Edge(1, chunk, 0, start - chunk.end)))
+                frontier.append((hit.after, _Edge(1, chunk, 0, start - chunk.end, hit.exact)))
         found: list[_Candidate] = []
         for _ in range(_HOPS):
             frontier = [(key, edge) for key, edge in frontier if key and edge.reach < edge.gap]
             if not frontier:
                 break
-            hits = client.lookup([key for key, _ in frontier], namespace=self.wish.namespace)
+            contexts = [self._context(edge) for _, edge in frontier]
+            hits = client.lookup(
+                [key for key, _ in frontier], contexts, namespace=self.wish.namespace
+            )
             further = []
-            for (key, edge), hit in zip(frontier, hits, strict=True):
+            for (key, edge), context, hit in zip(frontier, contexts, hits, strict=True):
                 if not self._fits(hit):
                     continue
-                found.append(self._candidate(key, b"", edge.side, edge.anchor, hit, edge.reach))
+                found.append(self._candidate(key, context, edge.side, edge.anchor, hit, edge.reach))
                 link = hit.before if edge.side < 0 else hit.after
-                further.append((link, edge._replace(reach=edge.reach + hit.n_tokens)))
+                reach, exact = edge.reach + hit.n_tokens, edge.exact and hit.exact
+                further.append((link, edge._replace(reach=reach, exact=exact)))
             frontier = further
         return found
+
+    def _context(self, edge: _Edge) -> bytes:
+        """Attention is causal: of a chunk in the request's own context, the tokens that agree are
+        exact even where later ones differ."""
+        if not edge.exact:
+            return NO_CONTEXT
+        return context_at(self.wish.tokens, self.wish.tenant, edge.anchor.end + edge.reach)
 
     def _groups(self, nbytes: int) -> list[tuple[int, int]]:
         """Ranges of layers that are brought in one after another: few where there is little."""
@@ -288,7 +301,7 @@ class Load:
     ) -> dict[_Candidate, HostChunk]:
         """Whole chunks, or one range of layers of them. known: chunks whose first layers are there."""
         begun = time.monotonic()
-        contexts = [c.context or bytes(16) for c in candidates]
+        contexts = [c.context for c in candidates]
         options = {} if layers is None else {"layers": layers, "tokens": layers[0] == 0}
         try:
             loaded = client.prepare_load(
@@ -339,9 +352,10 @@ class Load:
         if not matching_layout(header, self.rules.layout, self.rules.dtype):
             return None
         tokens = part.body.token_ids.astype(np.int64)
-        exact = part.exact and candidate.side == 0 and header.start == candidate.anchor.start
+        anchor = candidate.anchor
+        begin = anchor.start if candidate.side == 0 else anchor.end + candidate.reach
+        exact = part.exact and candidate.side >= 0 and header.start == begin
         if candidate.side == 0:
-            anchor = candidate.anchor
             if not np.array_equal(tokens, self.wish.tokens[anchor.start : anchor.end]):
                 return None
         if self.wish.exact_only and not exact:

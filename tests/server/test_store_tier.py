@@ -27,7 +27,9 @@ pytestmark = pytest.mark.server
 EXACT = {"blend": False}
 ALL = {"blend_policy": "all"}
 NONE = {"blend_policy": "none"}
-ARGS = ["--enable-blend", "--blend-gate", "off"]
+#: deadlines that a busy machine meets
+PATIENCE = ["--blend-store-deadline", "5", "--blend-prefetch-timeout", "5"]
+ARGS = ["--enable-blend", "--blend-gate", "off", *PATIENCE]
 
 
 def start_store(folder, **changes) -> EmbeddedStore:
@@ -75,14 +77,14 @@ def stored(endpoint: str) -> int:
         return client.stats()["chunks"]
 
 
-def settle(endpoint: str, seconds: float = 30.0) -> None:
+def settle(endpoint: str, seconds: float = 60.0) -> None:
     """Until the store has taken in what was offered: its number of chunks stands still."""
     until, last, since = time.monotonic() + seconds, -1, time.monotonic()
     while time.monotonic() < until:
         now = stored(endpoint)
         if now != last:
             last, since = now, time.monotonic()
-        elif time.monotonic() - since > 0.5:
+        elif time.monotonic() - since > 1.5:
             return
         time.sleep(0.05)
 
