@@ -297,8 +297,7 @@ def bench_lookup(args) -> list[dict]:
         rng = np.random.default_rng(1)
         ours, with_context, theirs, hits = [], [], [], 0
         prompts = [
-            [key(int(j)) for j in rng.integers(0, n * 5 // 4, 128)]
-            for _ in range(args.lookups)
+            [key(int(j)) for j in rng.integers(0, n * 5 // 4, 128)] for _ in range(args.lookups)
         ]
         contexts = [bytes(16)] * 128
         with realtime(args.realtime, store.process.pid, redis and redis.pid):
