@@ -2,7 +2,7 @@
 
 Single-threaded; called from the server's loop. ``reply(message, frames, sent)`` sends: ``frames``
 are buffers that go without a copy, and ``sent`` is called when they are no longer needed. A client
-is its id and whether it sees our shared memory.
+is its id, whether it sees our shared memory, and whether it may use the administrative verbs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sgl_blend.store.residency import Residency
 class Client(NamedTuple):
     id: bytes
     shm: bool
+    admin: bool = False
 
 
 Reply = Callable[..., None]
@@ -66,7 +67,12 @@ class StoreCore:
 
     def handle(self, client: Client, request: p.Request, frames: Sequence, reply: Reply) -> None:
         """Serve one decoded request. Raises ProtocolError when its parts contradict each other."""
-        self.res.counters[f"requests_{type(request).__name__}"] += 1
+        verb = type(request).__name__
+        self.res.counters[f"requests_{verb}"] += 1
+        if not client.admin and p.needs_admin(request):
+            self.res.counters["forbidden"] += 1
+            reply(p.Failure("forbidden", f"{verb} is for administrators of this store"))
+            return
         self._verbs[type(request)](client, request, frames, reply)
 
     # Lookup.

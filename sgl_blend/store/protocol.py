@@ -12,6 +12,9 @@
 ``pin`` ``delete`` ``clear`` ``list`` ``stats`` ``drain`` ``set_read_only``  operations
 ====================  ===========================================================================
 
+Operations are for administrators (see ``security.py``), but for ``list`` of one namespace; others
+get the failure ``forbidden``.
+
 One message is ``[MAGIC + version, request id, msgpack body, payload frames...]``. Nothing is
 unpickled. Every bytes, list and string type below has a bound that is checked while decoding,
 before anything is allocated from it; the sizes in a header are computed from bounded fields and
@@ -167,6 +170,17 @@ AnyRequest = (
 )
 
 
+_ADMINISTRATIVE = (Pin, Delete, Clear, Stats, Drain, SetReadOnly)
+
+
+def needs_admin(request: Request) -> bool:
+    """Whether a request reaches beyond what its sender stored or knows the keys of."""
+    if isinstance(request, List):
+        # Shorter than a digest: the prefix of many namespaces.
+        return len(request.namespace) < 16
+    return isinstance(request, _ADMINISTRATIVE)
+
+
 class Reply(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of all replies."""
 
@@ -281,7 +295,8 @@ class Report(Reply, frozen=True):
 
 
 class Failure(Reply, frozen=True):
-    """code: ``version``, ``malformed``, ``limits``, ``read_only``, ``draining``, ``internal``."""
+    """code: ``version``, ``malformed``, ``limits``, ``read_only``, ``draining``, ``forbidden``,
+    ``internal``."""
 
     code: Annotated[str, msgspec.Meta(max_length=32)]
     message: Annotated[str, msgspec.Meta(max_length=1024)]

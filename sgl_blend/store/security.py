@@ -1,7 +1,11 @@
-"""Who may talk to the store: CURVE keys, and which addresses may do without.
+"""Who may talk to the store, and who may administer it: CURVE keys, and who may do without.
 
 ``ipc://`` is guarded by file permissions. ``tcp://`` on a loopback address is open to the machine.
 Any other ``tcp://`` address needs CURVE keys (``sgl-blend store keygen``), or an explicit flag.
+
+Administrators, who may pin, delete, clear, drain and see everything: whoever comes over ``ipc://``
+or proves with the side socket to be the store's own user; over ``tcp://``, whoever has a key of
+``curve_admins``; and, where the flag ``insecure_admin`` says so, everyone.
 """
 
 from __future__ import annotations
@@ -57,16 +61,19 @@ def check_endpoints(endpoints: tuple[str, ...], has_keys: bool, insecure: bool) 
 
 
 def make_keys(folder: str | Path) -> list[Path]:
-    """Write ``server.key[_secret]`` and ``client.key[_secret]``; secrets are mode 0600.
+    """Write key pairs of the server, a client and an administrator; secrets are mode 0600.
+
+    ``FOLDER/clients`` and ``FOLDER/admins`` are what ``curve_clients`` and ``curve_admins`` name,
+    once the ``.key_secret`` files have moved to their owners.
 
     Raises ConfigError when keys are already there: they are never overwritten.
     """
     import zmq.auth
 
     folder = Path(folder)
-    clients = folder / "clients"
     made = []
-    for where, name in ((folder, "server"), (clients, "client")):
+    places = ((folder, "server"), (folder / "clients", "client"), (folder / "admins", "admin"))
+    for where, name in places:
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         secret = where / f"{name}.key_secret"
         if secret.exists():
@@ -83,6 +90,17 @@ def load_client_keys(client_secret: str | Path, server_public: str | Path) -> Cu
     """From ``client.key_secret`` and ``server.key``. Raises ConfigError."""
     public, secret = load_pair(client_secret)
     return CurveClient(public, secret, _load(server_public)[0])
+
+
+def load_public_keys(folder: str | Path) -> frozenset[bytes]:
+    """The public keys (Z85) of all ``.key`` files of a directory. Raises ConfigError."""
+    try:
+        files = sorted(Path(folder).glob("*.key"))
+    except OSError as e:
+        raise ConfigError(f"key directory {str(folder)!r}: {e}") from e
+    if not files:
+        raise ConfigError(f"key directory {str(folder)!r} holds no .key file")
+    return frozenset(_load(f)[0] for f in files)
 
 
 def load_pair(secret_file: str | Path) -> tuple[bytes, bytes]:

@@ -28,13 +28,28 @@ from sgl_blend.store.core import Client, StoreCore
 from sgl_blend.store.errors import ProtocolError, VersionMismatch
 from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.residency import Residency
-from sgl_blend.store.security import check_endpoints, load_pair, split_endpoint
+from sgl_blend.store.security import (
+    check_endpoints,
+    load_pair,
+    load_public_keys,
+    split_endpoint,
+)
 from sgl_blend.store.shm import Arena, SideSocket
 from sgl_blend.store.tiers.base import Tier
 
 log = logging.getLogger("sgl_blend.store")
 _TICK_MS = 20
 _BURST = 64
+
+
+class _Admission:
+    """Tells pyzmq's authenticator which public keys (Z85) may connect; None: all."""
+
+    def __init__(self, keys: frozenset[bytes] | None):
+        self._keys = keys
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        return self._keys is None or key in self._keys
 
 
 def make_tiers(config: StoreConfig) -> tuple[Tier | None, Tier | None]:
@@ -70,6 +85,9 @@ class StoreServer:
         self._parent_fd = parent_fd
         self._lock_fd = -1
         self._auth = None
+        self._admins: frozenset[bytes] = frozenset()
+        # For each endpoint: whether all of its clients are administrators.
+        self._open_to_admins: list[bool] = []
         self._routers: list[zmq.Socket] = []
         self._sessions: dict[int, tuple[socket.socket, bytes]] = {}
         self._tokens: dict[int, bytes] = {}
@@ -134,10 +152,14 @@ class StoreServer:
         if keys is not None:
             from zmq.auth.thread import ThreadAuthenticator
 
+            if self.config.curve_admins:
+                self._admins = load_public_keys(self.config.curve_admins)
+            admitted = None
+            if self.config.curve_clients:
+                admitted = load_public_keys(self.config.curve_clients) | self._admins
             self._auth = ThreadAuthenticator(self.context)
             self._auth.start()
-            allowed = self.config.curve_clients or zmq.auth.CURVE_ALLOW_ANY
-            self._auth.configure_curve(domain="*", location=allowed)
+            self._auth.configure_curve_callback("*", _Admission(admitted))
         self.addresses = []
         for endpoint in self.config.endpoints:
             router = self.context.socket(zmq.ROUTER)
@@ -157,6 +179,7 @@ class StoreServer:
             finally:
                 os.umask(before)
             self._routers.append(router)
+            self._open_to_admins.append(scheme == "ipc" or self.config.insecure_admin)
             self._poller.register(router, zmq.POLLIN)
             self.addresses.append(router.last_endpoint.decode())
 
@@ -289,7 +312,8 @@ class StoreServer:
                 return
             client = self._identities.get((n, identity))
             if client is None:
-                client = Client(b"net%d:" % n + identity, False)
+                admin = self._open_to_admins[n] or self._has_admin_key(frames[0])
+                client = Client(b"net%d:" % n + identity, False, admin)
             self.core.handle(client, request, [f.buffer for f in frames[3:]], reply)
         except ProtocolError as e:
             self.core.res.counters["malformed"] += 1
@@ -304,7 +328,8 @@ class StoreServer:
     def _hello(self, n: int, identity: bytes, request: p.Hello) -> p.Welcome:
         client = self._tokens.get(request.session)
         if client is not None:
-            self._identities[(n, identity)] = Client(client, True)
+            # The token came over the side socket, which only this user can connect to.
+            self._identities[(n, identity)] = Client(client, True, admin=True)
         return p.Welcome(
             server=self.id,
             version=p.VERSION,
@@ -313,6 +338,16 @@ class StoreServer:
             read_only=self.core.read_only,
             limits=p.Limits(p.MAX_BATCH, self.config.max_chunk_bytes, self.config.lease_s),
         )
+
+    def _has_admin_key(self, frame: zmq.Frame) -> bool:
+        """Whether the message came over a connection that was opened with an administrator's key."""
+        if not self._admins:
+            return False
+        try:
+            # As ThreadAuthenticator names a connection: its public key, Z85.
+            return frame.get("User-Id").encode() in self._admins
+        except zmq.ZMQError:
+            return False
 
     def _release_sent(self) -> None:
         waiting = []

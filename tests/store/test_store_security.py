@@ -39,7 +39,7 @@ def test_addresses_beyond_loopback_need_keys_or_a_flag():
 
 def test_keys_are_private_and_never_overwritten(tmp_path):
     made = make_keys(tmp_path / "keys")
-    assert len(made) == 4
+    assert len(made) == 6
     for path in made:
         if path.name.endswith("_secret"):
             assert path.stat().st_mode & 0o077 == 0
