@@ -261,6 +261,80 @@ def test_two_mooncake_nodes_and_the_death_of_one(mooncake_master):
         second.stop(5)
 
 
+def test_a_mooncake_node_killed_under_load(mooncake_master):
+    """Four clients load and store on one node while the other, which holds some of the bytes, is
+    killed: every load is answered in time, by the right bytes or a miss, and hits come back."""
+    made = [make_chunk(i, n_tokens=512) for i in range(40)]
+    deadline_s = 8.0
+    # Memory for a few chunks only, so that loads go on coming from the cluster.
+    first = _node(mooncake_master)
+    second = _node(mooncake_master, memory_bytes=3 << 20, max_chunk_bytes=1 << 20)
+    stop, killed = threading.Event(), threading.Event()
+    lock = threading.Lock()
+    hits = {False: 0, True: 0}
+    answered, problems, slowest = [0], [], [0.0]
+
+    def work(n: int) -> None:
+        rng = np.random.default_rng(n)
+        with connect(second.endpoint, NAMESPACE, deadline_s=deadline_s, shm=n % 2 == 0) as client:
+            while not stop.is_set():
+                pick = [int(i) for i in rng.integers(0, len(made), 2)]
+                after, began = killed.is_set(), time.monotonic()
+                try:
+                    chunks = client.prepare_load([made[i][0].key for i in pick])
+                    took = time.monotonic() - began
+                    wrong = [
+                        i
+                        for i, chunk in zip(pick, chunks, strict=True)
+                        if chunk is not None and not np.array_equal(chunk.buf, made[i][1])
+                    ]
+                    client.complete_load(chunks)
+                    # As a server does: what was missing is computed and stored again.
+                    missing = {i for i, c in zip(pick, chunks, strict=True) if c is None}
+                    client.put([made[i][0] for i in missing], [made[i][1] for i in missing])
+                except Exception as e:  # noqa: BLE001 - told in the main thread
+                    problems.append(repr(e))
+                    return
+                with lock:
+                    problems.extend(f"wrong bytes of chunk {i}" for i in wrong)
+                    hits[after] += sum(c is not None for c in chunks)
+                    answered[0] += 1
+                    slowest[0] = max(slowest[0], took)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    try:
+        with connect(first.endpoint, NAMESPACE) as a, connect(second.endpoint, NAMESPACE) as b:
+            for header, body in made:
+                assert a.put([header], [body]) == ["stored"]
+            assert eventually(lambda: a.stats()["counters"].get("remote_writes") == 40, 60)
+            for t in threads:
+                t.start()
+            assert eventually(lambda: hits[False] > 100 or problems, 60)
+            read_before = b.stats()["counters"]["mooncake_reads"]
+            assert read_before > 20
+            first.process.send_signal(signal.SIGKILL)
+            first.process.wait()
+            killed.set()
+            # The cluster is of use again: the breaker has closed, and reads succeed.
+            assert eventually(
+                lambda: b.stats()["counters"]["mooncake_reads"] > read_before + 50 or problems, 90
+            )
+            stop.set()
+            for t in threads:
+                t.join(30)
+            assert not problems
+            assert answered[0] > 100 and hits[True] > 50
+            assert slowest[0] < deadline_s
+            assert eventually(lambda: b.stats()["leases"] == 0)
+    finally:
+        stop.set()
+        for t in threads:
+            if t.ident:
+                t.join(30)
+        first.stop(5)
+        second.stop(5)
+
+
 def test_a_dead_master_is_only_misses(mooncake_master, tmp_path):
     with _node(mooncake_master) as store, connect(store.endpoint, NAMESPACE) as client:
         made = make_chunk(1)
