@@ -20,6 +20,9 @@ unpickled. Every bytes, list and string type below has a bound that is checked w
 before anything is allocated from it; the sizes in a header are computed from bounded fields and
 compared with ``Limits.chunk_bytes`` before the arena is asked. Replies repeat the request id, so
 that a reply which comes after its caller has given up is dropped.
+
+Clients that share memory with the store send their small messages over the side socket instead, as
+one packet of the same parts in a row: two wake-ups a round trip where ZeroMQ has six.
 """
 
 from __future__ import annotations
@@ -46,6 +49,10 @@ MAX_BATCH = 4096
 MAX_BODY = 8 << 20
 MAX_FRAMES = 3 + MAX_BATCH
 REQUEST_ID_BYTES = 8
+# The most that goes over the side socket as one packet, and the most keys or headers in it: the
+# reply to so many fits as well.
+MAX_PACKET = 64 << 10
+MAX_PACKET_BATCH = 128
 
 Keys = Annotated[list[Key], msgspec.Meta(max_length=MAX_BATCH)]
 Digests = Annotated[list[Digest], msgspec.Meta(max_length=MAX_BATCH)]
@@ -303,6 +310,37 @@ class Failure(Reply, frozen=True):
 
 
 AnyReply = Welcome | Found | Loads | Grants | Stored | Done | Listing | Report | Failure
+
+_BATCHES = {
+    Lookup: "keys",
+    Prefetch: "keys",
+    PrepareLoad: "keys",
+    CompleteLoad: "leases",
+    PrepareStore: "headers",
+    CompleteStore: "leases",
+    AbortStore: "leases",
+}
+
+
+def fits_packet(request: Request) -> bool:
+    """Whether a request and the reply to it are small enough for the side socket."""
+    batch = _BATCHES.get(type(request))
+    return batch is not None and len(getattr(request, batch)) <= MAX_PACKET_BATCH
+
+
+def pack(request_id: bytes, message: Request | Reply) -> bytes:
+    """One packet for the side socket."""
+    return PREAMBLE + request_id + encode(message)
+
+
+def unpack(packet) -> tuple[bytes, memoryview]:
+    """(request id, body) of a packet. Raises ProtocolError."""
+    at = len(PREAMBLE) + REQUEST_ID_BYTES
+    if len(packet) <= at:
+        raise ProtocolError("a packet is preamble, request id and body")
+    check_preamble(bytes(packet[: len(PREAMBLE)]))
+    return bytes(packet[len(PREAMBLE) : at]), memoryview(packet)[at:]
+
 
 _ENCODER = msgspec.msgpack.Encoder()
 _REQUESTS = msgspec.msgpack.Decoder(AnyRequest)

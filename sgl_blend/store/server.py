@@ -254,15 +254,41 @@ class StoreServer:
             self._poller.register(conn.fileno(), zmq.POLLIN)
 
     def _hear(self, fd: int) -> None:
-        """A session connection says nothing; it only ends."""
+        """Packets of a client that shares memory, or its end."""
         conn, client = self._sessions[fd]
-        try:
-            if conn.recv(64):
+        for _ in range(_BURST):
+            try:
+                packet = conn.recv(p.MAX_PACKET)
+            except BlockingIOError:
                 return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
+            except OSError:
+                packet = b""
+            if not packet:
+                self._ended(fd, conn, client)
+                return
+            self._serve_packet(conn, client, packet)
+
+    def _serve_packet(self, conn: socket.socket, client: bytes, packet: bytes) -> None:
+        request_id = packet[len(p.PREAMBLE) :][: p.REQUEST_ID_BYTES]
+        request_id = request_id.ljust(p.REQUEST_ID_BYTES, b"\0")
+
+        def reply(message, parts=(), sent=None) -> None:
+            try:
+                conn.send(p.pack(request_id, message))
+            except OSError:
+                # It is gone, or reads nothing: as a ROUTER does, we drop what it does not take.
+                self.core.res.counters["replies_dropped"] += 1
+
+        def serve() -> None:
+            _, body = p.unpack(packet)
+            request = p.decode_request(body)
+            if not p.fits_packet(request):
+                raise ProtocolError(f"{type(request).__name__} does not go over the side socket")
+            self.core.handle(Client(client, True, admin=True), request, (), reply)
+
+        self._answer(serve, reply)
+
+    def _ended(self, fd: int, conn: socket.socket, client: bytes) -> None:
         self._poller.unregister(fd)
         del self._sessions[fd]
         conn.close()
@@ -300,7 +326,7 @@ class StoreServer:
             )
             self._trackers.append((tracker, sent))
 
-        try:
+        def serve() -> None:
             if len(frames) < 3 or dropped or not request_id:
                 raise ProtocolError("a message is preamble, request id, body, and payload frames")
             if len(frames[0]) > 64:
@@ -315,6 +341,13 @@ class StoreServer:
                 admin = self._open_to_admins[n] or self._has_admin_key(frames[0])
                 client = Client(b"net%d:" % n + identity, False, admin)
             self.core.handle(client, request, [f.buffer for f in frames[3:]], reply)
+
+        self._answer(serve, reply)
+
+    def _answer(self, serve: Callable[[], None], reply: Callable[..., None]) -> None:
+        """Run ``serve``, which replies, now or later; whatever it raises becomes the reply."""
+        try:
+            serve()
         except ProtocolError as e:
             self.core.res.counters["malformed"] += 1
             code = "version" if isinstance(e, VersionMismatch) else "malformed"

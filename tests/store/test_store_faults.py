@@ -142,6 +142,21 @@ def test_views_stay_readable_when_the_store_is_killed(tmp_path):
     assert os.getpid() not in _arena_holders()
 
 
+def test_a_store_that_dies_is_noticed_before_the_deadline(tmp_path):
+    config = _fixed(tmp_path)
+    store = start(config, private=False)
+    with connect(config.endpoints[0], NAMESPACE, deadline_s=30.0) as client:
+        client.connect()
+        store.process.send_signal(signal.SIGSTOP)
+        killer = threading.Timer(1.0, lambda: _kill(store))
+        killer.start()
+        began = time.monotonic()
+        assert client.try_lookup([digest(1)]) == [None]
+        assert time.monotonic() - began < 10
+        killer.join()
+    store.stop()
+
+
 def test_a_slot_of_an_earlier_run_is_expired_in_the_next(tmp_path):
     config = _fixed(tmp_path)
     store = start(config, private=False)
