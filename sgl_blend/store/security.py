@@ -27,6 +27,48 @@ class CurveClient:
     server: bytes
 
 
+class Gate:
+    """A server's side of CURVE: who may connect, and who of them is an administrator.
+
+    secret: the server's secret key file. clients, admins: directories of public keys; without
+    ``clients`` all may connect that know the server's key. Raises ConfigError.
+    """
+
+    def __init__(self, context, secret: str, clients: str | None, admins: str | None):
+        from zmq.auth.thread import ThreadAuthenticator
+
+        self._pair = load_pair(secret)
+        self._admins = load_public_keys(admins) if admins else frozenset()
+        self._admitted = load_public_keys(clients) | self._admins if clients else None
+        self._auth = ThreadAuthenticator(context)
+        self._auth.start()
+        self._auth.configure_curve_callback("*", self)
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """pyzmq's question: may this public key (Z85) connect?"""
+        return self._admitted is None or key in self._admitted
+
+    def guard(self, socket) -> None:
+        """Before it is bound: admit only who has the keys."""
+        socket.curve_publickey, socket.curve_secretkey = self._pair
+        socket.curve_server = True
+
+    def is_admin(self, frame) -> bool:
+        """Whether a message came over a connection opened with an administrator's key."""
+        import zmq
+
+        if not self._admins:
+            return False
+        try:
+            # As pyzmq's authenticator names a connection: its public key, Z85.
+            return frame.get("User-Id").encode() in self._admins
+        except zmq.ZMQError:
+            return False
+
+    def stop(self) -> None:
+        self._auth.stop()
+
+
 def split_endpoint(endpoint: str) -> tuple[str, str]:
     """(scheme, rest). Raises ConfigError unless it is ipc:// or tcp://."""
     scheme, mark, rest = endpoint.partition("://")

@@ -28,28 +28,13 @@ from sgl_blend.store.core import Client, StoreCore
 from sgl_blend.store.errors import ProtocolError, VersionMismatch
 from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.residency import Residency
-from sgl_blend.store.security import (
-    check_endpoints,
-    load_pair,
-    load_public_keys,
-    split_endpoint,
-)
+from sgl_blend.store.security import Gate, check_endpoints, split_endpoint
 from sgl_blend.store.shm import Arena, SideSocket
 from sgl_blend.store.tiers.base import Tier
 
 log = logging.getLogger("sgl_blend.store")
 _TICK_MS = 20
 _BURST = 64
-
-
-class _Admission:
-    """Tells pyzmq's authenticator which public keys (Z85) may connect; None: all."""
-
-    def __init__(self, keys: frozenset[bytes] | None):
-        self._keys = keys
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return self._keys is None or key in self._keys
 
 
 def make_tiers(config: StoreConfig) -> tuple[Tier | None, Tier | None]:
@@ -84,8 +69,7 @@ class StoreServer:
         self.id = secrets.token_bytes(16)
         self._parent_fd = parent_fd
         self._lock_fd = -1
-        self._auth = None
-        self._admins: frozenset[bytes] = frozenset()
+        self._gate: Gate | None = None
         # For each endpoint: whether all of its clients are administrators.
         self._open_to_admins: list[bool] = []
         self._routers: list[zmq.Socket] = []
@@ -148,18 +132,11 @@ class StoreServer:
             raise ConfigError(f"a store already serves at {side!r}, or it cannot be: {e}") from e
 
     def _bind(self) -> None:
-        keys = load_pair(self.config.curve_secret) if self.config.curve_secret else None
-        if keys is not None:
-            from zmq.auth.thread import ThreadAuthenticator
-
-            if self.config.curve_admins:
-                self._admins = load_public_keys(self.config.curve_admins)
-            admitted = None
-            if self.config.curve_clients:
-                admitted = load_public_keys(self.config.curve_clients) | self._admins
-            self._auth = ThreadAuthenticator(self.context)
-            self._auth.start()
-            self._auth.configure_curve_callback("*", _Admission(admitted))
+        config = self.config
+        if config.curve_secret is not None:
+            self._gate = Gate(
+                self.context, config.curve_secret, config.curve_clients, config.curve_admins
+            )
         self.addresses = []
         for endpoint in self.config.endpoints:
             router = self.context.socket(zmq.ROUTER)
@@ -168,9 +145,8 @@ class StoreServer:
             router.maxmsgsize = max(self.config.max_chunk_bytes, p.MAX_BODY) + 4096
             router.sndhwm = router.rcvhwm = 1000
             scheme, rest = split_endpoint(endpoint)
-            if scheme == "tcp" and keys is not None:
-                router.curve_publickey, router.curve_secretkey = keys
-                router.curve_server = True
+            if scheme == "tcp" and self._gate is not None:
+                self._gate.guard(router)
             before = os.umask(0o177)
             try:
                 router.bind(endpoint)
@@ -225,7 +201,7 @@ class StoreServer:
 
     def stats(self) -> dict:
         return {
-            **self.core.stats(),
+            **self.core.operations.stats(),
             "shm_clients": len(self._sessions),
         }
 
@@ -338,7 +314,8 @@ class StoreServer:
                 return
             client = self._identities.get((n, identity))
             if client is None:
-                admin = self._open_to_admins[n] or self._has_admin_key(frames[0])
+                admin = self._open_to_admins[n]
+                admin = admin or (self._gate is not None and self._gate.is_admin(frames[0]))
                 client = Client(b"net%d:" % n + identity, False, admin)
             self.core.handle(client, request, [f.buffer for f in frames[3:]], reply)
 
@@ -372,16 +349,6 @@ class StoreServer:
             limits=p.Limits(p.MAX_BATCH, self.config.max_chunk_bytes, self.config.lease_s),
         )
 
-    def _has_admin_key(self, frame: zmq.Frame) -> bool:
-        """Whether the message came over a connection that was opened with an administrator's key."""
-        if not self._admins:
-            return False
-        try:
-            # As ThreadAuthenticator names a connection: its public key, Z85.
-            return frame.get("User-Id").encode() in self._admins
-        except zmq.ZMQError:
-            return False
-
     def _release_sent(self) -> None:
         waiting = []
         for tracker, sent in self._trackers:
@@ -400,8 +367,8 @@ class StoreServer:
         for router in self._routers:
             # The last replies (a drain's among them) get a moment to leave.
             router.close(200)
-        if self._auth is not None:
-            self._auth.stop()
+        if self._gate is not None:
+            self._gate.stop()
         self.context.term()
         for conn, _ in self._sessions.values():
             conn.close()
