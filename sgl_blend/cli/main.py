@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "bench", "eval", "store", "inspect")
+COMMANDS = ("demo", "bench", "eval", "store", "inspect", "warm")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """``sgl-blend store``: run a store, make its keys, and operate a running one.
 
-Without a verb it serves. ``keygen`` needs no store; the other verbs talk to the one ``--at``.
+Without a verb it serves. ``keygen`` needs no store; the other verbs talk to the one ``--at``. They
+are for administrators: over ``ipc://`` the store's own user, over ``tcp://`` whoever has a key of
+the store's ``--curve-admins`` (``--curve-client`` names the secret one).
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ _CONFIG_HELP = {
     "insecure_tcp": "serve tcp:// beyond loopback without keys",
     "curve_secret": "the store's secret key file (see keygen)",
     "curve_clients": "directory of public keys of admitted clients (none: any with our public key)",
+    "curve_admins": "directory of public keys of clients that may pin, delete, clear, drain, inspect",
+    "insecure_admin": "let every tcp:// client do so, without a key",
     "metrics_port": "port of the Prometheus metrics (0: none)",
     "metrics_host": "address of the Prometheus metrics",
     "drain_s": "longest that stopping waits for the disk",
 }
-_FLAGS = ("disk_fsync", "read_only", "insecure_tcp")
+_FLAGS = ("disk_fsync", "read_only", "insecure_tcp", "insecure_admin")
 _NUMBERS = {
     "max_copies": int,
     "disk_after": int,
@@ -75,7 +79,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         else:
             parser.add_argument(flag, type=_NUMBERS.get(name, str), metavar="X", help=text)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    keygen = verbs.add_parser("keygen", help="make CURVE keys for store and clients")
+    keygen = verbs.add_parser(
+        "keygen", help="make CURVE keys for store, clients and administrators"
+    )
     keygen.add_argument("folder")
     for verb, text in (
         ("pin", "keep chunks from being evicted"),

@@ -45,7 +45,9 @@ class StoreConfig:
     lease_s: lifetime of leases of clients without shared memory. client_lease_bytes: most memory
     one client may hold leased (0: half of memory). insecure_tcp: serve tcp:// beyond loopback
     without keys. curve_secret: the server's secret key file; curve_clients: a directory of client
-    public keys (none: any client that knows the server's public key). metrics_port: 0 for none.
+    public keys (none: any client that knows the server's public key); curve_admins: one of those
+    that may use the administrative verbs as well. insecure_admin: every client over tcp:// may.
+    metrics_port: 0 for none.
     drain_s: longest that a drain waits for the disk.
     """
 
@@ -73,6 +75,8 @@ class StoreConfig:
     insecure_tcp: bool = False
     curve_secret: str | None = None
     curve_clients: str | None = None
+    curve_admins: str | None = None
+    insecure_admin: bool = False
     metrics_port: int = 0
     metrics_host: str = "127.0.0.1"
     drain_s: float = 30.0
@@ -91,6 +95,9 @@ class StoreConfig:
                 raise ConfigError(f"{name}: {unknown_name('serde', getattr(self, name), SERDES)}")
         if self.remote not in (None, "mooncake", "hicache"):
             raise ConfigError(unknown_name("remote tier", self.remote, ("mooncake", "hicache")))
+        for name in ("curve_clients", "curve_admins"):
+            if getattr(self, name) is not None and self.curve_secret is None:
+                raise ConfigError(f"{name} needs curve_secret: without keys nobody is told apart")
         if not self.endpoints:
             raise ConfigError("endpoints is empty; give at least one ipc:// or tcp:// address")
         if not 0 < self.low_watermark <= self.high_watermark <= 1:

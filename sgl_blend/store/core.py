@@ -2,7 +2,7 @@
 
 Single-threaded; called from the server's loop. ``reply(message, frames, sent)`` sends: ``frames``
 are buffers that go without a copy, and ``sent`` is called when they are no longer needed. A client
-is its id and whether it sees our shared memory.
+is its id, whether it sees our shared memory, and whether it may use the administrative verbs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from sgl_blend.store.errors import ProtocolError
 from sgl_blend.store.index import DISK, MEMORY, Entry
 from sgl_blend.store.leases import LOAD, STORE, TRANSIENT, Lease, LeaseTable
 from sgl_blend.store.loads import LoadRequest
+from sgl_blend.store.operations import Operations
 from sgl_blend.store.residency import Residency
 
 
 class Client(NamedTuple):
     id: bytes
     shm: bool
+    admin: bool = False
 
 
 Reply = Callable[..., None]
@@ -47,6 +49,7 @@ class StoreCore:
         self.loads: dict[int, LoadRequest] = {}
         self.frame_bytes = 0
         self._lease_quota = self.config.client_lease_bytes or self.config.memory_bytes // 2
+        self.operations = Operations(self)
         self._verbs: dict[type, Callable[[Client, p.Request, Sequence, Reply], None]] = {
             p.Lookup: self._lookup,
             p.Prefetch: self._prefetch,
@@ -55,18 +58,18 @@ class StoreCore:
             p.PrepareStore: self._prepare_store,
             p.CompleteStore: self._complete_store,
             p.AbortStore: self._abort_store,
-            p.Pin: self._pin,
-            p.Delete: self._delete,
-            p.Clear: self._clear,
-            p.List: self._list,
-            p.Stats: self._stats,
             p.Drain: self._drain,
-            p.SetReadOnly: self._set_read_only,
+            **self.operations.verbs,
         }
 
     def handle(self, client: Client, request: p.Request, frames: Sequence, reply: Reply) -> None:
         """Serve one decoded request. Raises ProtocolError when its parts contradict each other."""
-        self.res.counters[f"requests_{type(request).__name__}"] += 1
+        verb = type(request).__name__
+        self.res.counters[f"requests_{verb}"] += 1
+        if not client.admin and p.needs_admin(request):
+            self.res.counters["forbidden"] += 1
+            reply(p.Failure("forbidden", f"{verb} is for administrators of this store"))
+            return
         self._verbs[type(request)](client, request, frames, reply)
 
     # Lookup.
@@ -287,78 +290,7 @@ class StoreCore:
                 n += 1
         reply(p.Done(n))
 
-    # Operations.
-
-    def _pin(self, client: Client, request: p.Pin, frames, reply: Reply) -> None:
-        n = 0
-        for key in request.keys:
-            for entry in self.res.index.copies(request.namespace + key):
-                if entry.ready:
-                    self.res.pin(entry, request.on)
-                    n += 1
-        reply(p.Done(n))
-
-    def _delete(self, client: Client, request: p.Delete, frames, reply: Reply) -> None:
-        if self.read_only:
-            reply(p.Failure("read_only", "this store is read-only; nothing can be deleted"))
-            return
-        n = 0
-        for key in request.keys:
-            for entry in self.res.index.copies(request.namespace + key):
-                self.res.forget_remote(entry)
-                self.res.remove(entry)
-                n += 1
-        reply(p.Done(n))
-
-    def _clear(self, client: Client, request: p.Clear, frames, reply: Reply) -> None:
-        if self.read_only:
-            reply(p.Failure("read_only", "this store is read-only; nothing can be cleared"))
-            return
-        doomed = [
-            e
-            for e in self.res.index
-            if e.file_key.startswith(request.namespace) and e.ready and not e.pinned
-        ]
-        for entry in doomed:
-            self.res.remove(entry)
-        reply(p.Done(len(doomed)))
-
-    def _list(self, client: Client, request: p.List, frames, reply: Reply) -> None:
-        total, out = 0, []
-        for entry in self.res.index:
-            if not entry.ready or not entry.file_key.startswith(request.namespace):
-                continue
-            if request.offset <= total < request.offset + request.limit:
-                out.append(p.Listed(entry.decoded(), "+".join(tiers_of(entry)), entry.pinned))
-            total += 1
-        reply(p.Listing(total, out))
-
-    def _stats(self, client: Client, request: p.Stats, frames, reply: Reply) -> None:
-        reply(p.Report(msgspec.json.encode(self.stats())))
-
-    def stats(self) -> dict:
-        """Gauges (``memory_used`` ...) and monotonous counters, flat, JSON-ready."""
-        res = self.res
-        return {
-            "chunks": len(res.index),
-            "memory_chunks": res.memory.entries,
-            "memory_used": res.memory.used,
-            "memory_limit": res.memory.arena.capacity,
-            "memory_backed": res.memory.arena.backed,
-            "memory_evictions": res.memory.evictions,
-            "shm_exhausted": res.memory.exhausted,
-            "disk_used": res.disk_used,
-            "disk_limit": self.config.disk_bytes if res.disk is not None else 0,
-            "backlog": res.backlog,
-            "leases": len(self.leases),
-            "read_only": self.read_only,
-            "draining": self.refuse_stores,
-            "counters": dict(sorted(res.counters.items())),
-        }
-
-    def _set_read_only(self, client: Client, request: p.SetReadOnly, frames, reply: Reply) -> None:
-        self.read_only = request.on
-        reply(p.Done(1))
+    # Draining.
 
     def _drain(self, client: Client, request: p.Drain, frames, reply: Reply) -> None:
         self.begin_drain(request.stop, reply)
@@ -405,12 +337,6 @@ class StoreCore:
     def check_integrity(self) -> None:
         self.res.check_integrity()
         self.leases.check_integrity()
-
-
-def tiers_of(entry: Entry) -> list[str]:
-    """Names of the tiers that hold an entry, nearest first."""
-    names = ((MEMORY, "memory"), (DISK, "disk"), (4, "remote"))
-    return [name for bit, name in names if entry.tiers & bit]
 
 
 def _hit(entry: Entry, context: bytes | None, tier: str = "") -> p.Hit:

@@ -1,7 +1,11 @@
-"""Who may talk to the store: CURVE keys, and which addresses may do without.
+"""Who may talk to the store, and who may administer it: CURVE keys, and who may do without.
 
 ``ipc://`` is guarded by file permissions. ``tcp://`` on a loopback address is open to the machine.
 Any other ``tcp://`` address needs CURVE keys (``sgl-blend store keygen``), or an explicit flag.
+
+Administrators, who may pin, delete, clear, drain and see everything: whoever comes over ``ipc://``
+or proves with the side socket to be the store's own user; over ``tcp://``, whoever has a key of
+``curve_admins``; and, where the flag ``insecure_admin`` says so, everyone.
 """
 
 from __future__ import annotations
@@ -21,6 +25,48 @@ class CurveClient:
     public: bytes
     secret: bytes
     server: bytes
+
+
+class Gate:
+    """A server's side of CURVE: who may connect, and who of them is an administrator.
+
+    secret: the server's secret key file. clients, admins: directories of public keys; without
+    ``clients`` all may connect that know the server's key. Raises ConfigError.
+    """
+
+    def __init__(self, context, secret: str, clients: str | None, admins: str | None):
+        from zmq.auth.thread import ThreadAuthenticator
+
+        self._pair = load_pair(secret)
+        self._admins = load_public_keys(admins) if admins else frozenset()
+        self._admitted = load_public_keys(clients) | self._admins if clients else None
+        self._auth = ThreadAuthenticator(context)
+        self._auth.start()
+        self._auth.configure_curve_callback("*", self)
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """pyzmq's question: may this public key (Z85) connect?"""
+        return self._admitted is None or key in self._admitted
+
+    def guard(self, socket) -> None:
+        """Before it is bound: admit only who has the keys."""
+        socket.curve_publickey, socket.curve_secretkey = self._pair
+        socket.curve_server = True
+
+    def is_admin(self, frame) -> bool:
+        """Whether a message came over a connection opened with an administrator's key."""
+        import zmq
+
+        if not self._admins:
+            return False
+        try:
+            # As pyzmq's authenticator names a connection: its public key, Z85.
+            return frame.get("User-Id").encode() in self._admins
+        except zmq.ZMQError:
+            return False
+
+    def stop(self) -> None:
+        self._auth.stop()
 
 
 def split_endpoint(endpoint: str) -> tuple[str, str]:
@@ -57,16 +103,19 @@ def check_endpoints(endpoints: tuple[str, ...], has_keys: bool, insecure: bool) 
 
 
 def make_keys(folder: str | Path) -> list[Path]:
-    """Write ``server.key[_secret]`` and ``client.key[_secret]``; secrets are mode 0600.
+    """Write key pairs of the server, a client and an administrator; secrets are mode 0600.
+
+    ``FOLDER/clients`` and ``FOLDER/admins`` are what ``curve_clients`` and ``curve_admins`` name,
+    once the ``.key_secret`` files have moved to their owners.
 
     Raises ConfigError when keys are already there: they are never overwritten.
     """
     import zmq.auth
 
     folder = Path(folder)
-    clients = folder / "clients"
     made = []
-    for where, name in ((folder, "server"), (clients, "client")):
+    places = ((folder, "server"), (folder / "clients", "client"), (folder / "admins", "admin"))
+    for where, name in places:
         where.mkdir(parents=True, exist_ok=True, mode=0o700)
         secret = where / f"{name}.key_secret"
         if secret.exists():
@@ -83,6 +132,17 @@ def load_client_keys(client_secret: str | Path, server_public: str | Path) -> Cu
     """From ``client.key_secret`` and ``server.key``. Raises ConfigError."""
     public, secret = load_pair(client_secret)
     return CurveClient(public, secret, _load(server_public)[0])
+
+
+def load_public_keys(folder: str | Path) -> frozenset[bytes]:
+    """The public keys (Z85) of all ``.key`` files of a directory. Raises ConfigError."""
+    try:
+        files = sorted(Path(folder).glob("*.key"))
+    except OSError as e:
+        raise ConfigError(f"key directory {str(folder)!r}: {e}") from e
+    if not files:
+        raise ConfigError(f"key directory {str(folder)!r} holds no .key file")
+    return frozenset(_load(f)[0] for f in files)
 
 
 def load_pair(secret_file: str | Path) -> tuple[bytes, bytes]:

@@ -28,7 +28,7 @@ from sgl_blend.store.core import Client, StoreCore
 from sgl_blend.store.errors import ProtocolError, VersionMismatch
 from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.residency import Residency
-from sgl_blend.store.security import check_endpoints, load_pair, split_endpoint
+from sgl_blend.store.security import Gate, check_endpoints, split_endpoint
 from sgl_blend.store.shm import Arena, SideSocket
 from sgl_blend.store.tiers.base import Tier
 
@@ -69,7 +69,9 @@ class StoreServer:
         self.id = secrets.token_bytes(16)
         self._parent_fd = parent_fd
         self._lock_fd = -1
-        self._auth = None
+        self._gate: Gate | None = None
+        # For each endpoint: whether all of its clients are administrators.
+        self._open_to_admins: list[bool] = []
         self._routers: list[zmq.Socket] = []
         self._sessions: dict[int, tuple[socket.socket, bytes]] = {}
         self._tokens: dict[int, bytes] = {}
@@ -130,14 +132,11 @@ class StoreServer:
             raise ConfigError(f"a store already serves at {side!r}, or it cannot be: {e}") from e
 
     def _bind(self) -> None:
-        keys = load_pair(self.config.curve_secret) if self.config.curve_secret else None
-        if keys is not None:
-            from zmq.auth.thread import ThreadAuthenticator
-
-            self._auth = ThreadAuthenticator(self.context)
-            self._auth.start()
-            allowed = self.config.curve_clients or zmq.auth.CURVE_ALLOW_ANY
-            self._auth.configure_curve(domain="*", location=allowed)
+        config = self.config
+        if config.curve_secret is not None:
+            self._gate = Gate(
+                self.context, config.curve_secret, config.curve_clients, config.curve_admins
+            )
         self.addresses = []
         for endpoint in self.config.endpoints:
             router = self.context.socket(zmq.ROUTER)
@@ -146,9 +145,8 @@ class StoreServer:
             router.maxmsgsize = max(self.config.max_chunk_bytes, p.MAX_BODY) + 4096
             router.sndhwm = router.rcvhwm = 1000
             scheme, rest = split_endpoint(endpoint)
-            if scheme == "tcp" and keys is not None:
-                router.curve_publickey, router.curve_secretkey = keys
-                router.curve_server = True
+            if scheme == "tcp" and self._gate is not None:
+                self._gate.guard(router)
             before = os.umask(0o177)
             try:
                 router.bind(endpoint)
@@ -157,6 +155,7 @@ class StoreServer:
             finally:
                 os.umask(before)
             self._routers.append(router)
+            self._open_to_admins.append(scheme == "ipc" or self.config.insecure_admin)
             self._poller.register(router, zmq.POLLIN)
             self.addresses.append(router.last_endpoint.decode())
 
@@ -202,7 +201,7 @@ class StoreServer:
 
     def stats(self) -> dict:
         return {
-            **self.core.stats(),
+            **self.core.operations.stats(),
             "shm_clients": len(self._sessions),
         }
 
@@ -231,15 +230,41 @@ class StoreServer:
             self._poller.register(conn.fileno(), zmq.POLLIN)
 
     def _hear(self, fd: int) -> None:
-        """A session connection says nothing; it only ends."""
+        """Packets of a client that shares memory, or its end."""
         conn, client = self._sessions[fd]
-        try:
-            if conn.recv(64):
+        for _ in range(_BURST):
+            try:
+                packet = conn.recv(p.MAX_PACKET)
+            except BlockingIOError:
                 return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
+            except OSError:
+                packet = b""
+            if not packet:
+                self._ended(fd, conn, client)
+                return
+            self._serve_packet(conn, client, packet)
+
+    def _serve_packet(self, conn: socket.socket, client: bytes, packet: bytes) -> None:
+        request_id = packet[len(p.PREAMBLE) :][: p.REQUEST_ID_BYTES]
+        request_id = request_id.ljust(p.REQUEST_ID_BYTES, b"\0")
+
+        def reply(message, parts=(), sent=None) -> None:
+            try:
+                conn.send(p.pack(request_id, message))
+            except OSError:
+                # It is gone, or reads nothing: as a ROUTER does, we drop what it does not take.
+                self.core.res.counters["replies_dropped"] += 1
+
+        def serve() -> None:
+            _, body = p.unpack(packet)
+            request = p.decode_request(body)
+            if not p.fits_packet(request):
+                raise ProtocolError(f"{type(request).__name__} does not go over the side socket")
+            self.core.handle(Client(client, True, admin=True), request, (), reply)
+
+        self._answer(serve, reply)
+
+    def _ended(self, fd: int, conn: socket.socket, client: bytes) -> None:
         self._poller.unregister(fd)
         del self._sessions[fd]
         conn.close()
@@ -277,7 +302,7 @@ class StoreServer:
             )
             self._trackers.append((tracker, sent))
 
-        try:
+        def serve() -> None:
             if len(frames) < 3 or dropped or not request_id:
                 raise ProtocolError("a message is preamble, request id, body, and payload frames")
             if len(frames[0]) > 64:
@@ -289,8 +314,17 @@ class StoreServer:
                 return
             client = self._identities.get((n, identity))
             if client is None:
-                client = Client(b"net%d:" % n + identity, False)
+                admin = self._open_to_admins[n]
+                admin = admin or (self._gate is not None and self._gate.is_admin(frames[0]))
+                client = Client(b"net%d:" % n + identity, False, admin)
             self.core.handle(client, request, [f.buffer for f in frames[3:]], reply)
+
+        self._answer(serve, reply)
+
+    def _answer(self, serve: Callable[[], None], reply: Callable[..., None]) -> None:
+        """Run ``serve``, which replies, now or later; whatever it raises becomes the reply."""
+        try:
+            serve()
         except ProtocolError as e:
             self.core.res.counters["malformed"] += 1
             code = "version" if isinstance(e, VersionMismatch) else "malformed"
@@ -304,7 +338,8 @@ class StoreServer:
     def _hello(self, n: int, identity: bytes, request: p.Hello) -> p.Welcome:
         client = self._tokens.get(request.session)
         if client is not None:
-            self._identities[(n, identity)] = Client(client, True)
+            # The token came over the side socket, which only this user can connect to.
+            self._identities[(n, identity)] = Client(client, True, admin=True)
         return p.Welcome(
             server=self.id,
             version=p.VERSION,
@@ -332,8 +367,8 @@ class StoreServer:
         for router in self._routers:
             # The last replies (a drain's among them) get a moment to leave.
             router.close(200)
-        if self._auth is not None:
-            self._auth.stop()
+        if self._gate is not None:
+            self._gate.stop()
         self.context.term()
         for conn, _ in self._sessions.values():
             conn.close()

@@ -6,7 +6,8 @@ up, and no resource tracker is involved. A client connects to the server's *side
 socket next to the endpoint (mode 0600: same user), and receives the descriptor, a session token,
 and the server's run id. It keeps the connection open: the kernel closes it when the client dies,
 which is how the server learns that the client's leases are free. A client that is merely stopped
-keeps its leases, so that it can never wake up and write into memory that belongs to another.
+keeps its leases, so that it can never wake up and write into memory that belongs to another. Small
+messages of the protocol go over the connection too, one packet each.
 
 Linux only, as SGLang is. ``PROT_WRITE`` mappings of one arena see all chunks: processes that do
 not trust each other use different stores, or connect without shared memory.
@@ -19,6 +20,7 @@ import errno
 import fcntl
 import mmap
 import os
+import select
 import socket
 import struct
 import threading
@@ -152,7 +154,7 @@ class SideSocket:
         self.path = path
         if len(path.encode()) > 100:
             raise StoreError(f"side socket path {path!r} is longer than Unix sockets allow")
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         if os.path.exists(path):
             os.unlink(path)
         before = os.umask(0o177)
@@ -193,13 +195,14 @@ class SideSocket:
 class ArenaMapping:
     """Client side: the server's arena in this process, and the connection that keeps leases alive.
 
-    Views stay valid memory for as long as
-    they are referenced, even after the server is gone (their content is then frozen).
+    Views stay valid memory for as long as they are referenced, even after the server is gone (their
+    content is then frozen).
     """
 
     def __init__(self, path: str, timeout_s: float):
         self._fd = -1
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._poll = select.poll()
         self._array = np.empty(0, dtype=np.uint8)
         self._backed = 0
         self.registered: list[tuple[int, int]] = []
@@ -216,6 +219,7 @@ class ArenaMapping:
             if magic != _GREETING_MAGIC:
                 raise StoreError(f"side socket {path!r} is not a chunk store's")
             self._sock.setblocking(False)
+            self._poll.register(self._sock, select.POLLIN)
             self._array = _map(self._fd, self.capacity)
             _advise(self._array, _MADV_HUGEPAGE)
         except (OSError, StoreError) as e:
@@ -242,6 +246,25 @@ class ArenaMapping:
             return True
         except OSError:
             return False
+
+    def send(self, packet: bytes) -> bool:
+        """Send one packet at once; False when the server takes none now, or is gone."""
+        try:
+            self._sock.send(packet)
+        except OSError:
+            return False
+        return True
+
+    def receive(self, timeout_ms: int, most: int) -> bytes | None:
+        """The next packet, None when none comes in time, empty when the server is gone."""
+        try:
+            if not self._poll.poll(timeout_ms):
+                return None
+            return self._sock.recv(most)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
 
     def register_cuda(self) -> int:
         """Page-lock what is mapped so far for CUDA copies; returns the bytes registered.

@@ -278,6 +278,26 @@ def test_verification_on_the_client():
             np.testing.assert_array_equal(chunk.buf, body)
 
 
+def test_large_batches_take_the_other_way(store):
+    """What does not fit a packet of the side socket goes over ZeroMQ, and finds the same leases."""
+    with connect(store.endpoint, digest("large")) as client:
+        made = [make_chunk(i, namespace=client.namespace, n_tokens=4) for i in range(300)]
+        keys = [h.key for h, _ in made]
+        assert set(client.put(*zip(*made, strict=True))) == {"stored"}
+        assert all(client.lookup(keys)) and all(client.lookup(keys[:128], [bytes(16)] * 128))
+        with client.load(keys) as loaded, client.load(keys[:5]) as few:
+            for chunk, (_, body) in zip([*loaded, *few], [*made, *made[:5]], strict=True):
+                np.testing.assert_array_equal(chunk.buf, body)
+            assert client.stats()["leases"] == 305
+        assert eventually(lambda: client.stats()["leases"] == 0)
+        slots = client.prepare_store(
+            [make_chunk(i, namespace=client.namespace)[0] for i in range(500, 700)]
+        )
+        client.abort_store(slots[:150])
+        client.abort_store(slots[150:])
+        assert client.stats()["leases"] == 0
+
+
 def test_limits_are_answers_not_crashes(client):
     large, _ = make_chunk(1, namespace=client.namespace)
     large = type(large)(client.namespace, large.key, large.layout, "float16", 1 << 20)

@@ -19,6 +19,7 @@ from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, sm
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store import protocol as p
+from sgl_blend.store.embedded import encode_config
 from sgl_blend.store.errors import ProtocolError
 
 
@@ -141,6 +142,21 @@ def test_views_stay_readable_when_the_store_is_killed(tmp_path):
     assert os.getpid() not in _arena_holders()
 
 
+def test_a_store_that_dies_is_noticed_before_the_deadline(tmp_path):
+    config = _fixed(tmp_path)
+    store = start(config, private=False)
+    with connect(config.endpoints[0], NAMESPACE, deadline_s=30.0) as client:
+        client.connect()
+        store.process.send_signal(signal.SIGSTOP)
+        killer = threading.Timer(1.0, lambda: _kill(store))
+        killer.start()
+        began = time.monotonic()
+        assert client.try_lookup([digest(1)]) == [None]
+        assert time.monotonic() - began < 10
+        killer.join()
+    store.stop()
+
+
 def test_a_slot_of_an_earlier_run_is_expired_in_the_next(tmp_path):
     config = _fixed(tmp_path)
     store = start(config, private=False)
@@ -223,6 +239,34 @@ def test_damage_on_disk_is_a_miss(tmp_path, damage):
         assert client.put([made[1][0]], [made[1][1]], durable=True) == ["durable"]
 
 
+def test_damage_in_a_range_of_layers_is_a_miss(tmp_path):
+    """Layers read alone are verified alone, the token ids too; the chunk is then removed."""
+    config = small_config(tmp_path)
+    made = [make_chunk(i) for i in range(3)]
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        client.put(*zip(*made, strict=True), durable=True)
+    # One chunk's layer 2, another's token ids.
+    for (header, _), at in ((made[0], made[0][0].layer_range(2, 3)[0] + 3), (made[1], 5)):
+        name = header.chunk_id.hex()
+        path = tmp_path / "disk" / "data" / name[:2] / name
+        raw = bytearray(path.read_bytes())
+        raw[4096 + at] ^= 0x01
+        path.write_bytes(raw)
+    keys = [h.key for h, _ in made]
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        with client.load(keys, layers=(0, 2), tokens=True) as loaded:
+            assert loaded[1] is None
+            for i in (0, 2):
+                np.testing.assert_array_equal(loaded[i].buf, made[i][1][: loaded[i].buf.nbytes])
+        with client.load(keys, layers=(2, 4)) as loaded:
+            assert loaded[:2] == [None, None]
+            begin, end = made[2][0].layer_range(2, 4)
+            np.testing.assert_array_equal(loaded[2].buf, made[2][1][begin:end])
+        assert [h is None for h in client.lookup(keys)] == [True, True, False]
+        assert client.stats()["counters"]["corrupt"] == 2
+        assert eventually(lambda: client.stats()["leases"] == 0)
+
+
 def test_damage_while_the_store_runs(tmp_path):
     """Files change under a running store that has the chunk in its index only."""
     config = small_config(tmp_path, memory_bytes=1 << 20)
@@ -258,6 +302,45 @@ def test_disk_full(tmp_path):
             assert client.put([other[0]], [other[1]], durable=True) == ["durable"]
             assert client.stats()["counters"]["disk_full"] == 1
             resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_system_without_space(tmp_path):
+    """A real ENOSPC, for chunks and for the index: a small tmpfs in a mount namespace of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = _fixed(tmp_path)
+    script = f"mount -t tmpfs -o size=4m none {disk} && exec {sys.executable} -m sgl_blend.store"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    store = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    store.stdin.write(encode_config(config))
+    store.stdin.close()
+    if not store.stdout.readline().startswith(b"ready"):
+        store.wait(20)
+        store.stdout.close()
+        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of its own")
+    try:
+        made = [make_chunk(i, n_tokens=64) for i in range(200)]
+        with connect(config.endpoints[0], NAMESPACE) as client:
+            status = [client.put([h], [b], durable=True)[0] for h, b in made]
+            full = status.index("disk_full")
+            assert full > 50 and set(status[:full]) == {"durable"}
+            # SQLite's log shrinks and grows: some chunks still get in, none is lost silently.
+            assert set(status[full:]) <= {"disk_full", "durable"}
+            for (header, body), told in zip(made, status, strict=True):
+                with client.load([header.key]) as (chunk,):
+                    np.testing.assert_array_equal(chunk.buf, body)
+                    assert told == "durable" or chunk.tier == "memory"
+            # Room is made: chunks are stored again.
+            assert client.delete([h.key for h, _ in made[:40]]) == 40
+            again = [client.put([h], [b], durable=True)[0] for h, b in made[:20]]
+            assert again.count("durable") >= 18
+            assert client.stats()["counters"].get("internal_errors", 0) == 0
+            client.call(p.Drain(True), deadline_s=30)
+        assert store.wait(30) == 0
+    finally:
+        store.kill()
+        store.wait()
+        store.stdout.close()
 
 
 def test_disk_limit_is_kept(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_a_claimed_length_is_not_allocated():
     at = good.index(b"\x91\xc4\x10" + digest(1))
     with pytest.raises(ProtocolError):
         p.decode_request(good[:at] + b"\xdd\xff\xff\xff\xff" + good[at + 1 :])
+
+
+def test_messages_from_before_links_and_token_ranges_still_read():
+    header = make_chunk(1, before=digest(1), after=digest(2))[0]
+    old = msgspec.msgpack.decode(p.encode(p.PrepareStore([header])))
+    old[1] = [h[:-2] for h in old[1]]
+    (got,) = p.decode_request(msgspec.msgpack.encode(old)).headers
+    assert got == make_chunk(1)[0]
+    load = p.PrepareLoad(NAMESPACE, [digest(1)], layers=LayerRange(1, 2))
+    old = msgspec.msgpack.decode(p.encode(load))
+    assert old[-1] == [1, 2, False]
+    old[-1] = [1, 2]
+    assert p.decode_request(msgspec.msgpack.encode(old)) == load
 
 
 def test_version_is_told_apart_from_noise():

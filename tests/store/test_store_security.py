@@ -10,7 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zmq
-from store_testing import NAMESPACE, SMALL, connect, digest, make_chunk, small_config, start
+from store_testing import (
+    NAMESPACE,
+    SMALL,
+    connect,
+    digest,
+    eventually,
+    make_chunk,
+    small_config,
+    start,
+)
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store import protocol as p
@@ -22,6 +31,7 @@ from sgl_blend.store.security import (
     load_client_keys,
     make_keys,
 )
+from sgl_blend.store.shm import ArenaMapping
 
 
 def test_addresses_beyond_loopback_need_keys_or_a_flag():
@@ -39,7 +49,7 @@ def test_addresses_beyond_loopback_need_keys_or_a_flag():
 
 def test_keys_are_private_and_never_overwritten(tmp_path):
     made = make_keys(tmp_path / "keys")
-    assert len(made) == 4
+    assert len(made) == 6
     for path in made:
         if path.name.endswith("_secret"):
             assert path.stat().st_mode & 0o077 == 0
@@ -101,8 +111,10 @@ def _seeds() -> list[list[bytes]]:
         p.Prefetch(NAMESPACE, [key]),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 2)),
+        p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 0, True)),
         p.CompleteLoad([1, 2, 3]),
         p.PrepareStore([ChunkHeader(NAMESPACE, key, SMALL, "float16", 8)]),
+        p.PrepareStore([ChunkHeader(NAMESPACE, key, SMALL, "int8", 8, before=key, after=key)]),
         p.PrepareStore([huge] * 3),
         p.CompleteStore([1], [key]),
         p.AbortStore([1]),
@@ -197,3 +209,49 @@ def test_a_hundred_thousand_random_and_mutated_frames(tmp_path):
             assert stats["leases"] == 0
             assert stats["memory_chunks"] == 1 and stats["memory_used"] <= 2 * header.body_bytes
         context.term()
+
+
+def test_random_and_mutated_packets_over_the_side_socket(tmp_path):
+    """The same for what comes over the connection that hands out the shared memory."""
+    rng = random.Random(7)
+    seeds = _seeds()
+    with start(small_config(tmp_path)) as store, connect(store.endpoint, NAMESPACE) as client:
+        header, body = make_chunk(77)
+        assert client.put([header], [body]) == ["stored"]
+        path = client.connect().shm
+        sent = answered = refused = 0
+        while sent < 10_000:
+            mapping = ArenaMapping(path, 5.0)
+            for i in range(500):
+                packet = b"".join(_mutate(rng, seeds))[: rng.choice((40, 200, p.MAX_PACKET))]
+                # An empty packet is how a connection ends.
+                sent += bool(packet) and mapping.send(packet)
+                while got := mapping.receive(0 if i < 499 else 100, p.MAX_PACKET):
+                    answered += 1
+                    refused += isinstance(p.decode_reply(p.unpack(got)[1]), p.Failure)
+            mapping.close()
+            with client.load([header.key]) as (chunk,):
+                np.testing.assert_array_equal(chunk.buf, body)
+        assert store.process.poll() is None
+        assert answered > 6_000 and refused > 3_000
+        stats = client.stats()
+        assert stats["counters"].get("internal_errors", 0) == 0
+        # Their connections are closed: what they were granted is free.
+        assert eventually(lambda: client.stats()["leases"] == 0)
+        assert client.stats()["memory_used"] <= 2 * header.body_bytes
+
+
+def test_a_client_that_reads_nothing_holds_nobody_up(tmp_path):
+    with start(small_config()) as store, connect(store.endpoint, NAMESPACE) as client:
+        deaf = ArenaMapping(client.connect().shm, 5.0)
+        asked = p.pack(bytes(8), p.Lookup(NAMESPACE, [digest(i) for i in range(100)]))
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            deaf.send(asked)
+            if client.stats()["counters"].get("replies_dropped"):
+                break
+        assert client.stats()["counters"]["replies_dropped"] > 0
+        began = time.monotonic()
+        assert client.lookup([digest(1)]) == [None]
+        assert time.monotonic() - began < 5
+        deaf.close()

@@ -1,17 +1,13 @@
-"""Shared tiers: guard, a scripted object store, HiCache's file backend, a two-node Mooncake.
+"""Shared tiers: guard, a scripted object store, a two-node Mooncake.
 
-CPU only. The HiCache tests import SGLang; the Mooncake tests need mooncake-transfer-engine-non-cuda
+CPU only. The Mooncake tests need mooncake-transfer-engine-non-cuda
 and libibverbs1 and start mooncake_master.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,7 +19,7 @@ from test_store_core import FAR, LOCAL, Driver
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store import protocol as p
-from sgl_blend.store.chunk import Layout
+from sgl_blend.store.chunk import LayerRange, Layout
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierFull, TierMiss
 from sgl_blend.store.tiers.base import TierItem
 from sgl_blend.store.tiers.guard import Guard
@@ -93,7 +89,7 @@ def test_shared_tier_round_trip(serde):
     dest = np.zeros_like(body)
     got = tier.read(header, dest)
     part = np.zeros(header.layer_bytes, dtype=np.uint8)
-    tier.read(header, part, (2, 3))
+    tier.read(header, part, LayerRange(2, 3))
     begin, end = header.layer_range(2, 3)
     np.testing.assert_array_equal(part, dest[begin:end])
     if serde == "raw":
@@ -101,6 +97,21 @@ def test_shared_tier_round_trip(serde):
         np.testing.assert_array_equal(dest, body)
     else:
         assert got.serde == "cachegen"
+
+
+def test_a_full_store_still_answers_reads():
+    """A refused write is an answer: it must not open the breaker for everything else."""
+    objects = ScriptedObjects()
+    tier = SharedTier(objects)
+    made = [make_chunk(i) for i in range(3)]
+    assert tier.put([TierItem(*made[0])])[0].reason == ""
+    objects.full = True
+    for m in made[1:]:
+        assert tier.put([TierItem(*m)])[0].reason == "full"
+        assert not tier.guard.is_open
+        dest = np.zeros_like(made[0][1])
+        assert tier.read(made[0][0], dest) == made[0][0]
+        np.testing.assert_array_equal(dest, made[0][1])
 
 
 def test_shared_tier_damage_is_taken_down():
@@ -189,94 +200,11 @@ def test_what_a_shared_tier_claims_is_bounded():
     driver.close()
 
 
-def test_hicache_file_backend(tmp_path, monkeypatch):
-    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "hicache"))
-    options = {"backend": "file", "page_bytes": "16KiB", "pages": 32}
-    a, b = (make_shared_tier("hicache", options, "raw", 30.0) for _ in range(2))
-    # Bodies of one page, of many, and of more pages than are staged at a time.
-    made = [make_chunk(i, n_tokens=n) for i, n in enumerate((1, 100, 900))]
-    assert [r.reason for r in a.put([TierItem(*m) for m in made])] == [""] * 3
-    keys = [h.key for h, _ in made]
-    assert b.heads(NAMESPACE, [digest("no"), *keys]) == [None, *(h for h, _ in made)]
-    for header, body in made:
-        dest = np.zeros_like(body)
-        assert b.read(header, dest) == header
-        np.testing.assert_array_equal(dest, body)
-    body_pages = sorted(
-        (f for f in Path(tmp_path / "hicache").iterdir() if made[2][0].checksum.hex() in f.name),
-        key=lambda f: int(f.name.split(".")[1].split("_")[0]),
-    )
-    assert len(body_pages) > 8
-    raw = bytearray(body_pages[5].read_bytes())
-    raw[77] ^= 1
-    body_pages[5].write_bytes(raw)
-    with pytest.raises(ChunkCorrupt):
-        b.read(made[2][0], np.zeros_like(made[2][1]))
-    body_pages[3].unlink()
-    with pytest.raises(TierMiss):
-        b.read(made[2][0], np.zeros_like(made[2][1]))
-    a.close()
-    b.close()
-
-
-def test_hicache_is_a_tier_of_a_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "hicache"))
-    config = small_config(
-        remote="hicache",
-        remote_options=(("backend", "file"), ("page_bytes", "64KiB")),
-        remote_deadline_s=20.0,
-    )
-    made = [make_chunk(i) for i in range(4)]
-    keys = [h.key for h, _ in made]
-    options = {"backend": "file", "page_bytes": "64KiB"}
-    other = make_shared_tier("hicache", options, "raw", 30.0)
-    other.put([TierItem(*m) for m in made[:3]])
-    with start(config, start_s=120) as store:
-        with connect(store.endpoint, NAMESPACE, deadline_s=60) as client:
-            hits = client.lookup(keys)
-            assert [h and h.tier for h in hits] == ["hicache"] * 3 + [None]
-            assert client.put([made[3][0]], [made[3][1]]) == ["stored"]
-            assert eventually(lambda: client.stats()["counters"].get("remote_writes") == 1, 30)
-            assert other.heads(NAMESPACE, [keys[3]]) == [made[3][0]]
-            with client.load(keys) as loaded:
-                for chunk, (header, body) in zip(loaded, made, strict=True):
-                    assert chunk.header == header
-                    np.testing.assert_array_equal(chunk.buf, body)
-
-
 def test_wrong_options_of_shared_tiers_are_named():
     with pytest.raises(ConfigError, match="did you mean 'master'"):
         make_shared_tier("mooncake", {"mastr": "x"}, "raw", 1.0)
     with pytest.raises(ConfigError, match="did you mean 'page_bytes'"):
         make_shared_tier("hicache", {"page_byte": 1}, "raw", 1.0)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture
-def mooncake_master(tmp_path):
-    binary = shutil.which("mooncake_master") or str(Path(sys.executable).parent / "mooncake_master")
-    port = _free_port()
-    with open(tmp_path / "master.log", "wb") as log:
-        master = subprocess.Popen(
-            [binary, "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
-            + ["--metrics_host=127.0.0.1", f"--metrics_port={_free_port()}"],
-            stdout=log,
-            stderr=log,
-        )
-
-    def listening() -> bool:
-        with socket.socket() as s:
-            return s.connect_ex(("127.0.0.1", port)) == 0
-
-    assert eventually(listening, 20)
-    yield f"127.0.0.1:{port}"
-    master.terminate()
-    master.wait()
 
 
 def _node(master: str, **changes):
@@ -329,6 +257,80 @@ def test_two_mooncake_nodes_and_the_death_of_one(mooncake_master):
                         np.testing.assert_array_equal(chunk.buf, body)
             assert eventually(lambda: b.stats()["leases"] == 0)
     finally:
+        first.stop(5)
+        second.stop(5)
+
+
+def test_a_mooncake_node_killed_under_load(mooncake_master):
+    """Four clients load and store on one node while the other, which holds some of the bytes, is
+    killed: every load is answered in time, by the right bytes or a miss, and hits come back."""
+    made = [make_chunk(i, n_tokens=512) for i in range(40)]
+    deadline_s = 8.0
+    # Memory for a few chunks only, so that loads go on coming from the cluster.
+    first = _node(mooncake_master)
+    second = _node(mooncake_master, memory_bytes=3 << 20, max_chunk_bytes=1 << 20)
+    stop, killed = threading.Event(), threading.Event()
+    lock = threading.Lock()
+    hits = {False: 0, True: 0}
+    answered, problems, slowest = [0], [], [0.0]
+
+    def work(n: int) -> None:
+        rng = np.random.default_rng(n)
+        with connect(second.endpoint, NAMESPACE, deadline_s=deadline_s, shm=n % 2 == 0) as client:
+            while not stop.is_set():
+                pick = [int(i) for i in rng.integers(0, len(made), 2)]
+                after, began = killed.is_set(), time.monotonic()
+                try:
+                    chunks = client.prepare_load([made[i][0].key for i in pick])
+                    took = time.monotonic() - began
+                    wrong = [
+                        i
+                        for i, chunk in zip(pick, chunks, strict=True)
+                        if chunk is not None and not np.array_equal(chunk.buf, made[i][1])
+                    ]
+                    client.complete_load(chunks)
+                    # As a server does: what was missing is computed and stored again.
+                    missing = {i for i, c in zip(pick, chunks, strict=True) if c is None}
+                    client.put([made[i][0] for i in missing], [made[i][1] for i in missing])
+                except Exception as e:  # noqa: BLE001 - told in the main thread
+                    problems.append(repr(e))
+                    return
+                with lock:
+                    problems.extend(f"wrong bytes of chunk {i}" for i in wrong)
+                    hits[after] += sum(c is not None for c in chunks)
+                    answered[0] += 1
+                    slowest[0] = max(slowest[0], took)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    try:
+        with connect(first.endpoint, NAMESPACE) as a, connect(second.endpoint, NAMESPACE) as b:
+            for header, body in made:
+                assert a.put([header], [body]) == ["stored"]
+            assert eventually(lambda: a.stats()["counters"].get("remote_writes") == 40, 60)
+            for t in threads:
+                t.start()
+            assert eventually(lambda: hits[False] > 100 or problems, 60)
+            read_before = b.stats()["counters"]["mooncake_reads"]
+            assert read_before > 20
+            first.process.send_signal(signal.SIGKILL)
+            first.process.wait()
+            killed.set()
+            # The cluster is of use again: the breaker has closed, and reads succeed.
+            assert eventually(
+                lambda: b.stats()["counters"]["mooncake_reads"] > read_before + 50 or problems, 90
+            )
+            stop.set()
+            for t in threads:
+                t.join(30)
+            assert not problems
+            assert answered[0] > 100 and hits[True] > 50
+            assert slowest[0] < deadline_s
+            assert eventually(lambda: b.stats()["leases"] == 0)
+    finally:
+        stop.set()
+        for t in threads:
+            if t.ident:
+                t.join(30)
         first.stop(5)
         second.stop(5)
 

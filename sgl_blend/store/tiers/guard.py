@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sgl_blend.store.errors import TierDown
+from sgl_blend.store.errors import TierDown, TierFull
 
 _ABANDONED_MOST = 8
 
 
 class Guard:
-    """Thread-safe. ``call(fn)`` returns what ``fn`` does, or raises TierDown."""
+    """Thread-safe. ``call(fn)`` returns what ``fn`` does, or raises TierDown; TierFull is passed on
+    as it is, and opens nothing: a store without space still answers reads."""
 
     def __init__(self, name: str, deadline_s: float, most_s: float = 30.0):
         self.name, self.deadline_s, self._most_s = name, deadline_s, most_s
@@ -58,6 +59,8 @@ class Guard:
                 self._failed()
                 raise TierDown(f"{self.name} did not answer within {deadline} s")
         if "error" in box:
+            if isinstance(box["error"], TierFull):
+                raise box["error"]
             if isinstance(box["error"], TierDown):
                 self._failed()
                 raise box["error"]

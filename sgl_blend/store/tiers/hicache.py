@@ -1,10 +1,9 @@
-"""SGLang's HiCache storage backends (file, nixl, hf3fs, ... through their v2 calls) as a tier.
+"""SGLang's HiCache storage backends (file, Mooncake, third parties' ...) as a shared tier.
 
-The only file of the store that imports SGLang, and only when it is configured
-(``remote: hicache``). Seams, as of SGLang 0.5.23: ``StorageBackendFactory.create_backend``
-(``mem_cache/storage/backend_factory.py``), and of ``HiCacheStorage``
-(``mem_cache/hicache_storage.py``): ``register_mem_pool_host``, ``register_mem_host_pool_v2``,
-``on_host_pools_registered``, ``batch_exists_v2``, ``batch_get_v2``, ``batch_set_v2``.
+With ``hicache_pages.py`` the only files of the store that import SGLang, and only when it is
+configured (``remote: hicache``). Seams, as of SGLang 0.5.23: ``StorageBackendFactory`` with its
+``create_backend`` (``mem_cache/storage/backend_factory.py``), and of ``HiCacheStorage``
+``register_mem_pool_host``, ``register_mem_host_pool_v2`` and ``on_host_pools_registered``.
 
 HiCache moves pages of one size between a host pool and the backend, and finds the longest prefix
 of a list of pages. An object is cut into such pages, the first of which begins with its length;
@@ -22,71 +21,20 @@ import numpy as np
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.config import parse_size
-from sgl_blend.store.errors import TierDown, TierFull
+from sgl_blend.store.errors import TierFull
 from sgl_blend.store.tiers.shared import ObjectStore
 
 _PREFIX = struct.Struct("<8sQ")
 _MAGIC = b"SGLBHIC1"
-
-
-class StagingPool:
-    """What HiCache backends ask of a host pool: one page a slot, one token a page.
-
-    Backends that copy use ``get_data_page``, ``get_dummy_flat_data_page`` and
-    ``set_from_flat_data_page``; those that want registered memory, ``kv_buffer`` and
-    ``get_page_buffer_meta``.
-    """
-
-    layout = "page_first"
-    page_size = 1
-
-    def __init__(self, page_bytes: int, pages: int):
-        import torch
-
-        self.page_num, self.size_per_token = pages, page_bytes
-        self.dtype, self.layer_num = torch.uint8, 1
-        self.kv_buffer = torch.zeros(pages, page_bytes, dtype=torch.uint8)
-        self._empty = torch.empty
-        self._free = list(range(pages))
-        self._lock = threading.Lock()
-
-    def take(self, n: int) -> list[int]:
-        with self._lock:
-            if n > len(self._free):
-                raise TierDown("all staging pages are in use")
-            return [self._free.pop() for _ in range(n)]
-
-    def give(self, slots: Sequence[int]) -> None:
-        with self._lock:
-            self._free.extend(slots)
-
-    def get_ksize_per_token(self) -> int:
-        return self.size_per_token
-
-    def get_size_per_token(self) -> int:
-        return self.size_per_token
-
-    def get_data_page(self, index: int, flat: bool = True):
-        return self.kv_buffer[index]
-
-    def get_dummy_flat_data_page(self):
-        return self._empty(self.size_per_token, dtype=self.dtype)
-
-    def set_from_flat_data_page(self, index: int, page) -> None:
-        self.kv_buffer[index] = page
-
-    def get_page_buffer_meta(self, indices) -> tuple[list[int], list[int]]:
-        """Address and size of each page."""
-        return (
-            [self.kv_buffer[int(i)].data_ptr() for i in indices],
-            [self.size_per_token] * len(indices),
-        )
+_MOST = 1 << 33
 
 
 class HiCacheObjects(ObjectStore):
-    """backend: a HiCache backend's name (``dynamic`` for third parties). extra: its own options, as
-    in ``--hicache-storage-backend-extra-config``. page_bytes: size of all stored pages; every
-    server of a cluster must use the same. pages: staging pages."""
+    """backend: a HiCache backend's name; ``dynamic`` with ``extra`` naming ``backend_name``,
+    ``module_path`` and ``class_name`` for third parties. extra: the backend's own options, as in
+    ``--hicache-storage-backend-extra-config``. page_bytes: size of all stored pages; every server
+    of a cluster must use the same. pages: staging pages. model: keeps these objects apart from a
+    server's own."""
 
     name = "hicache"
 
@@ -99,18 +47,18 @@ class HiCacheObjects(ObjectStore):
         model: str = "sgl-blend",
     ):
         try:
-            from sglang.srt.mem_cache.hicache_storage import (
-                HiCacheStorageConfig,
-                PoolName,
-                PoolTransfer,
-            )
+            from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
             from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+
+            from sgl_blend.store.tiers.hicache_pages import StagingPool, find_dialect
         except ImportError as e:
             raise ConfigError(f"the HiCache tier needs SGLang: {e}") from e
         self._page = parse_size(page_bytes)
-        self._pool = StagingPool(self._page, pages)
-        self._transfer, self._kv = PoolTransfer, PoolName.KV
-        self._lock = threading.Lock()
+        if self._page <= _PREFIX.size or pages < 4:
+            raise ConfigError(f"page_bytes {self._page} or pages {pages} is too small")
+        self._pool, self._step = StagingPool(self._page, pages), pages // 4
+        # As SGLang does it: one thread at a time reads, and one writes.
+        self._reading, self._writing = threading.Lock(), threading.Lock()
         config = HiCacheStorageConfig(
             tp_rank=0,
             tp_size=1,
@@ -127,80 +75,109 @@ class HiCacheObjects(ObjectStore):
         )
         try:
             self._backend = StorageBackendFactory.create_backend(backend, config, self._pool)
-        except (ValueError, ImportError, OSError, RuntimeError) as e:
-            raise ConfigError(f"HiCache backend {backend!r}: {e}") from e
-        self._backend.register_mem_pool_host(self._pool)
-        self._backend.register_mem_host_pool_v2(self._pool, PoolName.KV)
-        self._backend.on_host_pools_registered()
+            self._backend.register_mem_pool_host(self._pool)
+            self._backend.register_mem_host_pool_v2(self._pool, PoolName.KV)
+            self._backend.on_host_pools_registered()
+        except Exception as e:  # noqa: BLE001 - a third party's constructor may raise anything
+            raise ConfigError(f"HiCache backend {backend!r}: {type(e).__name__}: {e}") from e
+        self._dialect = find_dialect(self._backend, self._pool, backend)
 
-    def _keys(self, name: str, first: int, count: int) -> list[str]:
-        return [f"{name}.{i}" for i in range(first, first + count)]
+    @property
+    def dialect(self) -> str:
+        """Name of the calls that this backend understands: ``v2``, ``v1`` or ``tensors``."""
+        return self._dialect.name
 
     def put(self, name: str, data: np.ndarray) -> None:
         prefix = np.frombuffer(_PREFIX.pack(_MAGIC, data.nbytes), dtype=np.uint8)
         whole = np.concatenate([prefix, data])
         total = -(-whole.nbytes // self._page)
         # The first page last: an object counts as present once it is complete.
-        self._move(name, whole, 1, total - 1, "batch_set_v2")
-        self._move(name, whole, 0, 1, "batch_set_v2")
+        for first, count in ((1, total - 1), (0, 1)):
+            self._write(_keys(name, first, count), whole[first * self._page :])
 
-    def _move(self, name: str, whole: np.ndarray, first: int, count: int, verb: str) -> bool:
-        """Pages [first, first + count) of ``whole`` to or from the backend. False: some absent."""
-        import torch
-
-        step = max(1, self._pool.page_num // 4)
-        buffer = self._pool.kv_buffer.numpy()
-        for begin in range(first, first + count, step):
-            n = min(step, first + count - begin)
-            slots = self._pool.take(n)
+    def _write(self, keys: list[str], data: np.ndarray) -> None:
+        """``data``, page by page, under ``keys``. Raises TierFull where one is refused."""
+        pages = self._pool.pages
+        for at, slots in self._slots(len(keys)):
             try:
-                parts = [whole[(begin + i) * self._page :][: self._page] for i in range(n)]
-                if verb == "batch_set_v2":
-                    for slot, part in zip(slots, parts, strict=True):
-                        buffer[slot, : part.nbytes] = part
-                        buffer[slot, part.nbytes :] = 0
-                transfer = self._transfer(
-                    name=self._kv,
-                    host_indices=torch.tensor(slots, dtype=torch.int64),
-                    keys=self._keys(name, begin, n),
-                )
-                with self._lock:
-                    result = getattr(self._backend, verb)([transfer])
-                done = result.get(self._kv) or result.get(self._kv.value) or [False]
-                if not all(done):
-                    if verb == "batch_set_v2":
-                        raise TierFull("HiCache backend refused a page")
-                    return False
-                if verb == "batch_get_v2":
-                    for slot, part in zip(slots, parts, strict=True):
-                        part[:] = buffer[slot, : part.nbytes]
+                for i, slot in enumerate(slots):
+                    part = data[(at + i) * self._page :][: self._page]
+                    pages[slot, : part.nbytes] = part
+                    pages[slot, part.nbytes :] = 0
+                with self._writing:
+                    done = self._dialect.put(keys[at : at + len(slots)], slots)
             finally:
                 self._pool.give(slots)
-        return True
+            if not all(done):
+                raise TierFull("the HiCache backend refused a page")
+
+    def _read(self, keys: list[str], dest: np.ndarray) -> list[bool]:
+        """Pages under ``keys`` into ``dest`` uint8 [len(keys) * page]; which of them were there."""
+        found: list[bool] = []
+        for at, slots in self._slots(len(keys)):
+            try:
+                with self._reading:
+                    got = self._dialect.get(keys[at : at + len(slots)], slots)
+                for i, slot in enumerate(slots):
+                    if got[i]:
+                        dest[(at + i) * self._page :][: self._page] = self._pool.pages[slot]
+            finally:
+                self._pool.give(slots)
+            found += got
+        return found
+
+    def _slots(self, count: int):
+        """(offset, staging slots) for ``count`` pages, a quarter of the pool at a time."""
+        for at in range(0, count, self._step):
+            yield at, self._pool.take(min(self._step, count - at))
+
+    def _present(self, keys: list[str]) -> list[bool]:
+        """Which keys are there: as many calls as there are gaps, since each finds one prefix."""
+        out: list[bool] = []
+        while len(out) < len(keys):
+            with self._reading:
+                n = self._dialect.leading(keys[len(out) :])
+            out += [True] * n
+            if len(out) < len(keys):
+                out.append(False)
+        return out
 
     def get_many(self, names: Sequence[str]) -> list[np.ndarray | None]:
-        return [self._get(name) for name in names]
+        # In groups: a page is larger than most heads, and a lookup may name thousands.
+        out: list[np.ndarray | None] = []
+        for at in range(0, len(names), self._step):
+            out += self._get_some(names[at : at + self._step])
+        return out
 
-    def _get(self, name: str) -> np.ndarray | None:
-        # One object a call: the answer to a list would be the length of its present prefix.
-        if self._backend.batch_exists_v2(self._keys(name, 0, 1)).kv_hit_pages < 1:
-            return None
-        first = np.empty(self._page, dtype=np.uint8)
-        if not self._move(name, first, 0, 1, "batch_get_v2"):
-            return None
+    def _get_some(self, names: Sequence[str]) -> list[np.ndarray | None]:
+        # Asked first: backends make noise about reads of what is not there.
+        there = self._present([_key(n, 0) for n in names])
+        wanted = [n for n, yes in zip(names, there, strict=True) if yes]
+        firsts = np.empty(len(wanted) * self._page, dtype=np.uint8)
+        got = self._read([_key(n, 0) for n in wanted], firsts)
+        objects: dict[str, np.ndarray | None] = {}
+        for i, (name, yes) in enumerate(zip(wanted, got, strict=True)):
+            first = firsts[i * self._page : (i + 1) * self._page]
+            objects[name] = self._rest(name, first) if yes else None
+        return [objects.get(n) for n in names]
+
+    def _rest(self, name: str, first: np.ndarray) -> np.ndarray | None:
+        """The whole object, given its first page."""
         magic, nbytes = _PREFIX.unpack_from(first)
-        if magic != _MAGIC or nbytes > (1 << 33):
+        if magic != _MAGIC or nbytes > _MOST:
             return None
         total = -(-(nbytes + _PREFIX.size) // self._page)
-        if total > 1:
-            if self._backend.batch_exists_v2(self._keys(name, 0, total)).kv_hit_pages < total:
+        if total == 1:
+            return first[_PREFIX.size : _PREFIX.size + nbytes].copy()
+        keys = _keys(name, 1, total - 1)
+        with self._reading:
+            if self._dialect.leading(keys) < len(keys):
                 return None
-            whole = np.empty(total * self._page, dtype=np.uint8)
-            whole[: self._page] = first
-            if not self._move(name, whole, 1, total - 1, "batch_get_v2"):
-                return None
-            first = whole
-        return first[_PREFIX.size : _PREFIX.size + nbytes]
+        whole = np.empty(total * self._page, dtype=np.uint8)
+        whole[: self._page] = first
+        if not all(self._read(keys, whole[self._page :])):
+            return None
+        return whole[_PREFIX.size : _PREFIX.size + nbytes]
 
     def remove(self, names: Sequence[str]) -> None:
         return None
@@ -209,3 +186,11 @@ class HiCacheObjects(ObjectStore):
         close = getattr(self._backend, "close", None)
         if close is not None:
             close()
+
+
+def _key(name: str, page: int) -> str:
+    return f"{name}.{page}"
+
+
+def _keys(name: str, first: int, count: int) -> list[str]:
+    return [_key(name, i) for i in range(first, first + count)]

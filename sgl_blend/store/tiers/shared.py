@@ -86,9 +86,8 @@ class SharedTier(Tier):
             self.guard.call(lambda: self._objects.put(head_name, packed))
         except TierFull:
             return PutResult(0, "full")
-        except TierDown as e:
-            full = isinstance(e.__cause__, TierFull)
-            return PutResult(0, "full" if full else "down")
+        except TierDown:
+            return PutResult(0, "down")
         return PutResult(record.nbytes)
 
     def heads(self, namespace: bytes, keys: Sequence[bytes]) -> list[ChunkHeader | None]:

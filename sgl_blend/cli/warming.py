@@ -1,0 +1,152 @@
+"""Documents through a running server: what ``sgl-blend warm`` does, without its command line."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import requests
+
+from sgl_blend.bench.server import ServerError
+from sgl_blend.cli.documents import Document, split_to_fit
+
+_BUSY = (429, 503)
+_RETRY_S = 0.5
+
+
+@dataclass
+class Summary:
+    """prompts: more than ``documents`` where some were too long for one. cached: of ``tokens``, those
+    that the server had already. failed: source and reason. blending: whether the server is one
+    that blends (None: nothing was computed)."""
+
+    documents: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    blending: bool | None = None
+
+
+class WarmServer:
+    """A running server, as far as warming needs it. Raises ServerError; thread-safe.
+
+    limit: longest prompt in tokens that it takes.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        cache_salt: str | None = None,
+        extra_key: str | None = None,
+    ):
+        self.url, self._timeout_s = url.rstrip("/"), timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._key = {"cache_salt": cache_salt, "extra_key": extra_key}
+        self._key = {k: v for k, v in self._key.items() if v is not None}
+        longest = self._call("GET", "/server_info").get("max_req_input_len")
+        if not isinstance(longest, int):
+            longest = self._call("POST", "/tokenize", {"prompt": ""}).get("max_model_len")
+        if not isinstance(longest, int) or longest < 2:
+            raise ServerError(f"{self.url} does not say how long a prompt may be")
+        # SGLang's bound is the first length that is refused.
+        self.limit = longest - 1
+
+    def count(self, text: str) -> int:
+        """Tokens of a prompt."""
+        return int(self._call("POST", "/tokenize", {"prompt": text})["count"])
+
+    def compute(self, text: str) -> dict:
+        """Prefill a prompt, exactly; returns the answer's ``meta_info``."""
+        params = {"max_new_tokens": 0, "temperature": 0, "custom_params": {"blend": False}}
+        body = {"text": text, "sampling_params": params, **self._key}
+        meta = self._call("POST", "/generate", body)["meta_info"]
+        reason = meta.get("finish_reason") or {}
+        if reason.get("type") == "abort":
+            raise ServerError(f"the server aborted the request: {reason.get('message')}")
+        return meta
+
+    def _call(self, method: str, path: str, body: dict | None = None) -> dict:
+        until = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                left = max(0.1, until - time.monotonic())
+                r = requests.request(
+                    method, self.url + path, json=body, headers=self._headers, timeout=left
+                )
+                # A full queue is no failure: the server says to come again.
+                if r.status_code in _BUSY and time.monotonic() + _RETRY_S < until:
+                    time.sleep(_RETRY_S)
+                    continue
+                if r.status_code != 200:
+                    raise ServerError(f"{path} answered {r.status_code}: {r.text[:300]}")
+                answer = r.json()
+            except requests.RequestException as e:
+                raise ServerError(f"no answer from {self.url}{path}: {e}") from None
+            if not isinstance(answer, dict):
+                raise ServerError(f"{path} answered with no JSON object")
+            return answer
+
+
+def warm(
+    server: WarmServer,
+    documents: Iterable[Document],
+    concurrency: int,
+    progress: Callable[[str], None],
+) -> Summary:
+    """Send all documents, ``concurrency`` at a time. One that fails does not stop the others."""
+    summary, lock, pending = Summary(), threading.Lock(), iter(documents)
+    began = shown = time.monotonic()
+    stopped = threading.Event()
+
+    def work() -> None:
+        nonlocal shown
+        while not stopped.is_set():
+            with lock:
+                doc = next(pending, None)
+            if doc is None:
+                return
+            problem = doc.problem or _one(server, doc, summary, lock)
+            with lock:
+                summary.documents += 1
+                if problem:
+                    summary.failed.append((doc.source, problem))
+                if time.monotonic() - shown >= 0.5:
+                    shown = time.monotonic()
+                    progress(
+                        f"{summary.documents} documents, {summary.tokens} tokens, "
+                        f"{len(summary.failed)} failed"
+                    )
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            for worker in [pool.submit(work) for _ in range(concurrency)]:
+                worker.result()
+        finally:
+            # After an interrupt the workers end with the request they are at.
+            stopped.set()
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+def _one(server: WarmServer, doc: Document, summary: Summary, lock: threading.Lock) -> str:
+    """Compute one document; returns why it failed, or nothing."""
+    try:
+        for part in split_to_fit(doc.text, server.limit, server.count):
+            meta = server.compute(part)
+            with lock:
+                summary.prompts += 1
+                summary.tokens += int(meta["prompt_tokens"])
+                summary.cached += int(meta.get("cached_tokens") or 0)
+                summary.blending = "blend" in meta
+    except ServerError as e:
+        return str(e)
+    except (KeyError, TypeError, ValueError) as e:
+        return f"an answer that is not SGLang's: {e!r}"
+    return ""
