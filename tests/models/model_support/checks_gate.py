@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,19 @@ def launch_that_fails(models: str, arch: str, fault: str) -> str:
     except GateError as error:
         return str(error)
     return ""
+
+
+def one_rank_broken(
+    models: str, arch: str, fault: str | None, rank: int, size: int, port: int
+) -> dict[str, Any]:
+    """In a child (one a rank): what the gate finds where the last rank alone has ``fault``."""
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+    if fault is not None and rank == size - 1:
+        faults.break_build(fault)
+    engine = Engine(model_for(Path(models), arch), tp_size=size, tp_rank=rank, port=port)
+    engine.check()
+    return {
+        "failed": [f.check for f in engine.findings if not f.ok],
+        "findings": [str(f) for f in engine.findings],
+        "on": engine.gate.on,
+    }
