@@ -70,11 +70,13 @@ class LaunchGate:
         sizes = self.model.sizes()
         prompt = make_prompt(self.config, sizes.page, sizes.ids, SEED)
         need = slots_needed(prompt, sizes.page)
-        if need > sizes.room or len(prompt.tokens) > sizes.positions:
+        positions = len(prompt.tokens)
+        if need > sizes.room or positions > sizes.positions or sizes.requests < 2:
             self._say(
                 logging.WARNING,
-                f"the correctness gate needs {need} KV slots and {len(prompt.tokens)} positions "
-                f"for its probes; here are {sizes.room} and {sizes.positions}: nothing was checked",
+                f"the correctness gate needs {need} KV slots, {positions} positions and 2 running "
+                f"requests for its probes; here are {sizes.room}, {sizes.positions} and "
+                f"{sizes.requests}: nothing was checked",
             )
             return []
         try:

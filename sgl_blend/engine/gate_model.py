@@ -94,7 +94,9 @@ class SglangModel:
         # Special tokens lie at one end of the vocabulary: probes take the middle of it.
         first, last = _plain_ids(self._special, self._vocab)
         room = self._allocator.available_size()
-        return Sizes(room, self.pool.max_positions, self.tree.page_size, (first, last))
+        requests = min(self.runner.max_running_requests, self._rows.available_size())
+        positions = self.pool.max_positions
+        return Sizes(room, requests, positions, self.tree.page_size, (first, last))
 
     @property
     def capacity(self) -> int:

@@ -43,10 +43,12 @@ class Ran(Protocol):
 
 
 class Sizes(NamedTuple):
-    """What probes must fit. room: pool slots that are free. positions: what rotation tables
-    cover. page: tokens a page. ids: token ids that mean nothing special, [first, last)."""
+    """What probes must fit. room: pool slots that are free. requests: that may be held at once.
+    positions: what rotation tables cover. page: tokens a page. ids: token ids that mean nothing
+    special, [first, last)."""
 
     room: int
+    requests: int
     positions: int
     page: int
     ids: tuple[int, int]
