@@ -47,6 +47,7 @@ def test_the_launch_ends_where_that_is_asked_for(jobs, models):
 
 def test_the_gate_leaves_the_pools_as_it_found_them(jobs, models):
     state = jobs.run(CHECKS + "launch_state", str(models), "llama")
+    assert state["generators"] == [True]
     assert state["free"] == state["capacity"]
     assert state["tree"] == state["index"] == 0
     assert state["counted"] == state["fallbacks"] == {}

@@ -87,13 +87,6 @@ def test_a_broken_build_ends_the_launch_where_asked(model, start, tmp_path):
     assert "the correctness gate failed: values: layer 0's V of a reused token" in str(e.value)
 
 
-def test_a_missing_prompt_file_ends_the_launch(model, start, tmp_path):
-    path = tmp_path / "none.jsonl"
-    with pytest.raises(launcher.ServerError) as e:
-        start(model, [*ON, "--blend-gate-prompts", str(path)])
-    assert "sgl-blend: error: gate_prompts: " in str(e.value) and str(path) in str(e.value)
-
-
 def send(server, d: Docs, count: int, **more):
     """``count`` different blended prompts, one by one."""
     got = [ask(server, d.prompt([i % 6, (i + 1) % 6, (i + 4) % 6]), **more) for i in range(count)]
