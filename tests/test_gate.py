@@ -221,13 +221,14 @@ class StandIn:
         self.kept = 0
 
     def sizes(self):
-        return Sizes(10_000, 8, 10_000, 1, (10, 500))
+        return Sizes(10_000, 8, 10_000, 1, (10, 500), 2)
 
     def run(self, *asks):
         self.runs += asks
         self.kept += sum(a.keep for a in asks)
         out = []
         for a in asks:
+            assert all(p <= 2 for p in a.pieces) and len(a.tokens) - sum(a.pieces) in (1, 2)
             logits = torch.zeros(20)
             logits[3] = 5.0
             if a.policy is not None:
@@ -299,6 +300,17 @@ def test_the_operators_prompts_do(tmp_path, caplog):
 def test_failed_mechanics_go_before_fidelity(tmp_path):
     gate, metrics, model = launch(lambda r: 0.0, 3, tmp_path, mechanics=("fine", "mask", "keys"))
     assert not gate.on and metrics.gate_failures == {"mask": 1, "keys": 1} and not model.runs
+
+
+def test_a_probe_that_raises_is_a_failed_check(tmp_path, caplog):
+    def error(ratio):
+        raise RuntimeError("no kernel image")
+
+    gate, metrics, _ = launch(error, 3, tmp_path)
+    assert not gate.on and metrics.gate_failures == {"run": 1}
+    assert gate.why_off == "run: a probe ended with RuntimeError: no kernel image"
+    with pytest.raises(GateError, match="no kernel image"):
+        launch(error, 3, tmp_path, gate="fail")
 
 
 def test_off_checks_nothing(tmp_path, caplog):

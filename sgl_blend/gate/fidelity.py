@@ -98,6 +98,7 @@ class Calibrator:
     def __init__(self, model: GateModel, prompts: Sequence[Calibration]) -> None:
         self.model = model
         sizes = model.sizes()
+        self._piece = sizes.piece
         self.prompts = [
             p
             for p in prompts
@@ -118,7 +119,7 @@ class Calibrator:
                     model.flush()
                     kept = set(prompt.sources)
                     for source in dict.fromkeys(prompt.sources):
-                        model.release(*model.run(Ask(source, keep=True)))
+                        model.release(*model.run(Ask(source, keep=True).cut(self._piece)))
                 blended = self._logits(Ask(prompt.tokens, policy=policy, ratio=ratio))
                 distances.append(distance(self._exact[i], blended))
         finally:
@@ -127,6 +128,6 @@ class Calibrator:
         return mean([Distance(*pair) for pair in zip(agreed[::2], agreed[1::2], strict=True)])
 
     def _logits(self, ask: Ask) -> torch.Tensor:
-        [ran] = self.model.run(ask)
+        [ran] = self.model.run(ask.cut(self._piece))
         self.model.release(ran)
         return ran.logits.cpu()
