@@ -5,6 +5,7 @@ Imports run downward only. From the top floor to the bottom:
 ====================  =========================================================
 ``cli/ bench/ eval/``  what a person runs; talks to a server over HTTP
 ``engine/``           the only room that knows SGLang's internals
+``gate/``             the correctness gate: is blended KV what it claims to be, here?
 ``radix.py``          ``BlendRadixCache``: exact and approximate KV in SGLang's tree; below it
                       ``chunk_tree.py`` (chunks in the tree), ``matching.py`` (a prompt's spans),
                       ``anchors.py`` (chunk index), ``turns.py`` (a prompt sent again),

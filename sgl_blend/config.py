@@ -147,7 +147,8 @@ class BlendConfig:
     )
     gate_min_top1: float = _option(
         0.8,
-        "gate: least share of prompts whose most likely next token stays the same (counted from 10 prompts on)",
+        "gate: least share of prompts whose most likely next token stays the same, near ties aside "
+        "(counted from 10 prompts on)",
     )
     gate_max_ratio: float = _option(
         0.5, "gate: how far recompute_ratio is raised before blending is turned off"

@@ -126,11 +126,11 @@ def build_tree(ctx: Any) -> Any:
     # Kernels are built at launch, not in the first blended request.
     cpu_module(pool.k(0).device)
     _install(model, planner, pool, ranks, num_layers, config, gate)
-    if ctx.tp_rank == 0:
-        logger.info("sgl-blend is on: %s", config.describe())
     probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
     metrics.gate_state(gate)
     LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0).run()
+    if ctx.tp_rank == 0 and gate.on:
+        logger.info("sgl-blend is on: %s", config.describe())
     if config.gate != "off" and config.gate_sample > 0 and gate.on:
         window = LiveWindow(gate, config, ratio_matters(config))
         planner.live = LiveGate(probes, config, gate, metrics, window, ctx.tp_rank == 0)

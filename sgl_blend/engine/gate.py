@@ -51,6 +51,17 @@ class LaunchGate:
             self._say(logging.WARNING, "the correctness gate is off: nothing was checked")
             return
         start = time.perf_counter()
+        try:
+            self._check()
+        except (BlendError, RuntimeError) as e:
+            if isinstance(e, GateError):
+                raise
+            logger.exception("sgl-blend: a probe of the correctness gate failed")
+            self._fail(["run"], f"run: a probe ended with {type(e).__name__}: {e}")
+        seconds = time.perf_counter() - start
+        self._say(logging.INFO, f"the correctness gate took {seconds:.2f} s")
+
+    def _check(self) -> None:
         findings = self._mechanics()
         failed = [f for f in findings if not f.ok]
         if failed:
@@ -63,27 +74,21 @@ class LaunchGate:
                 f"the correctness gate passed {len(findings)} checks (closest to its bound: {worst})",
             )
             self._fidelity()
-        seconds = time.perf_counter() - start
-        self._say(logging.INFO, f"the correctness gate took {seconds:.2f} s")
 
     def _mechanics(self) -> list[Finding]:
         sizes = self.model.sizes()
         prompt = make_prompt(self.config, sizes.page, sizes.ids, SEED)
         need = slots_needed(prompt, sizes.page)
-        if need > sizes.room or len(prompt.tokens) > sizes.positions:
+        positions = len(prompt.tokens)
+        if need > sizes.room or positions > sizes.positions or sizes.requests < 2:
             self._say(
                 logging.WARNING,
-                f"the correctness gate needs {need} KV slots and {len(prompt.tokens)} positions "
-                f"for its probes; here are {sizes.room} and {sizes.positions}: nothing was checked",
+                f"the correctness gate needs {need} KV slots, {positions} positions and 2 running "
+                f"requests for its probes; here are {sizes.room}, {sizes.positions} and "
+                f"{sizes.requests}: nothing was checked",
             )
             return []
-        try:
-            return check_mechanics(self.model, self.config, prompt)
-        except (BlendError, RuntimeError) as e:
-            logger.exception("sgl-blend: a probe of the correctness gate failed")
-            return [
-                Finding("run", float("inf"), 0.0, f"a probe ended with {type(e).__name__}: {e};")
-            ]
+        return check_mechanics(self.model, self.config, prompt)
 
     def _fidelity(self) -> None:
         """Blended against exact on calibration prompts: the operator's may turn blending off, the

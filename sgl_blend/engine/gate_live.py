@@ -132,7 +132,7 @@ class LiveGate:
             self._drop("no room")
             return
         sample.tries += 1
-        ask = Ask(sample.tokens, pieces=[PIECE] * (len(sample.tokens) // PIECE))
+        ask = Ask(sample.tokens).cut(PIECE)
         ran = self.model.run_unless(ask, lambda: self._disturbed(scheduler))
         if ran is None:
             if sample.tries >= TRIES:

@@ -91,10 +91,17 @@ class SglangModel:
         self._uncapped = _leaves_out_the_cap(self.runner)
 
     def sizes(self) -> Sizes:
+        from sglang.srt.runtime_context import get_schedule
+
         # Special tokens lie at one end of the vocabulary: probes take the middle of it.
         first, last = _plain_ids(self._special, self._vocab)
         room = self._allocator.available_size()
-        return Sizes(room, self.pool.max_positions, self.tree.page_size, (first, last))
+        requests = min(self.runner.max_running_requests, self._rows.available_size())
+        positions = self.pool.max_positions
+        piece = get_schedule().chunked_prefill_size or 0
+        if piece <= 0:  # chunked prefill is off
+            piece = positions
+        return Sizes(room, requests, positions, self.tree.page_size, (first, last), piece)
 
     @property
     def capacity(self) -> int:

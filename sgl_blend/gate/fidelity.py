@@ -1,7 +1,8 @@
 """How far blended answers are from exact ones, and which ratio keeps them near enough.
 
 Measured on the distribution of the token that follows the prompt: KL(exact || blended) in nats,
-and whether the most likely token stays the same. Blending is an approximation, so a sound build
+and whether the most likely token stays the same, or is one that exact prefill holds for at least
+half as likely as its own: of two near equals, either is an answer. Blending is an approximation, so a sound build
 does not reach zero. The budget is a guard against what ruins answers: a prompt whose answer needs
 another document's text, read from KV that knows nothing of it, costs several nats, while the
 spread between equally good continuations costs tenths. The share of equal top tokens is counted
@@ -10,6 +11,7 @@ from ``FEWEST`` prompts on: with fewer, one near tie is the difference between p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,10 +24,12 @@ from sgl_blend.gate.state import ladder
 
 #: prompts from which on top-1 agreement counts
 FEWEST = 10
+#: a token this much less likely than the best is another answer
+NEAR_TIE = math.log(2)
 
 
 class Distance(NamedTuple):
-    """One prompt: KL(exact || blended) in nats, and whether the top token is the same (0 or 1)."""
+    """One prompt: KL(exact || blended) in nats, and whether the top tokens agree (0 or 1)."""
 
     kl: float
     top1: float
@@ -58,7 +62,8 @@ def distance(exact: torch.Tensor, blended: torch.Tensor) -> Distance:
     q = torch.log_softmax(blended.to(exact.device).double(), dim=-1)
     terms = torch.where(p > float("-inf"), p.exp() * (p - q), 0.0)
     kl = torch.nan_to_num(terms.sum(), nan=float("inf"), posinf=float("inf")).clamp(min=0)
-    return Distance(float(kl), float(exact.argmax() == blended.to(exact.device).argmax()))
+    chosen = p[q.argmax()]
+    return Distance(float(kl), float(chosen >= p.max() - NEAR_TIE))
 
 
 def mean(distances: Sequence[Distance]) -> Mean:
@@ -93,6 +98,7 @@ class Calibrator:
     def __init__(self, model: GateModel, prompts: Sequence[Calibration]) -> None:
         self.model = model
         sizes = model.sizes()
+        self._piece = sizes.piece
         self.prompts = [
             p
             for p in prompts
@@ -113,7 +119,7 @@ class Calibrator:
                     model.flush()
                     kept = set(prompt.sources)
                     for source in dict.fromkeys(prompt.sources):
-                        model.release(*model.run(Ask(source, keep=True)))
+                        model.release(*model.run(Ask(source, keep=True).cut(self._piece)))
                 blended = self._logits(Ask(prompt.tokens, policy=policy, ratio=ratio))
                 distances.append(distance(self._exact[i], blended))
         finally:
@@ -122,6 +128,6 @@ class Calibrator:
         return mean([Distance(*pair) for pair in zip(agreed[::2], agreed[1::2], strict=True)])
 
     def _logits(self, ask: Ask) -> torch.Tensor:
-        [ran] = self.model.run(ask)
+        [ran] = self.model.run(ask.cut(self._piece))
         self.model.release(ran)
         return ran.logits.cpu()

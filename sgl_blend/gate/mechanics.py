@@ -128,46 +128,44 @@ def _moved(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter)
 
 
 def _recomputed(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> Finding:
-    beside_exact = model.run(Ask(prompt.beside))
-    blended, beside = model.run(
-        Ask(prompt.tokens, policy=model.full_policy, ratio=1.0),
-        Ask(prompt.beside),
-    )
+    ask = Ask(prompt.tokens, policy=model.full_policy, ratio=1.0)
+    if model.sizes().requests < 2:  # the exact run is held all the while
+        [blended] = model.run(ask)
+        finding = meter.everything("recompute", blended)
+        model.release(blended)
+        return finding
+    [alone] = model.run(Ask(prompt.beside))
+    model.release(alone)
+    blended, beside = model.run(ask, Ask(prompt.beside))
     finding = max(
         meter.everything("recompute", blended),
-        meter.logits("recompute", beside, beside_exact[0], "the ordinary request's logits"),
+        meter.logits("recompute", beside, alone, "the ordinary request's logits"),
         key=_severity,
     )
-    model.release(blended, beside, *beside_exact)
+    model.release(blended, beside)
     return finding
 
 
 def _masked(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> Finding:
     scattered = tuple(range(1, prompt.suffix, 7))
-    runs = model.run(
+    asks = [
         Ask(
             prompt.tokens,
-            policy="none",
-            source=meter.exact,
-            suffix=prompt.suffix,
-            recompute=scattered,
-        ),
-        Ask(
-            prompt.tokens,
-            policy=config.policy,
+            policy=policy,
             ratio=config.recompute_ratio,
             source=meter.exact,
             suffix=prompt.suffix,
-        ),
-    )
+            recompute=recompute,
+        )
+        for policy, recompute in (("none", scattered), (config.policy, None))
+    ]
     rows = torch.tensor([*scattered, *range(prompt.suffix, len(prompt.tokens))])
-    finding = max(
-        meter.everything("mask", runs[0], rows),
-        meter.everything("mask", runs[1]),
-        key=_severity,
-    )
-    model.release(*runs)
-    return finding
+    found = []
+    for batch in [asks] if model.sizes().requests >= 2 else [[a] for a in asks]:
+        for ask, ran in zip(batch, model.run(*batch), strict=True):
+            found.append(meter.everything("mask", ran, rows if ask is asks[0] else None))
+            model.release(ran)
+    return max(found, key=_severity)
 
 
 class _Meter:

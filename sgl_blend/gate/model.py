@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class Ask:
     recompute: tuple[int, ...] | None = None
     keep: bool = False
 
+    def cut(self, piece: int) -> Ask:
+        """The same prompt in pieces of ``piece`` tokens."""
+        return replace(self, pieces=(piece,) * ((len(self.tokens) - 1) // piece))
+
 
 class Ran(Protocol):
     """A prefilled prompt. Its KV stays in the pool until ``GateModel.release``.
@@ -43,13 +47,16 @@ class Ran(Protocol):
 
 
 class Sizes(NamedTuple):
-    """What probes must fit. room: pool slots that are free. positions: what rotation tables
-    cover. page: tokens a page. ids: token ids that mean nothing special, [first, last)."""
+    """What probes must fit. room: pool slots that are free. requests: that may be held at once.
+    positions: what rotation tables cover. page: tokens a page. ids: token ids that mean nothing
+    special, [first, last). piece: tokens that the server prefills at once, at the most."""
 
     room: int
+    requests: int
     positions: int
     page: int
     ids: tuple[int, int]
+    piece: int
 
 
 class GateModel(Protocol):

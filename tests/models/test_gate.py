@@ -28,10 +28,12 @@ CHECKS = "model_support.checks_gate:"
 def test_a_broken_build_is_named_and_serves_exactly(jobs, models, fault, arch, options):
     got = jobs.run(CHECKS + "broken", str(models), arch, options, fault)
     must, may = CAUGHT_BY[FAULTS[fault]]
-    assert must <= set(got["failed"]) <= must | may, got["findings"]
+    failed = set(got["metric"])
+    assert must <= failed <= must | may, got["findings"]
+    assert got["metric"] == dict.fromkeys(failed, 1)
+    assert failed == {"run"} or failed == set(got["failed"])
     assert not got["on"]
-    assert all(check in got["why"] for check in got["failed"]), got["why"]
-    assert got["metric"] == dict.fromkeys(got["failed"], 1)
+    assert all(check + ": " in got["why"] for check in failed), got["why"]
     # Documents seen before are there, and all the same nothing is reused.
     report = got["report"]
     assert report["fallback"] == "turned off by the correctness gate"
@@ -47,6 +49,7 @@ def test_the_launch_ends_where_that_is_asked_for(jobs, models):
 
 def test_the_gate_leaves_the_pools_as_it_found_them(jobs, models):
     state = jobs.run(CHECKS + "launch_state", str(models), "llama")
+    assert state["generators"] == [True]
     assert state["free"] == state["capacity"]
     assert state["tree"] == state["index"] == 0
     assert state["counted"] == state["fallbacks"] == {}

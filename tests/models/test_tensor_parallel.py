@@ -46,3 +46,20 @@ def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:
     port = _port()
     ranks = jobs.run_all([(alone, (str(models), "qwen3", 1, r, 2, port), {}) for r in (0, 1)])
     assert ranks[0] != ranks[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [(None, None), ("rotation_sign_flipped", "keys"), ("values_rotated", "values")],
+)
+def test_what_the_gate_finds_on_one_rank_holds_on_all(jobs, models, fault, check) -> None:
+    """Each rank sees its own heads: blending must go off on both, or they part ways."""
+    port = _port()
+    calls = [
+        ("model_support.checks_gate:one_rank_broken", (str(models), "llama", fault, r, 2, port), {})
+        for r in (0, 1)
+    ]
+    first, second = jobs.run_all(calls)
+    expected = [] if fault is None else [check]
+    assert first["failed"] == second["failed"] == expected, (first, second)
+    assert first["on"] == second["on"] == (fault is None)

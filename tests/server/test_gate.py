@@ -87,13 +87,6 @@ def test_a_broken_build_ends_the_launch_where_asked(model, start, tmp_path):
     assert "the correctness gate failed: values: layer 0's V of a reused token" in str(e.value)
 
 
-def test_a_missing_prompt_file_ends_the_launch(model, start, tmp_path):
-    path = tmp_path / "none.jsonl"
-    with pytest.raises(launcher.ServerError) as e:
-        start(model, [*ON, "--blend-gate-prompts", str(path)])
-    assert "sgl-blend: error: gate_prompts: " in str(e.value) and str(path) in str(e.value)
-
-
 def send(server, d: Docs, count: int, **more):
     """``count`` different blended prompts, one by one."""
     got = [ask(server, d.prompt([i % 6, (i + 1) % 6, (i + 4) % 6]), **more) for i in range(count)]
@@ -108,6 +101,7 @@ def test_live_samples_find_a_sound_build_sound(model, start, tmp_path, ranks):
     idle = tmp_path / "idle.jsonl"
     env = probe.install(tmp_path / "probe", idle)
     args = [*ON, "--blend-gate-sample", "1", "--max-total-tokens", "16384"]
+    args += ["--blend-gate-min-top1", "0"]  # with random weights, all tokens are near ties
     if ranks == 2:
         args += ["--tp-size", "2"]
         env |= {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

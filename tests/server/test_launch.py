@@ -78,6 +78,12 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
         [*ON, "--blend-recompute-ratio", "lots"], {}, "", ["--blend-recompute-ratio", "'lots'"]),
     "check layer beyond the model": (
         [*ON, "--blend-check-layers", "1,3"], {}, "", ["check_layers is (1, 3)", "4 layers"]),
+    "unknown gate": ([*ON, "--blend-gate", "maybe"], {}, "", ["gate is 'maybe'", "'disable'"]),
+    "gate prompts that are not there": (
+        [*ON, "--blend-gate-prompts", "<none.yaml>"], {}, "",
+        ["gate_prompts", "<none.yaml>", "cannot be read"]),
+    "gate prompts that are none": (
+        [*ON, "--blend-gate-prompts", "<good.yaml>"], {}, "", ["<good.yaml>", "line 1"]),
     "another radix cache": (
         [*ON, "--radix-cache-backend", "lmcache"], {}, "", ["--radix-cache-backend lmcache"]),
     "speculative decoding": (

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
 
 from model_support.compare import require_equal
 from model_support.engine import Ask, Engine
 from model_support.world import World, check, model_for
+from sgl_blend.engine.gate import LaunchGate
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import faults  # noqa: E402
@@ -31,10 +38,21 @@ def gate_passes(world: World) -> dict[str, Any]:
 
 
 def launch_state(models: str, arch: str) -> dict[str, Any]:
-    """In a child: pools and tree right after the launch, with and without the gate."""
-    engine = Engine(model_for(Path(models), arch))
+    """In a child: pools, tree and random generators right after the launch."""
+    states = []
+    run = LaunchGate.run
+
+    def watched(gate: LaunchGate) -> None:
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        run(gate)
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        states.append(torch.equal(before[0], after[0]) and before[1:] == after[1:])
+
+    with mock.patch.object(LaunchGate, "run", watched):
+        engine = Engine(model_for(Path(models), arch))
     engine.check()
     return {
+        "generators": states,
         "free": engine.allocator.available_size(),
         "capacity": engine.capacity,
         "rows": engine.rows.available_size(),
@@ -81,3 +99,19 @@ def launch_that_fails(models: str, arch: str, fault: str) -> str:
     except GateError as error:
         return str(error)
     return ""
+
+
+def one_rank_broken(
+    models: str, arch: str, fault: str | None, rank: int, size: int, port: int
+) -> dict[str, Any]:
+    """In a child (one a rank): what the gate finds where the last rank alone has ``fault``."""
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+    if fault is not None and rank == size - 1:
+        faults.break_build(fault)
+    engine = Engine(model_for(Path(models), arch), tp_size=size, tp_rank=rank, port=port)
+    engine.check()
+    return {
+        "failed": [f.check for f in engine.findings if not f.ok],
+        "findings": [str(f) for f in engine.findings],
+        "on": engine.gate.on,
+    }
