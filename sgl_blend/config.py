@@ -119,7 +119,7 @@ class BlendConfig:
     )
     store_disk: str = _option("64GiB", "disk space of the server's own store")
     store_deadline: float = _option(1.0, "seconds after which an answer of the store is a miss")
-    store_chunk_tokens: int = _option(64, "mean size in tokens of the chunks that are stored")
+    store_chunk_tokens: int = _option(32, "mean size in tokens of the chunks that are stored")
     prefetch: str = _option(
         "timeout",
         "how a request waits for what it loads: 'best_effort' not at all, 'timeout' up to prefetch_timeout, 'wait' until it is there",
