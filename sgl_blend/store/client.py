@@ -77,11 +77,12 @@ class StoreClient:
     """One connection to a store. Calls from several threads take turns.
 
     namespace: 16 bytes from ``make_namespace``; calls that take one of their own use this where
-    they are given none. deadline_s: default for every call. shm: use
-    shared memory where the store is on this machine. verify: check the checksum of every whole
-    chunk loaded (raises ChunkCorrupt); frames from elsewhere are always checked. retry_s: after a
-    missed deadline calls fail at once for a while that grows up to this, so that a dead store
-    costs its callers one deadline and not one for each request.
+    they are given none. deadline_s: default for every call. shm: use shared memory where the store
+    is on this machine. verify: check the checksum of every whole chunk loaded (raises
+    ChunkCorrupt); whole chunks that came as frames are always checked, ranges of layers only where
+    they were read from disk. retry_s: after a missed deadline calls fail at once for a while that
+    grows up to this, so that a dead store costs its callers one deadline and not one for each
+    request.
     """
 
     def __init__(

@@ -44,6 +44,8 @@ class Connection:
         self._socket: zmq.Socket | None = None
         # (mapping, lease): what callers are done with, to be told to the store when it is our turn.
         self._released: deque[tuple[ArenaMapping, int]] = deque()
+        # Of those, leases in the present mapping that the store has not been told of yet.
+        self._owed: list[int] = []
 
     @contextmanager
     def turn(self, until: float) -> Iterator[None]:
@@ -169,19 +171,17 @@ class Connection:
                 return _success(verb, reply)
             self.give_back(reply)
 
-    def _send(self, request: p.Request) -> None:
-        """One way; lost with the server, which then has nothing to complete."""
+    def _send(self, request: p.Request) -> bool:
+        """One way; False when the store takes no more messages now."""
         if self.mapping is not None and p.fits_packet(request):
-            # A store that takes nothing is as good as gone; its end frees the leases.
-            if not self.mapping.send(p.pack(_ONE_WAY, request)):
-                self._missed()
-            return
+            return self.mapping.send(p.pack(_ONE_WAY, request))
         if self._socket is None:
-            return
+            return False
         try:
             self._socket.send_multipart([p.PREAMBLE, _ONE_WAY, p.encode(request)], zmq.NOBLOCK)
         except zmq.Again:
-            self._missed()
+            return False
+        return True
 
     def _give_back(self, late: list) -> None:
         """A reply that its caller no longer waits for: what it grants must not stay leased."""
@@ -194,9 +194,7 @@ class Connection:
     def give_back(self, reply: p.Reply) -> None:
         """Hand back what a reply grants."""
         if isinstance(reply, p.Loads):
-            leases = [g.lease for g in reply.grants if g is not None and g.lease]
-            if leases:
-                self._send(p.CompleteLoad(leases))
+            self._owed += [g.lease for g in reply.grants if g is not None and g.lease]
         elif isinstance(reply, p.Grants):
             leases = [g.lease for g in reply.grants if g.status == "granted"]
             if leases:
@@ -225,18 +223,19 @@ class Connection:
                 self._lock.release()
 
     def _flush(self) -> None:
-        leases = []
         while self._released:
             mapping, lease = self._released.popleft()
             if mapping is self.mapping:
-                leases.append(lease)
+                self._owed.append(lease)
             self.unhold(mapping)
-        for i in range(0, len(leases), p.MAX_PACKET_BATCH):
-            self._send(p.CompleteLoad(leases[i : i + p.MAX_PACKET_BATCH]))
+        # What a store that stands still does not take now, it is told at a later turn.
+        while self._owed and self._send(p.CompleteLoad(self._owed[: p.MAX_PACKET_BATCH])):
+            del self._owed[: p.MAX_PACKET_BATCH]
 
     def _retire(self) -> None:
         """Let go of a mapping, but not of the leases of those who still hold its views."""
         mapping, self.mapping = self.mapping, None
+        self._owed.clear()
         if mapping.holds == 0:
             mapping.close()
         else:
@@ -253,6 +252,7 @@ class Connection:
                 self._socket = None
             self.welcome = None
             self._released.clear()
+            self._owed.clear()
             self._context.term()
 
 

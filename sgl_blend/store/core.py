@@ -86,7 +86,7 @@ class StoreCore:
         res.counters["lookup_keys"] += len(hits)
         missing = [k for k, h in zip(request.keys, hits, strict=True) if h is None]
         res.counters["lookup_hits"] += len(hits) - len(missing)
-        if not missing or not request.remote or res.remote is None:
+        if not missing or not request.remote or res.far.tier is None:
             reply(p.Found(hits))
             return
 
@@ -95,11 +95,11 @@ class StoreCore:
                 head = heads.get(key)
                 if hits[i] is None and head is not None:
                     wanted = p.context_of(contexts, i)
-                    hits[i] = _hit(Entry.of(head), wanted, res.remote.name)
+                    hits[i] = _hit(Entry.of(head), wanted, res.far.tier.name)
                     res.counters["lookup_hits"] += 1
             reply(p.Found(hits))
 
-        res.remote_heads(ns, missing, far)
+        res.far.heads(ns, missing, far)
 
     def _prefetch(self, client: Client, request: p.Prefetch, frames, reply: Reply) -> None:
         started, absent = 0, []
@@ -110,8 +110,8 @@ class StoreCore:
             elif not entry.tiers & MEMORY:
                 self.res.fetch(entry, _nothing)
                 started += 1
-        if absent and self.res.remote is not None:
-            self.res.remote_heads(
+        if absent and self.res.far.tier is not None:
+            self.res.far.heads(
                 request.namespace,
                 absent,
                 lambda heads: [self.res.fetch_remote(h, _nothing) for h in heads.values()],

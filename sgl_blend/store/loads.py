@@ -41,7 +41,7 @@ class LoadRequest:
             else:
                 self._near(i, entry)
         if far:
-            core.res.remote_heads(
+            core.res.far.heads(
                 request.namespace, list(far), lambda heads: self._found_far(far, heads)
             )
         if self._left == 0:
@@ -64,7 +64,7 @@ class LoadRequest:
             self.core.res.fetch(entry, lambda e: self._ready(i, e, "disk"))
 
     def _found_far(self, far: dict[bytes, list[int]], heads: dict[bytes, ChunkHeader]) -> None:
-        name = self.core.res.remote.name if self.core.res.remote is not None else ""
+        name = self.core.res.far.tier.name if self.core.res.far.tier is not None else ""
         for key, places in far.items():
             for i in places:
                 if key not in heads:

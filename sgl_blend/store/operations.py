@@ -46,7 +46,7 @@ class Operations:
         n = 0
         for key in request.keys:
             for entry in self.res.index.copies(request.namespace + key):
-                self.res.forget_remote(entry)
+                self.res.far.forget(entry)
                 self.res.remove(entry)
                 n += 1
         reply(p.Done(n))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from sgl_blend.store.chunk import HEADER_ENCODER, ChunkHeader, LayerRange
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
+from sgl_blend.store.far import FarSide
 from sgl_blend.store.index import DISK, MEMORY, REMOTE, ChunkIndex, Entry
 from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.memory import MemoryTier
@@ -30,8 +31,6 @@ OnEntry = Callable[[Entry | None], None]
 OnDurable = Callable[[str], None]
 
 _BATCH_CHUNKS, _BATCH_BYTES = 16, 64 << 20
-_REMOTE_BACKLOG = 64
-_ABSENT_S, _ABSENT_MOST = 1.0, 100_000
 
 
 class Residency:
@@ -45,7 +44,7 @@ class Residency:
         disk: Tier | None = None,
         remote: Tier | None = None,
     ):
-        self.config, self.jobs, self.disk, self.remote = config, jobs, disk, remote
+        self.config, self.jobs, self.disk = config, jobs, disk
         self.sketch = FrequencySketch(1 << 18)
         self.index = ChunkIndex(config.max_copies)
         self.memory = MemoryTier(arena, config.policy, self.sketch, self._evicted)
@@ -59,8 +58,7 @@ class Residency:
         self._deletes: list[ChunkHeader] = []
         self._writing = False
         self._waiters: dict[bytes, list[OnEntry]] = {}
-        self._remote_puts = 0
-        self._absent: dict[bytes, float] = {}
+        self.far = FarSide(self, remote)
 
     def restore(self) -> int:
         """Fill the index from the disk tier; returns the number of chunks."""
@@ -82,7 +80,7 @@ class Residency:
     @property
     def backlog(self) -> int:
         """Disk and far-tier work queued or under way."""
-        return len(self._writes) + len(self._deletes) + self._writing + self._remote_puts
+        return len(self._writes) + len(self._deletes) + self._writing + self.far.puts
 
     def _evicted(self, entry: Entry) -> None:
         if not entry.tiers & DISK:
@@ -122,9 +120,9 @@ class Residency:
         if entry.tiers & DISK:
             (self.disk_policy.remove if on else self.disk_policy.add)(entry)
             header, disk = entry.decoded(), self.disk
-            self.jobs.submit("disk", lambda: disk.set_pinned([header], on), self._only_count)
+            self.jobs.submit("disk", lambda: disk.set_pinned([header], on), self.only_count)
 
-    def _only_count(self, _result, error: BaseException | None) -> None:
+    def only_count(self, _result, error: BaseException | None) -> None:
         if error is not None:
             self.counters["tier_errors"] += 1
 
@@ -136,7 +134,7 @@ class Residency:
         The callback gets ``durable``, ``disk_full``, ``corrupt``, or ``stored`` where there is no
         disk tier.
         """
-        self._offer_remote(entry)
+        self.far.offer(entry)
         if self.disk is None:
             if on_durable:
                 on_durable("stored")
@@ -213,7 +211,7 @@ class Residency:
                 self.disk_policy.add(entry)
             else:
                 header, disk = entry.decoded(), self.disk
-                self.jobs.submit("disk", lambda: disk.set_pinned([header], True), self._only_count)
+                self.jobs.submit("disk", lambda: disk.set_pinned([header], True), self.only_count)
             if entry.dead:
                 self._drop_from_disk(entry)
         elif result is not None and result.reason == "corrupt":
@@ -332,70 +330,10 @@ class Residency:
 
         self.jobs.submit("read", lambda: disk.read(header, dest, layers), done)
 
-    # The shared tier.
-
-    def _offer_remote(self, entry: Entry) -> None:
-        if self.remote is None or entry.tiers & REMOTE:
-            return
-        if self._remote_puts >= _REMOTE_BACKLOG:
-            self.counters["remote_backlog_skipped"] += 1
-            return
-        item = TierItem(entry.decoded(), self.memory.view(entry.offset, entry.nbytes))
-        remote = self.remote
-        entry.refs += 1
-        self._remote_puts += 1
-
-        def done(results, error):
-            self._remote_puts -= 1
-            if error is None and not results[0].reason:
-                entry.tiers |= REMOTE
-                self.counters["remote_writes"] += 1
-            else:
-                self.counters["remote_errors"] += 1
-            self.unref(entry)
-
-        self.jobs.submit("remote-put", lambda: remote.put([item]), done)
-
-    def forget_remote(self, entry: Entry) -> None:
-        """Take a chunk that was deleted here out of the shared tier as well, in the background."""
-        if self.remote is not None and entry.ready:
-            header, remote = entry.decoded(), self.remote
-            self.jobs.submit("remote-put", lambda: remote.delete([header]), self._only_count)
-
-    def remote_heads(
-        self,
-        namespace: bytes,
-        keys: list[bytes],
-        ready: Callable[[dict[bytes, ChunkHeader]], None],
-    ) -> None:
-        """Ask the shared tier for headers; keys found absent lately are not asked again."""
-        now = time.monotonic()
-        ask = [k for k in dict.fromkeys(keys) if self._absent.get(namespace + k, 0) <= now]
-        if self.remote is None or not ask:
-            ready({})
-            return
-        remote = self.remote
-
-        def done(heads, error):
-            found = {}
-            if error is not None:
-                self.counters["remote_errors"] += 1
-            else:
-                if len(self._absent) > _ABSENT_MOST:
-                    self._absent.clear()
-                for key, head in zip(ask, heads, strict=True):
-                    # What another tenant's or a damaged record claims to be is not what we asked.
-                    if head is not None and (head.namespace, head.key) == (namespace, key):
-                        if head.body_bytes <= self.config.max_chunk_bytes:
-                            found[key] = head
-                    elif head is None:
-                        self._absent[namespace + key] = time.monotonic() + _ABSENT_S
-            ready(found)
-
-        self.jobs.submit("remote", lambda: remote.heads(namespace, ask), done)
+    # The shared tier, upwards.
 
     def fetch_remote(self, header: ChunkHeader, ready: OnEntry) -> None:
-        """Load a chunk that ``remote_heads`` found. As ``fetch`` otherwise."""
+        """Load a chunk that ``far.heads`` found. As ``fetch`` otherwise."""
         for entry in self.index.copies(header.namespace + header.key):
             if entry.chunk_id == header.chunk_id:
                 self.fetch(entry, ready)
@@ -403,7 +341,7 @@ class Residency:
         entry = Entry.of(header)
         entry.tiers = REMOTE
         self.index.add(entry)
-        self._load(entry, header, self.remote, "remote", ready)
+        self._load(entry, header, self.far.tier, "remote", ready)
         if not entry.loading and not entry.ready:
             self.remove(entry)
 

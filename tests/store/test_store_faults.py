@@ -208,6 +208,22 @@ def test_stopped_for_ten_seconds(tmp_path):
     store.stop()
 
 
+def test_what_is_released_while_the_store_stands_still_is_freed(tmp_path):
+    """More releases than any queue holds: none may be lost, or its chunk could never be evicted."""
+    with start(small_config()) as store:
+        with connect(store.endpoint, NAMESPACE, retry_s=0.2) as client:
+            header, body = make_chunk(1, n_tokens=4)
+            client.put([header], [body])
+            held = [c for _ in range(10) for c in client.prepare_load([header.key] * 200)]
+            assert client.stats()["leases"] == 2000
+            store.process.send_signal(signal.SIGSTOP)
+            for chunk in held:
+                client.complete_load([chunk])
+            store.process.send_signal(signal.SIGCONT)
+            assert eventually(lambda: client.try_lookup([header.key])[0] is not None)
+            assert eventually(lambda: client.stats()["leases"] == 0)
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_on_disk_is_a_miss(tmp_path, damage):
     config = small_config(tmp_path)

@@ -176,7 +176,7 @@ def test_a_store_over_a_shared_tier_that_hangs():
     assert calls <= objects.calls
     second.core.client_gone(LOCAL.id)
     assert second.ask(LOCAL, p.Delete(NAMESPACE, keys[:1]))[0].count == 1
-    assert eventually(lambda: not second.core.res.remote.guard.is_open)
+    assert eventually(lambda: not second.core.res.far.tier.guard.is_open)
     second.close()
     first.close()
 

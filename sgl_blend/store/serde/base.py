@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
 
-from sgl_blend.store.chunk import ChunkHeader
+from sgl_blend.store.chunk import BodyView, ChunkHeader
 from sgl_blend.store.errors import ChunkCorrupt
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -49,7 +50,8 @@ class RawSerde(Serde):
 
 
 class LossySerde(Serde):
-    """Shared frame of lossy forms: one leading block tells whether the body had to stay raw.
+    """Shared frame of lossy forms. Blob: a byte that tells whether the body had to stay raw, the
+    token ids as in the body, then the coded K and V of each layer; a zero-width V has no part.
 
     Bodies that hold no floats, or floats that are not finite, are kept raw.
     """
@@ -57,11 +59,15 @@ class LossySerde(Serde):
     lossy = True
 
     def encode(self, header: ChunkHeader, body: np.ndarray) -> list[np.ndarray]:
-        if header.dtype in FLOATS:
-            coded = self.encode_floats(header, body)
-            if coded is not None:
-                return [_flag(1), *coded]
-        return [_flag(0), body]
+        if header.dtype not in FLOATS:
+            return [_flag(0), body]
+        out = [_flag(1), body[: header.tokens_bytes]]
+        for i, bits in _parts(header, body):
+            coded = self.encode_part(header, i, bits)
+            if coded is None:
+                return [_flag(0), body]
+            out += coded
+        return out
 
     def decode(self, header: ChunkHeader, blob: np.ndarray, dest: np.ndarray) -> bool:
         if blob.nbytes < 1 or blob[0] > 1:
@@ -70,15 +76,32 @@ class LossySerde(Serde):
             return RawSerde().decode(header, blob[1:], dest)
         if header.dtype not in FLOATS:
             raise ChunkCorrupt(f"{self.name} body for a chunk of {header.dtype}")
-        self.decode_floats(header, blob[1:], dest)
+        at = Cursor(blob[1:])
+        dest[: header.tokens_bytes] = at.take(header.tokens_bytes)
+        for i, bits in _parts(header, dest):
+            self.decode_part(header, i, at, bits)
+        at.finish()
         return True
 
     @abstractmethod
-    def encode_floats(self, header: ChunkHeader, body: np.ndarray) -> list[np.ndarray] | None:
-        """Coded buffers, or None when the values cannot be coded (not finite)."""
+    def encode_part(
+        self, header: ChunkHeader, layer: int, bits: np.ndarray
+    ) -> list[np.ndarray] | None:
+        """Coded buffers (uint8) of one layer's K or V, ``bits`` [tokens, heads, dim] in the chunk's
+        dtype; None when the values cannot be coded (not finite)."""
 
     @abstractmethod
-    def decode_floats(self, header: ChunkHeader, blob: np.ndarray, dest: np.ndarray) -> None: ...
+    def decode_part(self, header: ChunkHeader, layer: int, at: Cursor, bits: np.ndarray) -> None:
+        """Fill ``bits`` from what ``encode_part`` gave. Raises ChunkCorrupt."""
+
+
+def _parts(header: ChunkHeader, body: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(layer, its K or V) in the order of the body, without those of zero width."""
+    view = BodyView(header, body)
+    for i in range(header.layout.n_layers):
+        for bits in view.layer(i):
+            if bits.size:
+                yield i, bits
 
 
 def _flag(value: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import threading
 import numpy as np
 import zstandard
 
-from sgl_blend.store.chunk import BodyView, ChunkHeader
+from sgl_blend.store.chunk import ChunkHeader
 from sgl_blend.store.errors import ChunkCorrupt
 from sgl_blend.store.serde.base import Cursor, LossySerde
 from sgl_blend.store.serde.floats import from_float32, to_float32
@@ -38,71 +38,54 @@ def _codec():
 
 
 class CacheGenSerde(LossySerde):
-    """Blob: token ids as in the body; then for each layer's K and V: mode and the two byte planes'
-    lengths, steps float32 [heads * dim], low bytes and high bytes of the zigzag symbols, each
-    [heads * dim, n_tokens] through zstd. A zero-width V has no part."""
+    """A part: mode and the two byte planes' lengths, steps float32 [heads * dim], low bytes and high
+    bytes of the zigzag symbols, each [heads * dim, n_tokens] through zstd."""
 
     name = "cachegen"
 
-    def encode_floats(self, header: ChunkHeader, body: np.ndarray) -> list[np.ndarray] | None:
-        view = BodyView(header, body)
+    def encode_part(
+        self, header: ChunkHeader, layer: int, bits: np.ndarray
+    ) -> list[np.ndarray] | None:
+        fraction = STEPS[min(2, 3 * layer // header.layout.n_layers)]
+        # [channels, tokens]: a channel's symbols lie side by side for the entropy coder.
+        x = to_float32(bits.reshape(header.n_tokens, -1).T, header.dtype)
+        x = np.ascontiguousarray(x)
+        top = np.maximum(x.max(axis=1), -x.min(axis=1))
+        if not np.isfinite(top).all():
+            return None
+        plain = x.var(axis=1)
+        delta = np.square(np.diff(x, axis=1)).mean(axis=1) if x.shape[1] > 1 else plain
+        # One mode for the whole part: as many bits as the mean log spread says.
+        tiny = np.float32(1e-30)
+        mode = int(np.log(delta + tiny).sum() < np.log(plain + tiny).sum())
+        spread = np.sqrt(delta if mode else plain)
+        # int16 differences must not overflow, and a constant channel needs some step.
+        step = np.maximum(spread * np.float32(fraction), top / np.float32(16000))
+        step = np.maximum(step, tiny).astype(np.float32)
+        n = np.rint(x * (1 / step)[:, None]).astype(np.int16)
+        if mode:
+            n[:, 1:] = np.diff(n, axis=1)
+        z = ((n << 1) ^ (n >> 15)).view(np.uint16)
         compress = _codec()[0].compress
-        out = [body[: header.tokens_bytes]]
-        layers = header.layout.n_layers
-        for i in range(layers):
-            fraction = STEPS[min(2, 3 * i // layers)]
-            for bits in view.layer(i):
-                if not bits.size:
-                    continue
-                # [channels, tokens]: a channel's symbols lie side by side for the entropy coder.
-                x = to_float32(bits.reshape(header.n_tokens, -1).T, header.dtype)
-                x = np.ascontiguousarray(x)
-                top = np.maximum(x.max(axis=1), -x.min(axis=1))
-                if not np.isfinite(top).all():
-                    return None
-                plain = x.var(axis=1)
-                delta = np.square(np.diff(x, axis=1)).mean(axis=1) if x.shape[1] > 1 else plain
-                # One mode for the whole part: as many bits as the mean log spread says.
-                tiny = np.float32(1e-30)
-                mode = int(np.log(delta + tiny).sum() < np.log(plain + tiny).sum())
-                spread = np.sqrt(delta if mode else plain)
-                # int16 differences must not overflow, and a constant channel needs some step.
-                step = np.maximum(spread * np.float32(fraction), top / np.float32(16000))
-                step = np.maximum(step, tiny).astype(np.float32)
-                n = np.rint(x * (1 / step)[:, None]).astype(np.int16)
-                if mode:
-                    n[:, 1:] = np.diff(n, axis=1)
-                z = ((n << 1) ^ (n >> 15)).view(np.uint16)
-                low, high = (z & 0xFF).astype(np.uint8), (z >> 8).astype(np.uint8)
-                planes = [compress(low), compress(high)]
-                out.append(_bytes(_PLANE.pack(mode, len(planes[0]), len(planes[1]))))
-                out.append(step.view(np.uint8))
-                out.extend(_bytes(p) for p in planes)
-        return out
+        planes = [compress((z & 0xFF).astype(np.uint8)), compress((z >> 8).astype(np.uint8))]
+        head = _PLANE.pack(mode, len(planes[0]), len(planes[1]))
+        return [_bytes(head), step.view(np.uint8), *(_bytes(p) for p in planes)]
 
-    def decode_floats(self, header: ChunkHeader, blob: np.ndarray, dest: np.ndarray) -> None:
-        at = Cursor(blob)
-        dest[: header.tokens_bytes] = at.take(header.tokens_bytes)
-        view = BodyView(header, dest)
-        for i in range(header.layout.n_layers):
-            for bits in view.layer(i):
-                if not bits.size:
-                    continue
-                tokens, channels = header.n_tokens, bits.size // header.n_tokens
-                mode, low_len, high_len = _PLANE.unpack(at.take(_PLANE.size).tobytes())
-                step = np.frombuffer(at.take(4 * channels).tobytes(), dtype=np.float32)
-                low = _expand(at.take(low_len), channels * tokens)
-                high = _expand(at.take(high_len), channels * tokens)
-                z = low.astype(np.uint16)
-                if high.any():
-                    z |= high.astype(np.uint16) << 8
-                n = ((z >> 1).view(np.int16) ^ -((z & 1).view(np.int16))).reshape(channels, tokens)
-                if mode:
-                    n = n.cumsum(axis=1, dtype=np.int32)
-                values = n.astype(np.float32)
-                values *= step[:, None]
-                from_float32(np.ascontiguousarray(values.T).reshape(bits.shape), header.dtype, bits)
-        at.finish()
+    def decode_part(self, header: ChunkHeader, layer: int, at: Cursor, bits: np.ndarray) -> None:
+        tokens, channels = header.n_tokens, bits.size // header.n_tokens
+        mode, low_len, high_len = _PLANE.unpack(at.take(_PLANE.size).tobytes())
+        step = np.frombuffer(at.take(4 * channels).tobytes(), dtype=np.float32)
+        low = _expand(at.take(low_len), channels * tokens)
+        high = _expand(at.take(high_len), channels * tokens)
+        z = low.astype(np.uint16)
+        if high.any():
+            z |= high.astype(np.uint16) << 8
+        n = ((z >> 1).view(np.int16) ^ -((z & 1).view(np.int16))).reshape(channels, tokens)
+        if mode:
+            n = n.cumsum(axis=1, dtype=np.int32)
+        values = n.astype(np.float32)
+        values *= step[:, None]
+        from_float32(np.ascontiguousarray(values.T).reshape(bits.shape), header.dtype, bits)
 
 
 def _bytes(raw: bytes) -> np.ndarray:
