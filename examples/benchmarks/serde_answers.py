@@ -68,7 +68,7 @@ def run(server: Server, cases: list[tasks.Case], blend: bool) -> list[dict]:
         meta = got["meta_info"]
         out.append(
             {
-                "dependent": question.dependent,
+                "dependent": question.kind == "dependent",
                 "right": got["text"].split()[:1] == question.answer.split()[:1],
                 "first": got["output_ids"][0],
                 "sources": meta["blend"]["sources"],

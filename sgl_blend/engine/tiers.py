@@ -90,6 +90,8 @@ def connect(
         _page_lock if k.is_cuda else lambda client: None,
     )
     rank = (ctx.tp_rank, ctx.tp_size)
+    if ctx.tp_rank == 0:
+        logger.info("sgl-blend: chunks are stored at %s", endpoint)
     return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics)
 
 

@@ -60,7 +60,8 @@ def prompt_chunks(
         if a >= stop:
             break
         key = b""
-        if chunking.min_len <= b - a <= chunking.max_len:
+        # The piece that ends where ``begin`` is gives the first chunk its ``before``.
+        if b >= begin and chunking.min_len <= b - a <= chunking.max_len:
             hasher = fresh()
             hasher.update(raw[8 * a : 8 * b])
             key = hasher.digest()
