@@ -86,10 +86,12 @@ def put(client, tokens, pool, first_slot=0, generation=0, alive=lambda: True) ->
     return offloader
 
 
-def load(client, prompt, *, exact_only=False, layerwise=False, end=None, wait_s=10.0) -> Load:
+def load(
+    client, prompt, *, exact_only=False, layerwise=False, end=None, wait_s=10.0, max_positions=99999
+) -> Load:
     end = len(prompt) if end is None else end
     wish = Wish(prompt, chunks_of(prompt, 0, end), end, 10, TENANT, SPACE, exact_only, 0.1)
-    rules = Rules(LAYOUT, "float32", wait_s, layerwise, 4)
+    rules = Rules(LAYOUT, "float32", wait_s, layerwise, 4, max_positions)
     one = Load(wish, rules, Speeds(LAYERS, True))
     one.run(client)
     return one
@@ -241,6 +243,14 @@ def test_too_many_generations_are_no_source(client):
     assert load(client, tokens).spans() == []
 
 
+def test_positions_beyond_the_rotation_table_are_no_source(client):
+    tokens = tokens_of(115, 300)
+    put(client, tokens, Pool(300))
+    prompt = np.concatenate([tokens_of(116, 40), tokens])
+    some = load(client, prompt, max_positions=200).spans()
+    assert 0 < covered(some) <= 200 and max(s.source_start + s.length for s in some) <= 200
+
+
 def test_a_copy_that_lost_its_slots_is_not_published(client):
     tokens = tokens_of(120, 400)
     answers = iter([True, False])
@@ -341,6 +351,7 @@ def service_of(endpoint: str, pool: Pool, **changes) -> StoreService:
         offload=True,
         adaptive=True,
         max_generation=4,
+        max_positions=99999,
     )
     return StoreService(ServiceConfig(**{**values, **changes}), LAYOUT, "float32", pool)
 

@@ -82,6 +82,7 @@ def connect(
             offload=config.offload,
             adaptive=config.adaptive_ratio,
             max_generation=config.max_generation,
+            max_positions=pool.max_positions,
             curve=curve,
         ),
         layout,
@@ -169,7 +170,9 @@ class StoreTier:
             return
         # As SGLang's own storage prefetch does on arrival: it tells the device's prefix.
         req.init_next_round_input(self.tree)
-        tokens, begin = np.frombuffer(req.origin_input_ids, dtype=np.int64), req.prefix_len
+        # A copy: a view would forbid SGLang to append to the request's own array.
+        tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64).copy()
+        begin = req.prefix_len
         boundaries = state.options.boundaries
         end = self.tree.suffix_start(tokens, n, boundaries)
         if end - begin < self.chunking.min_len:

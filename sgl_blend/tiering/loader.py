@@ -60,6 +60,7 @@ class Wish:
 class Rules(NamedTuple):
     """What all loads of one server share. wait_s: how long one step of a load may take.
     layerwise: bring slow chunks in by groups of layers. max_generation: highest label of a source.
+    max_positions: what the model's rotation tables cover.
     """
 
     layout: Layout
@@ -67,6 +68,7 @@ class Rules(NamedTuple):
     wait_s: float
     layerwise: bool
     max_generation: int
+    max_positions: int
 
 
 class Decision(NamedTuple):
@@ -350,6 +352,8 @@ class Load:
         """A chunk whose first bytes are here, if it is what it should be."""
         header = part.header
         if not matching_layout(header, self.rules.layout, self.rules.dtype):
+            return None
+        if header.start + header.n_tokens > self.rules.max_positions:
             return None
         tokens = part.body.token_ids.astype(np.int64)
         anchor = candidate.anchor

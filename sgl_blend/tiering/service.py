@@ -42,7 +42,8 @@ FIRST_PREFILL = PrefillSpeed(fixed=0.0, linear=1.0)
 class ServiceConfig:
     """endpoint: ``ipc://`` or ``tcp://``. deadline_s: of one call; no answer is a miss. wait_s: how
     long one step of a load may take. layerwise: see ``loader.Rules``. offload: store new chunks.
-    adaptive: let slow tiers raise the recompute ratio as far as it is free."""
+    adaptive: let slow tiers raise the recompute ratio as far as it is free. max_generation,
+    max_positions: bounds of what may serve as a source."""
 
     endpoint: str
     deadline_s: float
@@ -51,6 +52,7 @@ class ServiceConfig:
     offload: bool
     adaptive: bool
     max_generation: int
+    max_positions: int
     curve: CurveClient | None = None
 
 
@@ -133,7 +135,14 @@ class StoreService:
         connected: Callable[[StoreClient], None] = lambda client: None,
     ) -> None:
         self.config = config
-        self.rules = Rules(layout, dtype, config.wait_s, config.layerwise, config.max_generation)
+        self.rules = Rules(
+            layout,
+            dtype,
+            config.wait_s,
+            config.layerwise,
+            config.max_generation,
+            config.max_positions,
+        )
         self.speeds = Speeds(layout.n_layers, config.adaptive)
         self.offloader = Offloader(pool, layout, dtype)
         self.counts: Counter[str] = Counter()
