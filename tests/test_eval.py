@@ -120,7 +120,11 @@ def test_settings_in_writing():
         "blend_ratio": 0.1,
         "blend_coverage": 0.9,
     }
-    assert [s.name for s in plan(["hkvd:0.1"], twins=False)][3:] == ["hkvd:0.1"]
+    assert [s.name for s in plan(["hkvd:0.1"], twins=())][3:] == ["hkvd:0.1"]
+    two = [s.name for s in plan(["hkvd:0.1", "query"], twins=("query",))][3:]
+    assert two == ["hkvd:0.1", "query", "random = query"]
+    with pytest.raises(ConfigError, match="no setting 'all'"):
+        plan(["all"], twins=("all",))
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_settings_with_options_get_servers_of_their_own(model):
     options = EvalOptions(
         model=str(model),
         settings=settings,
-        twins=False,
+        twins=(),
         server_args=("--max-total-tokens", "16384"),
         asking={"one": 1, "turns": 1},
         shape=SHAPE,

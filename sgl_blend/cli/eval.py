@@ -63,10 +63,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     what = p.add_argument_group("what is compared")
     what.add_argument("--settings", type=_texts, default=d.settings, help=_told(d.settings))
     what.add_argument(
-        "--no-twins",
-        dest="twins",
-        action="store_false",
-        help="leave out random tokens at each setting's cost",
+        "--twins",
+        type=_texts,
+        help="settings that get a row of random tokens at their cost ('' for none; default: all)",
     )
     what.add_argument(
         "--seen", choices=SEEN, default=d.seen, help=f"documents' earlier company ({d.seen})"
@@ -187,7 +186,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         tokenizer=args.tokenizer,
         server_args=tuple(args.server_args),
         settings=tuple(args.settings),
-        twins=args.twins,
+        twins=None if args.twins is None else tuple(args.twins),
         data=tuple(args.data),
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,

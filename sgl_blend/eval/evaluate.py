@@ -29,7 +29,8 @@ class EvalOptions:
     data: LongBench or RULER files or folders of them; without any, the synthetic task of
     ``cases`` cases from ``seed`` on (``shape``, ``asking``, ``per_prompt``). limit: records of
     each file. settings: see ``settings.py``; each set of server options among them takes a server
-    of its own. twins: random tokens at each one's cost. tokenizer: a folder; by default the server's.
+    of its own. twins: settings that get a row of random tokens at their cost; None: all.
+    tokenizer: a folder; by default the server's.
     """
 
     model: str | None = None
@@ -37,7 +38,7 @@ class EvalOptions:
     tokenizer: str | None = None
     server_args: tuple[str, ...] = ()
     settings: tuple[str, ...] = ("query:0.05", "query:0.15", "hkvd:0.15", "leading:0.15")
-    twins: bool = True
+    twins: tuple[str, ...] | None = None
     data: tuple[Path, ...] = ()
     limit: int | None = None
     max_new_tokens: int | None = None

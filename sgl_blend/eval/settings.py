@@ -8,7 +8,7 @@ for each option of the server that is to differ (lists with ``/``): ``query:0.1@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,10 +115,12 @@ def _option(whole: str, change: str) -> tuple[str, str]:
     return name, value
 
 
-def plan(texts: Iterable[str], twins: bool = True) -> tuple[Setting, ...]:
-    """The rows in order: baselines, then each setting, followed by its random twin if ``twins``.
+def plan(texts: Iterable[str], twins: Collection[str] | None = None) -> tuple[Setting, ...]:
+    """The rows in order: baselines, then each setting, followed by its random twin if it is among
+    ``twins`` (None: all are).
 
-    ``none`` is full reuse, which is always there. Raises ``ConfigError`` for a repeated setting.
+    ``none`` is full reuse, which is always there. Raises ``ConfigError`` for a repeated setting and
+    for a twin of no setting.
     """
     out = [FULL, PREFIX, REUSE]
     for setting in map(parse, texts):
@@ -127,7 +129,12 @@ def plan(texts: Iterable[str], twins: bool = True) -> tuple[Setting, ...]:
         if any(s.name == setting.name for s in out):
             raise ConfigError(f"setting {setting.name!r} is given twice")
         out.append(setting)
-        if twins and setting.policy not in WITHOUT_TWIN:
+        if setting.policy in WITHOUT_TWIN:
+            continue
+        if twins is None or setting.name in twins:
             name = f"random = {setting.name}"
             out.append(Setting(name, Role.RANDOM, "random", twin_of=setting.name))
+    for name in twins or ():
+        if not any(s.twin_of == name for s in out):
+            raise ConfigError(f"no setting {name!r} to give a random twin to")
     return tuple(out)
