@@ -106,13 +106,20 @@ class Runner:
 
     def run(self, suite: Suite) -> tuple[Sample, ...]:
         """All samples, probe by probe. The first probe runs once before, unmeasured: kernels
-        are built and allocators filled at first use."""
+        are built and allocators filled at first use. Interrupted (SIGINT), it returns the probes
+        that are done."""
         out: list[Sample] = []
         self._progress(f"{suite.name}: first requests, not measured")
         self._probe(suite, 0)
         for i in range(len(suite.probes)):
             self._progress(f"{suite.name}: {i + 1} of {len(suite.probes)} probes")
-            out += self._probe(suite, i)
+            try:
+                out += self._probe(suite, i)
+            except KeyboardInterrupt:
+                if not out:
+                    raise
+                self._progress(f"{suite.name}: interrupted; {i} probes are done")
+                break
         return tuple(out)
 
     def fit(self, suite: Suite) -> Suite:

@@ -75,7 +75,7 @@ def synthetic(
     """
     shape = shape or Shape()
     ways: Mapping[Asking, int | None] = {asking: None} if isinstance(asking, str) else asking
-    probes: list[Probe] = []
+    probes: list[tuple[float, Probe]] = []
     for way, count in ways.items():
         count = cases if count is None else count
         if count < 1:
@@ -94,8 +94,10 @@ def synthetic(
                 mine += _case(s, shape, way, per_prompt, seen)
         if len(ways) > 1:
             mine = [_by_way(p, DEPENDENT.get(way, way)) for p in mine]
-        probes += mine
-    return Suite(f"synthetic, {'+'.join(ways)}", "accuracy", tuple(probes))
+        probes += [(i / len(mine), probe) for i, probe in enumerate(mine)]
+    # Ways take turns, so that a run cut short has some of each.
+    probes.sort(key=lambda p: p[0])
+    return Suite(f"synthetic, {'+'.join(ways)}", "accuracy", tuple(p for _, p in probes))
 
 
 def _by_way(probe: Probe, name: str) -> Probe:
