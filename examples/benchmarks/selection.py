@@ -126,7 +126,7 @@ def scores(p: Prompt, depths: list[float]) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}, neighbours 1", triangle(base, 1)
         yield f"{name}, neighbours 2 (default)", triangle(base, 2)
         yield f"{name}, mean of 5", F.avg_pool1d(base[None, None], 5, 1, 2)[0, 0]
-        yield f"{name}, |V| weighted", ((seen * mix).sum(2) * values).sum((0, 1))
+        yield f"{name}, times the norm of V", ((seen * mix).sum(2) * values).sum((0, 1))
         yield f"{name}, last row only", (seen * last).sum((0, 1, 2))
         yield f"{name}, all rows alike", seen.mean(2).sum((0, 1))
         yield f"{name}, highest head", (seen * mix).sum(2).amax(1).sum(0)
