@@ -69,6 +69,10 @@ class BlendConfig:
         0.75,
         "query: share of the layers whose attention is averaged, counted from the first, 0 to 1",
     )
+    query_smoothing: int = _option(
+        2,
+        "query: a token's attention counts for its neighbours too, up to so many positions away, the less the farther; 0: for itself only",
+    )
     leading_tokens: int = _option(
         0,
         "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it",
@@ -184,7 +188,7 @@ class BlendConfig:
             "must be one number for each check layer, not rising, the last 1.0",
         )
         check(0.0 < self.query_layers <= 1.0, "query_layers", "must lie in (0, 1]")
-        for name in ("leading_tokens", "min_reused_tokens"):
+        for name in ("query_smoothing", "leading_tokens", "min_reused_tokens"):
             check(getattr(self, name) >= 0, name, "must not be negative")
         check(
             0 <= self.max_generation <= MAX_GENERATION,

@@ -16,7 +16,7 @@ from sgl_blend.bench.models import make_tokenizer
 from sgl_blend.cli import eval as cli
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval import tasks
-from sgl_blend.eval.client import Client, Reply
+from sgl_blend.eval.client import Client, Reply, Wanted
 from sgl_blend.eval.cost import NoReportError, Tokens
 from sgl_blend.eval.encoding import Encoder
 from sgl_blend.eval.evaluate import EvalOptions, Evaluation
@@ -25,7 +25,7 @@ from sgl_blend.eval.metrics import grade
 from sgl_blend.eval.pareto import Point, frontier, plot
 from sgl_blend.eval.probes import Probe, Prompt, Reference, Step, Suite, warmup
 from sgl_blend.eval.runner import Runner, RunOptions, Sample
-from sgl_blend.eval.settings import Role, Setting, plan
+from sgl_blend.eval.settings import Role, Setting, parse, plan
 from sgl_blend.eval.stats import Bootstrap
 from sgl_blend.eval.summary import summarise
 from sgl_blend.eval.synthetic import ASKING, Shape, synthetic
@@ -90,6 +90,65 @@ def test_each_question_of_a_joint_one_is_graded():
         assert right == [float(i != wrong) for i in (0, 1)]
 
 
+def test_several_ways_of_asking_make_one_table():
+    shape = Shape(n_docs=2, n_legends=1, questions=4)
+    suite = synthetic({"one": None, "joint": 2, "turns": 3}, cases=1, seed=7, shape=shape)
+    kinds = [{w.kind for s in p.steps for w in s.expected} for p in suite.probes]
+    assert len(kinds) == 4 + 4 + 3
+    assert kinds.count({"local", "joint"}) + kinds.count({"joint"}) + kinds.count({"local"}) >= 4
+    assert set.union(*kinds) == {"local", "dependent", "joint", "turns"}
+    steps = [(len(p.steps), len(p.steps[0].expected)) for p in suite.probes]
+    one, joint, turns = (1, 1), (1, 2), (2, 1)
+    assert steps[:3] == [one, joint, turns] and steps.count(turns) == 3 and steps.count(one) == 4
+    alone = synthetic("joint", cases=1, seed=7, shape=shape)
+    assert {w.kind for p in alone.probes for w in p.steps[0].expected} == {"local", "dependent"}
+    with pytest.raises(ConfigError, match="0 cases"):
+        synthetic({"one": 0}, cases=1)
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def test_settings_in_writing():
+    assert parse("query:0.1@0.9") == Setting(
+        "query:0.1@0.9", Role.POLICY, "query", 0.1, coverage=0.9
+    )
+    hkvd = parse(" hkvd:0.15+check_layers=1/2+check_multipliers=1.2/1 ")
+    assert hkvd.options == (("check_layers", "1,2"), ("check_multipliers", "1.2,1"))
+    assert hkvd.name == "hkvd:0.15+check_layers=1/2+check_multipliers=1.2/1"
+    assert parse("default+query_smoothing=0").options == (("query_smoothing", "0"),)
+    assert parse("query:0.1@0.9").custom() == {
+        "blend_policy": "query",
+        "blend_ratio": 0.1,
+        "blend_coverage": 0.9,
+    }
+    assert [s.name for s in plan(["hkvd:0.1"], twins=())][3:] == ["hkvd:0.1"]
+    two = [s.name for s in plan(["hkvd:0.1", "query"], twins=("query",))][3:]
+    assert two == ["hkvd:0.1", "query", "random = query"]
+    with pytest.raises(ConfigError, match="no setting 'all'"):
+        plan(["all"], twins=("all",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("query:2", "the ratio must lie in 0..1"),
+        ("query:0.1@1.5", "the coverage must lie in 0..1"),
+        ("query@x", "'x' is no number"),
+        ("leading:0.1@0.9", "leading has no score"),
+        ("hkvd:0.1+check_layer=1", "did you mean 'check_layers'"),
+        ("hkvd:0.1+check_layers", "expected option=value"),
+        ("hkvd:0.1+check_layers=one", "cannot read 'one'"),
+        ("default:0.1", "takes no ratio"),
+        ("qeury:0.1", "did you mean 'query'"),
+        (":0.1", "expected policy:ratio"),
+    ],
+)
+def test_settings_that_mean_nothing(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(text)
+
+
 def test_synthetic_refuses_training_seeds_and_too_few_questions():
     with pytest.raises(ConfigError, match="held out"):
         synthetic("one", cases=2, seed=tasks.TRAINING_SEEDS - 1)
@@ -152,6 +211,10 @@ class ScriptedClient(Client):
     def flush(self):
         self.log.append("flush")
 
+    def warm(self, prompts, custom, salt=None):
+        for _, one in zip(prompts, custom, strict=True):
+            self.log.append((one, Wanted(), salt, 1))
+
     def ask(self, ids, *, custom, max_new_tokens, wanted=None, salt=None):
         self.log.append((custom, wanted, salt, max_new_tokens))
         policy = custom.get("blend_policy")
@@ -197,6 +260,25 @@ def test_each_setting_has_a_state_of_its_own(tokenizer):
     ]
     assert [s.setting for s in samples] == [s.name for s in plan(["query:0.1"])]
     assert all(s.agreement.same and s.grades[0].accuracy == 1.0 for s in samples)
+
+
+def test_an_interrupted_run_tells_what_it_has(tokenizer):
+    class Interrupted(ScriptedClient):
+        def ask(self, ids, **kw):
+            if len(self.log) >= 30:
+                raise KeyboardInterrupt
+            return super().ask(ids, **kw)
+
+    prompt = Prompt("H", ("one", "two"), "Q?")
+    probe = Probe("c", (), (Step(prompt, (Reference("local", ("tin",)),), 3),))
+    runner = Runner(Interrupted(), Encoder(tokenizer), plan(["query:0.1"]))
+    samples = runner.run(Suite("s", "accuracy", (probe,) * 20))
+    # One probe unmeasured, five asks each; the sixth measured one is not complete.
+    assert [s.probe for s in samples] == [i for i in range(5) for _ in range(5)]
+    early = Interrupted()
+    early.log = ["full"] * 30
+    with pytest.raises(KeyboardInterrupt):
+        Runner(early, Encoder(tokenizer), plan([])).run(Suite("s", "accuracy", (probe,)))
 
 
 def test_flushing_keeps_states_apart_as_well(tokenizer):
@@ -351,6 +433,17 @@ def test_json_can_be_read_back(evaluation, tmp_path):
     assert [r["setting"] for r in rows] == [r.setting for r in evaluation.rows]
     assert rows[3]["cost"]["value"] == pytest.approx(0.2)
     assert len(told["evaluations"][0]["samples"]) == 10 and "20 likeliest" in told["kl"]
+    cli.write_json(tmp_path / "rows.json", options, [evaluation], samples=False)
+    brief = json.loads((tmp_path / "rows.json").read_text())["evaluations"][0]
+    assert brief["samples"] == [] and brief["rows"] == told["evaluations"][0]["rows"]
+
+
+def test_a_page_gets_a_table_without_times(evaluation):
+    lines = cli.markdown(evaluation).splitlines()
+    assert "2 prompts of 2 cases" in lines[0] and "local 1, dependent 1" in lines[0]
+    assert lines[2] == "| | true cost | local | dependent | top-1 | KL |"
+    assert lines[7] == "| query:0.1 | 20.0 | 100.0 | 0.0 | 75.00 | 0.2500 |"
+    assert len({line.count("|") for line in lines[2:]}) == 1
 
 
 def test_plot_is_a_png(evaluation, tmp_path):
@@ -389,6 +482,7 @@ def test_command_line_becomes_options():
         (["--model", "m", "--url", "u"], "either --model"),
         (["--url", "u", "--server-args", "--page-size 16"], "server of our own"),
         (["--model", "m", "--chat"], "data files"),
+        (["--url", "u", "--settings", "hkvd:0.1+check_layers=2"], "start servers; give --model"),
         (["--model", "m", "--limit", "0"], "limit is 0"),
         (["--model", "m", "--top-logprobs", "0"], "top_logprobs is 0"),
     ],

@@ -14,6 +14,7 @@ from sgl_blend.bench.server import serve
 from sgl_blend.cli import eval as cli
 from sgl_blend.eval.client import Client
 from sgl_blend.eval.encoding import Encoder
+from sgl_blend.eval.evaluate import EvalOptions, evaluate
 from sgl_blend.eval.runner import Runner, RunOptions
 from sgl_blend.eval.settings import plan
 from sgl_blend.eval.stats import Bootstrap
@@ -132,6 +133,26 @@ def test_another_question_than_the_selector_saw(url, model):
     # The first question's prefill is in the cost; the second one's alone is a few tokens.
     one = next(s for s in samples if s.setting == "query:0.2")
     assert one.spent > 2 * one.tokens.true_cost * one.tokens.prompt
+
+
+def test_settings_with_options_get_servers_of_their_own(model):
+    settings = ("hkvd:0.1", "hkvd:0.1+check_layers=2")
+    options = EvalOptions(
+        model=str(model),
+        settings=settings,
+        twins=(),
+        server_args=("--max-total-tokens", "16384"),
+        asking={"one": 1, "turns": 1},
+        shape=SHAPE,
+        bootstrap=Bootstrap(50),
+    )
+    [done] = evaluate(options)
+    rows = {r.setting: r for r in done.rows}
+    assert {k.kind for k in done.rows[0].kinds} == {"local", "dependent", "turns"}
+    costs = [rows[s].cost.value for s in settings]
+    # Three of four layers instead of two for all rows but the prefix.
+    assert costs[1] > costs[0]
+    assert costs[1] > 0.75 * rows["prefix cache only"].cost.value
 
 
 def test_turns_of_a_conversation(url, model):

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 EPILOG = """
 rows that are always there: full prefill (exact, from empty caches: the reference), prefix cache
 only (exact), full reuse (nothing recomputed), and for each setting random tokens at the same
-true cost. A setting is policy:ratio, policy (the server's ratio) or default.
+true cost. A setting is policy:ratio, policy (the server's ratio) or default; @0.9 behind it asks
+for coverage, +option=value for a server with another blend option (lists with /).
 
 examples:
   sgl-blend eval --model examples/models/blend-4l --cases 20 --json out.json --plot pareto.png
+  sgl-blend eval --model examples/models/blend-4l --ask one,joint,follow:30,turns:40 \\
+      --settings query:0.1,query:0.2@0.9,hkvd:0.15+check_layers=1/2 --markdown table.md
   sgl-blend eval --model /models/Mistral-7B-Instruct-v0.2 --chat --limit 200 \\
       --data longbench/2wikimqa.jsonl longbench/musique.jsonl longbench/samsum.jsonl
 """
@@ -41,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     from sgl_blend.eval.probes import SEEN
     from sgl_blend.eval.runner import ISOLATE, RunOptions
     from sgl_blend.eval.stats import Bootstrap
-    from sgl_blend.eval.synthetic import ASKING, Shape
+    from sgl_blend.eval.synthetic import Shape
 
     d = EvalOptions(model="")
     p = subparsers.add_parser(
@@ -59,6 +62,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     what = p.add_argument_group("what is compared")
     what.add_argument("--settings", type=_texts, default=d.settings, help=_told(d.settings))
+    what.add_argument(
+        "--twins",
+        type=_texts,
+        help="settings that get a row of random tokens at their cost ('' for none; default: all)",
+    )
     what.add_argument(
         "--seen", choices=SEEN, default=d.seen, help=f"documents' earlier company ({d.seen})"
     )
@@ -80,7 +88,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--max-prompt-tokens", type=int, help="drop documents from the middle until it fits"
     )
     task = p.add_argument_group("synthetic task (without --data)")
-    task.add_argument("--ask", choices=ASKING, default=d.asking, help=f"way of asking ({d.asking})")
+    task.add_argument(
+        "--ask",
+        type=_ways,
+        default=d.asking,
+        help=f"ways of asking, each with its number of cases if need be: {_ASK}",
+    )
     task.add_argument("--cases", type=int, default=d.cases, help=f"({d.cases})")
     task.add_argument("--seed", type=int, default=d.seed, help=f"first seed ({d.seed})")
     task.add_argument(
@@ -109,6 +122,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     out.add_argument("--confidence", type=float, default=b.confidence, help=f"({b.confidence})")
     out.add_argument("--json", type=Path, help="write rows and samples to this file")
     out.add_argument(
+        "--rows-only", action="store_true", help="no samples in the JSON: a small file"
+    )
+    out.add_argument(
+        "--markdown", type=Path, help="write a table without times (they tell of this machine)"
+    )
+    out.add_argument(
         "--plot", type=Path, help="PNG of quality against true cost (with several files: one each)"
     )
     p.set_defaults(run=run)
@@ -133,7 +152,11 @@ def run(args: argparse.Namespace) -> int:
             done.append(evaluation)
             # After each suite: a long run that ends early has told what it knew.
             if args.json:
-                write_json(args.json, options, done)
+                write_json(args.json, options, done, samples=not args.rows_only)
+            if args.markdown:
+                args.markdown.parent.mkdir(parents=True, exist_ok=True)
+                text = "\n".join(markdown(e) for e in done)
+                args.markdown.write_text(f"{text}\nMade by\n\n```\n{_command()}\n```\n")
             if args.plot:
                 path = args.plot
                 if len(options.data) > 1 or any(d.is_dir() for d in options.data):
@@ -163,6 +186,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         tokenizer=args.tokenizer,
         server_args=tuple(args.server_args),
         settings=tuple(args.settings),
+        twins=None if args.twins is None else tuple(args.twins),
         data=tuple(args.data),
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
@@ -223,17 +247,48 @@ def report(evaluation: Evaluation) -> str:
     return text
 
 
-def write_json(path: Path, options: EvalOptions, done: list[Evaluation]) -> None:
+def markdown(evaluation: Evaluation) -> str:
+    """The table of one suite for a page: quality of each kind, fidelity and true cost, in %."""
+    rows = evaluation.rows
+    kinds = [k.kind for k in rows[0].kinds]
+    counts = ", ".join(f"{k.kind} {k.quality.n}" for k in rows[0].kinds)
+    lines = [
+        f"{evaluation.suite}: {rows[0].cost.n} prompts of {rows[0].cost.clusters} cases; "
+        f"{evaluation.metric} in %, 95 % intervals in brackets where they have a width. "
+        f"Questions: {counts}.",
+        "",
+        "| | true cost | " + " | ".join(kinds) + " | top-1 | KL |",
+        "|---|" + "---|" * (len(kinds) + 3),
+    ]
+    for row in rows:
+        cells = [row.setting, _share(row.cost)]
+        for k in row.kinds:
+            q = k.quality
+            wide = q.high - q.low >= 0.0005
+            told = f" [{100 * q.low:.0f} {100 * q.high:.0f}]" if wide else ""
+            cells.append(_share(q) + told)
+        cells += [f"{100 * row.top1.value:.2f}", f"{row.kl.value + 0.0:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_json(
+    path: Path, options: EvalOptions, done: list[Evaluation], samples: bool = True
+) -> None:
     """Everything that was measured, down to each prompt; figures are shares, seconds, nats."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {
-        "command": "sgl-blend " + shlex.join(sys.argv[1:]),
+        "command": _command(),
         "options": asdict(options),
         "kl": f"truncated to full prefill's {options.run.top_logprobs} likeliest tokens, the "
         "rest as one lump; nats a position",
-        "evaluations": [asdict(e) for e in done],
+        "evaluations": [asdict(e if samples else replace(e, samples=())) for e in done],
     }
     path.write_text(json.dumps(data, indent=1, default=str) + "\n")
+
+
+def _command() -> str:
+    return "sgl-blend " + shlex.join(sys.argv[1:])
 
 
 def _share(e: Estimate) -> str:
@@ -247,6 +302,23 @@ def _interval(e: Estimate) -> str:
 
 def _slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text).split())
+
+
+_ASK = "one,joint,follow:30 (one)"
+
+
+def _ways(text: str) -> dict[str, int | None]:
+    from sgl_blend.eval.synthetic import ASKING
+
+    out: dict[str, int | None] = {}
+    for part in text.split(","):
+        way, colon, count = part.partition(":")
+        if way not in ASKING or way in out or (colon and not count.isdigit()):
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: expected one of {', '.join(ASKING)}, each once, or way:cases"
+            )
+        out[way] = int(count) if colon else None
+    return out
 
 
 def _texts(text: str) -> tuple[str, ...]:

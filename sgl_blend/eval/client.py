@@ -115,6 +115,29 @@ class Client:
             raise ServerError(f"/generate failed: {answer['error']}")
         return _reply(ttft, answer, report, wanted)
 
+    def warm(
+        self,
+        prompts: Sequence[Sequence[int]],
+        custom: Sequence[Mapping[str, Any]],
+        salt: str | None = None,
+    ) -> None:
+        """Let the server see ``prompts``, all in one request; what it answers does not matter."""
+        if not prompts:
+            return
+        body: dict[str, Any] = {
+            "input_ids": [list(p) for p in prompts],
+            "sampling_params": [
+                {"temperature": 0, "max_new_tokens": 1, "custom_params": dict(c)} for c in custom
+            ],
+        }
+        if salt is not None:
+            body["cache_salt"] = salt
+        try:
+            r = requests.post(self.url + "/generate", json=body, timeout=TIMEOUT)
+        except requests.RequestException as e:
+            raise ServerError(f"no answer from {self.url}/generate: {e}") from None
+        _check("/generate", r)
+
     def _send(self, method: str, path: str, timeout: float) -> requests.Response:
         try:
             return requests.request(method, self.url + path, timeout=timeout)

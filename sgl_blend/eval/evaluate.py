@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from sgl_blend.eval.datasets import LoadOptions, find_files, load
 from sgl_blend.eval.encoding import Boundaries, Encoder
 from sgl_blend.eval.probes import Seen, Suite
 from sgl_blend.eval.runner import Progress, Runner, RunOptions, Sample
-from sgl_blend.eval.settings import plan
+from sgl_blend.eval.settings import Setting, plan
 from sgl_blend.eval.stats import Bootstrap
 from sgl_blend.eval.summary import Row, summarise
 from sgl_blend.eval.synthetic import Asking, Shape, synthetic
@@ -28,7 +28,9 @@ class EvalOptions:
 
     data: LongBench or RULER files or folders of them; without any, the synthetic task of
     ``cases`` cases from ``seed`` on (``shape``, ``asking``, ``per_prompt``). limit: records of
-    each file. settings: ``policy:ratio``. tokenizer: a folder; by default the server's.
+    each file. settings: see ``settings.py``; each set of server options among them takes a server
+    of its own. twins: settings that get a row of random tokens at their cost; None: all.
+    tokenizer: a folder; by default the server's.
     """
 
     model: str | None = None
@@ -36,12 +38,13 @@ class EvalOptions:
     tokenizer: str | None = None
     server_args: tuple[str, ...] = ()
     settings: tuple[str, ...] = ("query:0.05", "query:0.15", "hkvd:0.15", "leading:0.15")
+    twins: tuple[str, ...] | None = None
     data: tuple[Path, ...] = ()
     limit: int | None = None
     max_new_tokens: int | None = None
     cases: int = 20
     seed: int = 0
-    asking: Asking = "one"
+    asking: Mapping[Asking, int | None] = field(default_factory=lambda: {"one": None})
     per_prompt: int = 2
     shape: Shape = field(default_factory=Shape)
     seen: Seen = "alone"
@@ -57,6 +60,8 @@ class EvalOptions:
             raise ConfigError("--server-args are for a server of our own, not for --url")
         if self.chat and not self.data:
             raise ConfigError("--chat is for data files; the synthetic task has its own prompts")
+        if self.url is not None and any(s.options for s in plan(self.settings)):
+            raise ConfigError("settings with options (+option=value) start servers; give --model")
         for name in ("limit", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -67,7 +72,7 @@ class EvalOptions:
         args = [*self.server_args]
         if "--enable-blend" not in args:
             args.append("--enable-blend")
-        if self.asking == "other" and not self.data and "--blend-continuation" not in args:
+        if "other" in self.asking and not self.data and "--blend-continuation" not in args:
             args += ["--blend-continuation", "extend"]
         return args
 
@@ -103,15 +108,16 @@ def suites(options: EvalOptions) -> tuple[Suite, ...]:
 
 def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> Iterator[Evaluation]:
     """Yields each suite's evaluation when it is done; the server ends with the iteration."""
-    settings = plan(options.settings)
+    settings = plan(options.settings, options.twins)
     asked = suites(options)
-    with _client(options, progress) as client:
+    with _clients(options, settings, progress) as clients:
+        client = clients[()]
         encoder = Encoder(
             options.tokenizer or options.model or client.tokenizer_path(),
             boundaries=options.boundaries,
             chat=options.chat,
         )
-        runner = Runner(client, encoder, settings, options.run, progress)
+        runner = Runner(client, encoder, settings, options.run, progress, clients)
         for suite in asked:
             fitted = runner.fit(suite)
             samples = runner.run(fitted)
@@ -121,15 +127,26 @@ def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> It
 
 
 @contextmanager
-def _client(options: EvalOptions, progress: Progress) -> Iterator[Client]:
+def _clients(
+    options: EvalOptions, settings: Sequence[Setting], progress: Progress
+) -> Iterator[dict[tuple[tuple[str, str], ...], Client]]:
+    """One server for each set of options among ``settings``; ``()`` has the plain one."""
     if options.url is not None:
-        yield Client(options.url)
+        yield {(): Client(options.url)}
         return
     from sgl_blend.bench.server import serve
 
-    progress("starting SGLang with --enable-blend")
-    with serve(options.model, options.launch_args(), timeout=START_TIMEOUT) as server:
-        yield Client(server.url)
+    with ExitStack() as stack:
+        clients: dict[tuple[tuple[str, str], ...], Client] = {}
+        for extra in dict.fromkeys([(), *(s.options for s in settings)]):
+            args = options.launch_args()
+            for name, value in extra:
+                args += [f"--blend-{name.replace('_', '-')}", value]
+            said = ", ".join(f"{name}={value}" for name, value in extra)
+            progress(f"starting SGLang with --enable-blend {said}")
+            server = stack.enter_context(serve(options.model, args, timeout=START_TIMEOUT))
+            clients[extra] = Client(server.url)
+        yield clients
 
 
 def _documents(suite: Suite) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.settings import Role
 from sgl_blend.eval.summary import Row
+
+#: panels in a row of the picture
+PANELS_ACROSS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,14 @@ def plot(rows: Sequence[Row], title: str, metric: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = [k.kind for k in rows[0].kinds]
-    figure = Figure(figsize=(5.2 * len(kinds) + 0.6, 4.6), layout="constrained")
+    across = min(len(kinds), PANELS_ACROSS)
+    down = -(-len(kinds) // across)
+    figure = Figure(figsize=(4.4 * across + 2.0, 3.9 * down + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for panel, kind in zip(panels, kinds, strict=True):
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in panels[len(kinds) :]:
+        unused.set_axis_off()
+    for panel, kind in zip(panels, kinds, strict=False):
         best = frontier(points(rows, kind))
         panel.step(
             [100 * p.cost for p in best],
@@ -89,10 +97,12 @@ def plot(rows: Sequence[Row], title: str, metric: str, path: Path) -> None:
         panel.set_xlabel("true cost: token-layers computed, % of full prefill")
         panel.set_xlim(-3, 108)
         scores = [r.kind(kind).quality for r in rows]
-        panel.set_ylim(100 * min(s.low for s in scores) - 5, 100 * max(s.high for s in scores) + 5)
+        low, high = min(s.low for s in scores), max(s.high for s in scores)
+        panel.set_ylim(100 * min(low - 0.05, high - 0.3), 100 * high + 5)
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel(f"{metric}, %")
-    panels[-1].legend(fontsize=8)
+    for first in panels[::across]:
+        first.set_ylabel(f"{metric}, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")
@@ -103,7 +113,9 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row.role == Role.POLICY.value:
-            label = row.policy or row.setting
+            # What follows the ratio (coverage, options of the server) makes another line.
+            rest = "".join(re.findall(r"[@+].*", row.setting)[:1])
+            label = row.policy + rest if row.policy else row.setting
         else:
             label = row.role
         lines.setdefault(label, []).append(row)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -90,10 +90,12 @@ class Runner:
         settings: Sequence[Setting],
         options: RunOptions | None = None,
         progress: Progress = lambda text: None,
+        others: Mapping[tuple[tuple[str, str], ...], Client] | None = None,
     ) -> None:
+        """others: servers of the same model for settings with options of their own, by these."""
         if FULL not in settings:
             raise ConfigError("full prefill must be among the settings: it is the reference")
-        self._client = client
+        self._clients = {(): client, **(others or {})}
         self._encoder = encoder
         self._settings = tuple(settings)
         self._options = options or RunOptions()
@@ -104,13 +106,20 @@ class Runner:
 
     def run(self, suite: Suite) -> tuple[Sample, ...]:
         """All samples, probe by probe. The first probe runs once before, unmeasured: kernels
-        are built and allocators filled at first use."""
+        are built and allocators filled at first use. Interrupted (SIGINT), it returns the probes
+        that are done."""
         out: list[Sample] = []
         self._progress(f"{suite.name}: first requests, not measured")
         self._probe(suite, 0)
         for i in range(len(suite.probes)):
             self._progress(f"{suite.name}: {i + 1} of {len(suite.probes)} probes")
-            out += self._probe(suite, i)
+            try:
+                out += self._probe(suite, i)
+            except KeyboardInterrupt:
+                if not out:
+                    raise
+                self._progress(f"{suite.name}: interrupted; {i} probes are done")
+                break
         return tuple(out)
 
     def fit(self, suite: Suite) -> Suite:
@@ -215,35 +224,33 @@ class Runner:
         max_new_tokens: Sequence[int],
     ) -> list[Reply]:
         """The probe's prompts one after the other in one state (full prefill: in one each)."""
+        client = self._clients[setting.options]
         if setting.role is not Role.FULL:
-            self._fresh()
-            for prompt in probe.warmup:
-                self._ask(prompt, {"blend": False}, 1, Wanted())
+            self._fresh(client)
+            seen = [self._encoded(prompt, {"blend": False}) for prompt in probe.warmup]
+            client.warm([ids for ids, _ in seen], [custom for _, custom in seen], self._salt)
         out = []
         for step, want, most in zip(probe.steps, wanted, max_new_tokens, strict=True):
             if setting.role is Role.FULL:
-                self._fresh()
-            out.append(self._ask(step.prompt, setting.custom(ratio), most, want))
+                self._fresh(client)
+            ids, custom = self._encoded(step.prompt, setting.custom(ratio))
+            out.append(
+                client.ask(ids, custom=custom, max_new_tokens=most, wanted=want, salt=self._salt)
+            )
         return out
 
-    def _fresh(self) -> None:
+    def _fresh(self, client: Client) -> None:
         """A cache state in which nothing has been seen."""
         if self._options.isolate == "flush":
-            self._client.flush()
+            client.flush()
         else:
             self._salt = f"{self._run}-{next(self._states)}"
 
-    def _ask(self, prompt: Prompt, custom: dict, max_new_tokens: int, wanted: Wanted) -> Reply:
+    def _encoded(self, prompt: Prompt, custom: dict) -> tuple[tuple[int, ...], dict]:
         encoded = self._encoder.encode(prompt)
         if encoded.boundaries:
             custom = {**custom, "blend_boundaries": list(encoded.boundaries)}
-        return self._client.ask(
-            encoded.ids,
-            custom=custom,
-            max_new_tokens=max_new_tokens,
-            wanted=wanted,
-            salt=self._salt,
-        )
+        return encoded.ids, custom
 
 
 def _support(reply: Reply) -> tuple[int, ...]:

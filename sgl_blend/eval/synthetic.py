@@ -8,10 +8,15 @@
 * ``other``: one question, then another over what the first one left behind; the second is
   graded. On a server whose ``--blend-continuation`` is ``extend`` its documents' KV was repaired
   for the first question: decoding asks what the selector never saw.
+
+Several ways make one suite. Its kinds of questions are then ``local`` (whatever the way) and
+the dependent ones by way: ``dependent`` (asked alone), ``joint``, ``follow-up``, ``turns``,
+``other``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,6 +26,9 @@ from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, w
 
 Asking = Literal["one", "joint", "follow", "turns", "other"]
 ASKING: tuple[Asking, ...] = get_args(Asking)
+
+#: what dependent questions are called where several ways make one table
+DEPENDENT = {"one": "dependent", "follow": "follow-up"}
 
 #: room for an answer's word and what stands around it; the shipped models' tokens are words
 TOKENS_PER_QUESTION = 6
@@ -53,7 +61,7 @@ class Shape:
 
 
 def synthetic(
-    asking: Asking = "one",
+    asking: Asking | Mapping[Asking, int | None] = "one",
     *,
     cases: int,
     seed: int = 0,
@@ -61,23 +69,50 @@ def synthetic(
     per_prompt: int = 2,
     seen: Seen = "alone",
 ) -> Suite:
-    """``cases`` cases from the seeds ``seed``, ``seed + 1``, ... Raises ``ConfigError``."""
+    """``cases`` cases from the seeds ``seed``, ``seed + 1``, ... Raises ``ConfigError``.
+
+    asking: one way, or several with how many cases each takes (None: ``cases``).
+    """
     shape = shape or Shape()
-    if cases < 1:
-        raise ConfigError(f"{cases} cases asked for; take at least 1")
-    if seed < 0 or seed + cases > tasks.TRAINING_SEEDS:
-        raise ConfigError(
-            f"seeds {seed} to {seed + cases - 1} are not held out; stay in 0..{tasks.TRAINING_SEEDS - 1}"
+    ways: Mapping[Asking, int | None] = {asking: None} if isinstance(asking, str) else asking
+    probes: list[tuple[float, Probe]] = []
+    for way, count in ways.items():
+        count = cases if count is None else count
+        if count < 1:
+            raise ConfigError(f"{count} cases asked for; take at least 1")
+        if seed < 0 or seed + count > tasks.TRAINING_SEEDS:
+            raise ConfigError(
+                f"seeds {seed} to {seed + count - 1} are not held out; stay in 0..{tasks.TRAINING_SEEDS - 1}"
+            )
+        if way not in ASKING:
+            raise ConfigError(f"asking is {way!r}; take one of {', '.join(ASKING)}")
+        mine: list[Probe] = []
+        for s in range(seed, seed + count):
+            if way == "turns":
+                mine.append(_conversation(s, shape, per_prompt, seen))
+            else:
+                mine += _case(s, shape, way, per_prompt, seen)
+        if len(ways) > 1:
+            mine = [_by_way(p, DEPENDENT.get(way, way)) for p in mine]
+        probes += [(i / len(mine), probe) for i, probe in enumerate(mine)]
+    # Ways take turns, so that a run cut short has some of each.
+    probes.sort(key=lambda p: p[0])
+    return Suite(f"synthetic, {'+'.join(ways)}", "accuracy", tuple(p for _, p in probes))
+
+
+def _by_way(probe: Probe, name: str) -> Probe:
+    """``probe`` with its dependent questions called ``name``."""
+    steps = tuple(
+        replace(
+            step,
+            expected=tuple(
+                replace(want, kind=name if want.kind == "dependent" else want.kind)
+                for want in step.expected
+            ),
         )
-    if asking not in ASKING:
-        raise ConfigError(f"asking is {asking!r}; take one of {', '.join(ASKING)}")
-    probes: list[Probe] = []
-    for s in range(seed, seed + cases):
-        if asking == "turns":
-            probes.append(_conversation(s, shape, per_prompt, seen))
-        else:
-            probes += _case(s, shape, asking, per_prompt, seen)
-    return Suite(f"synthetic, {asking}", "accuracy", tuple(probes))
+        for step in probe.steps
+    )
+    return replace(probe, steps=steps)
 
 
 def _case(seed: int, shape: Shape, asking: Asking, per_prompt: int, seen: Seen) -> list[Probe]:

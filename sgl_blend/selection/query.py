@@ -18,10 +18,32 @@ if TYPE_CHECKING:
 
 
 class Query(Policy):
-    """The tokens with the largest attention mass, summed over layers, heads and question rows."""
+    """The tokens with the largest attention mass, summed over layers, heads and question rows.
+
+    A fact spans several tokens, and the one that the question attends to is not always the one
+    whose KV went stale: the mass is spread over neighbours first (``query_smoothing``).
+    """
 
     name = "query"
     need = Need.QUERY
 
     def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
-        return highest(reused, score)
+        return highest(reused, spread(score, reused.positions, config.query_smoothing))
+
+
+def spread(score: torch.Tensor, positions: torch.Tensor, radius: int) -> torch.Tensor:
+    """fp32 [n]: each token's share of its neighbours' ``score`` [n] and its own.
+
+    A token ``d`` <= ``radius`` positions away counts ``1 - d / (radius + 1)``, all weights together
+    1; what is not reused counts nothing. positions: int64 [n], ascending, on CPU.
+    """
+    if radius == 0:
+        return score
+    out = score * (radius + 1)
+    for d in range(1, min(radius, score.numel() - 1) + 1):
+        # Tokens d apart in the list are d apart in the prompt when nothing lies between them.
+        near = (positions[d:] - positions[:-d] == d).to(score.device, non_blocking=True)
+        weight = near * (radius + 1 - d)
+        out[d:] += weight * score[:-d]
+        out[:-d] += weight * score[d:]
+    return out / (radius + 1) ** 2

@@ -283,6 +283,11 @@ def as_reference_bites(world: World) -> dict[str, Any]:
     with mock.patch.object(prefill, "query_depth", lambda n, config: depth(n, config) - 1):
         must_fail("the question pass is a layer short", lambda: run("query"))
 
+    from sgl_blend.selection import query
+
+    with mock.patch.object(query, "spread", lambda score, positions, radius: score):
+        must_fail("attention is not spread over neighbours", lambda: run("query"))
+
     with mock.patch.object(QuestionAttention, "bring_in", lambda self, layer: None):
         must_fail("the question sees keys that were not brought in", lambda: run("query"))
     return {}

@@ -32,6 +32,7 @@ _request = st.fixed_dictionaries(
         "question": st.integers(0, len(QUESTIONS) - 1),
         "policy": st.sampled_from(("all", "plain", *POLICIES, *POLICIES)),
         "ratio": st.sampled_from((0.0, 0.1, 0.33, 1.0)),
+        "coverage": st.sampled_from((None, None, 0.3, 0.95)),
         "stated": st.sampled_from(("no", "no", "all", "some")),
         "chunks": st.lists(st.integers(1, 150), max_size=4),
         "new_tokens": st.integers(1, 3),
@@ -53,6 +54,7 @@ def _ask(world: World, r: dict[str, Any]) -> Ask:
         blend=not plain,
         boundaries=stated,
         chunks=r["chunks"],
+        coverage=r.get("coverage") if r["policy"] in ("query", "hkvd") else None,
         new_tokens=r["new_tokens"],
     )
 
@@ -151,6 +153,9 @@ def _check_outcome(world: World, ask: Ask, ours: Outcome, seen: Counter) -> None
         assert planned == 0 and ours.labels is None and r["fallback"]
     if ask.policy == "none" and planned:
         assert r["recomputed"] == 0 and r["exact"] < len(ask.tokens), r
+    elif ask.coverage and planned:
+        assert r["coverage"] == ask.coverage and r["exact"] < len(ask.tokens), r
+        seen["coverage"] += 0 < r["recomputed"] < planned
     elif not ask.blend or ask.policy == "all" or ask.ratio == 1.0:
         n = ask.new_tokens
         assert r["exact"] == len(ask.tokens), r
@@ -211,7 +216,7 @@ def random_traffic(world: World) -> dict[str, Any]:
         _run(world, traffic, seen)
 
     holds()
-    missing = [n for n in ("all", *POLICIES, "prefix", "pieces") if not seen[n]]
+    missing = [n for n in ("all", *POLICIES, "prefix", "pieces", "coverage") if not seen[n]]
     assert not missing, f"the traffic never had: {missing} ({dict(seen)})"
     return dict(seen)
 

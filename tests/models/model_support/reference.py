@@ -30,7 +30,8 @@ class RefPiece:
 
     fixed: positions that are recomputed, for policies without a score. budgets: tokens kept after
     each check layer (hkvd), or the one budget (query). cover: (share of the score, least tokens),
-    for the last of them. question: positions (query).
+    for the last of them. question: positions; smoothing: how many positions away a token's attention
+    still counts (query).
     """
 
     begin: int
@@ -42,6 +43,7 @@ class RefPiece:
     fixed: torch.Tensor | None = None
     budgets: Sequence[int] = ()
     question: torch.Tensor | None = None
+    smoothing: int = 0
     cover: tuple[float, int] | None = None
 
 
@@ -246,7 +248,18 @@ class Reference:
             by_key = (probs.sum(dim=0) * weights[:, None]).sum(dim=0)
             mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
-        return highest(p.reused, mass, p.budgets[0], p.cover)
+        return highest(p.reused, self._spread(p, mass), p.budgets[0], p.cover)
+
+    @staticmethod
+    def _spread(p: RefPiece, mass: torch.Tensor) -> torch.Tensor:
+        """Each token gets its neighbours' mass, weighted by a triangle around it."""
+        at = {int(pos): float(m) for pos, m in zip(p.reused, mass, strict=True)}
+        wide = p.smoothing + 1
+        out = []
+        for pos in at:
+            parts = [(wide - abs(d)) * at.get(pos + d, 0.0) for d in range(1 - wide, wide)]
+            out.append(sum(parts) / wide**2)
+        return torch.tensor(out)
 
 
 def highest(

@@ -136,6 +136,7 @@ class World:
             fixed,
             [budget(n, min(1.0, plan.ratio * m)) for m in multipliers],
             torch.arange(plan.suffix_start, len(ask.tokens)),
+            self.engine.config.query_smoothing,
             (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None,
         )
 
