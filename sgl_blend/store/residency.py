@@ -282,9 +282,7 @@ class Residency:
                 for waiter in waiters:
                     waiter(None)
                 return
-            self.counters[f"{tier.name}_reads"] += 1
-            self.counters[f"{tier.name}_read_bytes"] += entry.nbytes
-            self.counters[f"{tier.name}_read_us"] += int((time.monotonic() - began) * 1e6)
+            self._count_read(tier, entry.nbytes, began)
             entry.lossy = got.serde != "raw"
             self.publish(entry, got, offset)
             self.disk_policy.touch(entry)
@@ -319,6 +317,7 @@ class Residency:
             ready(None, None)
             return
         dest, disk = self.memory.view(offset, end - begin), self.disk
+        began = time.monotonic()
 
         def done(got: ChunkHeader | None, error: BaseException | None) -> None:
             if error is not None:
@@ -326,9 +325,15 @@ class Residency:
                 self._read_failed(entry, error)
                 ready(None, None)
             else:
+                self._count_read(disk, end - begin, began)
                 ready(offset, got)
 
         self.jobs.submit("read", lambda: disk.read(header, dest, layers), done)
+
+    def _count_read(self, tier: Tier, nbytes: int, began: float) -> None:
+        self.counters[f"{tier.name}_reads"] += 1
+        self.counters[f"{tier.name}_read_bytes"] += nbytes
+        self.counters[f"{tier.name}_read_us"] += int((time.monotonic() - began) * 1e6)
 
     # The shared tier, upwards.
 

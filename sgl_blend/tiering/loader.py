@@ -210,9 +210,11 @@ class Load:
         )
         candidates = [c for c, yes in zip(candidates, decision.load, strict=True) if yes]
         slow = [c for c in candidates if c.tier == DISK and self.rules.layerwise]
-        fast = [c for c in candidates if not (c.tier == DISK and self.rules.layerwise)]
-        loaded = self._bring_in(client, fast, None) if fast else {}
         groups = self._groups(sum(c.nbytes for c in slow))
+        if len(groups) == 1:
+            slow = []  # little enough to come whole, and to stay in the store's memory
+        fast = [c for c in candidates if c not in slow] if slow else candidates
+        loaded = self._bring_in(client, fast, None) if fast else {}
         if slow and not self.closed:
             loaded |= self._bring_in(client, slow, groups[0])
         with self._news:
@@ -225,7 +227,7 @@ class Load:
             if self.closed or not chunks:
                 break
             self._bring_in(client, list(chunks), group, chunks)
-        return [c.key for c in slow] if len(groups) > 1 else []
+        return [c.key for c in slow]
 
     def _look_up(self, client: StoreClient) -> list[_Candidate]:
         wish = self.wish
