@@ -1,6 +1,6 @@
 """The correctness gate's logic: state, ladder, window, prompts, distances, what a launch makes of
 them. Needs: CPU. The model is a stand-in whose error is a function of the ratio; real models are
-in ``tests/models/test_gate.py``, real servers in ``tests/server/test_gate.py``."""
+in ``tests/models/test_gate_models.py``, real servers in ``tests/server/test_gate_server.py``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``sgl-blend warm`` against a fake HTTP server: what it sends, and what it does when things fail.
 
 The fake stands in for answers that a real server gives only when it is broken or full; the way
-through a real one is in tests/server/test_warm.py. CPU only.
+through a real one is in tests/server/test_warm_server.py. CPU only.
 """
 
 from __future__ import annotations
