@@ -117,7 +117,10 @@ class BlendConfig:
     store_config: str = _option(
         "", "YAML file with options of the server's own store (sgl-blend store --help)"
     )
-    store_memory: str = _option("8GiB", "memory of the server's own store")
+    store_memory: str = _option(
+        "auto",
+        "memory of the server's own store, such as 32GiB; 'auto': a sixteenth of what is free at launch, 256 MiB to 16 GiB",
+    )
     store_disk_path: str = _option(
         "", "folder of the server's own store, kept over restarts; empty: memory alone"
     )

@@ -133,7 +133,12 @@ def start_store(server_args: Any) -> None:
     from sgl_blend.store.config import load_config
     from sgl_blend.store.embedded import EmbeddedStore
 
-    given = {"memory_bytes": config.store_memory}
+    from sgl_blend.store.shm import available_memory
+
+    memory: str | int = config.store_memory
+    if memory == "auto":
+        memory = min(16 << 30, max(256 << 20, available_memory() // 16))
+    given = {"memory_bytes": memory}
     if config.store_disk_path:
         given |= {"disk_path": config.store_disk_path, "disk_bytes": config.store_disk}
     options = load_config(config.store_config or None, **given)
