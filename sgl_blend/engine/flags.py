@@ -132,7 +132,6 @@ def start_store(server_args: Any) -> None:
         return
     from sgl_blend.store.config import load_config
     from sgl_blend.store.embedded import EmbeddedStore
-
     from sgl_blend.store.shm import available_memory
 
     memory: str | int = config.store_memory
