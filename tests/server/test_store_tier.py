@@ -329,11 +329,12 @@ def test_restart_of_server_and_store_hits_from_disk(model, start, tmp_path):
     time.sleep(2.0)  # what is offered is written in the background
     first.stop()
     second = start(model, args)
-    for prompt, before in zip(prompts, answers, strict=True):
+    for n, (prompt, before) in enumerate(zip(prompts, answers, strict=True)):
         again = ask(second, prompt, custom=NONE)
-        assert set(sources(again)) == {"disk"}, again.blend
-        assert sources(again)["disk"] >= 0.99 * sum(sources(before).values())
-        if sources(again)["disk"] == sum(sources(before).values()):
+        # What the first prompt brought up from the disk is in memory for the second.
+        assert set(sources(again)) <= ({"disk"} if n == 0 else {"disk", "memory"}), again.blend
+        assert sum(sources(again).values()) >= 0.99 * sum(sources(before).values())
+        if sum(sources(again).values()) == sum(sources(before).values()):
             assert close(before, again)
     second.stop()
     shutil.rmtree(tmp_path / "disk")
