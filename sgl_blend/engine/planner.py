@@ -34,7 +34,7 @@ from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
 logger = logging.getLogger(__name__)
 
-#: attributes of a forward batch: its pieces; (index, sample) of requests that are sampled
+#: attribute of a forward batch: its ``PlannedBatch``
 ATTR = "_blend_pieces"
 
 
