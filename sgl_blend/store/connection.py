@@ -153,7 +153,9 @@ class Connection:
         self._next_id += 1
         request_id = self._next_id.to_bytes(p.REQUEST_ID_BYTES, "little")
         verb = type(request).__name__
-        if not mapping.send(p.pack(request_id, request)):
+        # Releases of chunks can fill its queue for a moment.
+        wait_ms = max(1, int((until - time.monotonic()) * 1000))
+        if not mapping.send(p.pack(request_id, request), wait_ms):
             raise StoreTimeout(f"{verb}: {self.endpoint} takes no more messages")
         while True:
             left = until - time.monotonic()

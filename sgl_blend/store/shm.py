@@ -247,10 +247,17 @@ class ArenaMapping:
         except OSError:
             return False
 
-    def send(self, packet: bytes) -> bool:
-        """Send one packet at once; False when the server takes none now, or is gone."""
+    def send(self, packet: bytes, timeout_ms: int = 0) -> bool:
+        """Send one packet; False when the server takes none in time, or is gone."""
         try:
-            self._sock.send(packet)
+            try:
+                self._sock.send(packet)
+            except BlockingIOError:
+                room = select.poll()
+                room.register(self._sock, select.POLLOUT)
+                if timeout_ms <= 0 or not room.poll(timeout_ms):
+                    return False
+                self._sock.send(packet)
         except OSError:
             return False
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import ctypes
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,6 @@ from sgl_blend.errors import BlendError
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import ChunkHeader
     from sgl_blend.store.client import LoadedChunk
-
-
-# What the store lends is read-only, and nobody writes to the tensors made of it.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 
 class LoadFailed(BlendError):
@@ -50,7 +46,7 @@ class HostChunk:
     def take(self, part: LoadedChunk) -> None:
         """One more readable range of layers, directly behind those that are there."""
         first, last, tokens = part.layers or (0, self.header.layout.n_layers, True)
-        payload = torch.from_numpy(part.buf[self.header.tokens_bytes if tokens else 0 :])
+        payload = _tensor(part.buf[self.header.tokens_bytes if tokens else 0 :])
         kind = getattr(torch, self.header.dtype)
         self._values.append((first, payload.view(kind).view(last - first, -1)))
         self.parts.append(part)
@@ -95,3 +91,11 @@ def common_tail(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[len(a) - n :] != b[len(b) - n :])
     return n - 1 - int(differ[-1]) if differ.size else n
+
+
+def _tensor(buf: np.ndarray) -> torch.Tensor:
+    """uint8, a view of contiguous memory that may be mapped read-only, of which PyTorch knows
+    nothing; whoever has it keeps ``buf`` and does not write."""
+    return torch.frombuffer(
+        (ctypes.c_uint8 * buf.nbytes).from_address(buf.ctypes.data), dtype=torch.uint8
+    )

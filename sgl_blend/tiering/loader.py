@@ -43,8 +43,8 @@ class Wish:
 
     tokens: int64, the prompt. chunks: those of its chunks that the device does not hold. end: no
     token at or beyond it is wanted (the question). fresh: tokens that are computed in any case.
-    tenant: 32 bytes, whose KV; namespace: 16 bytes, what the store files it under. exact_only: chunks in another context are of no use.
-    floor: the recompute ratio that quality asks for.
+    tenant: 32 bytes, whose KV; namespace: 16 bytes, what the store files it under. exact_only:
+    chunks in another context are of no use. floor: the recompute ratio that quality asks for.
     """
 
     tokens: np.ndarray
@@ -179,8 +179,11 @@ class Load:
         with self._news:
             self.closed = True
             chunks, self._chunks, self._spans = self._chunks, [], []
+        parts: dict[StoreClient, list] = {}
         for chunk, client in chunks:
-            client.complete_load(chunk.parts)
+            parts.setdefault(client, []).extend(chunk.parts)
+        for client, done in parts.items():
+            client.complete_load(done)
 
     # -- the loader's side ---------------------------------------------------------------
 

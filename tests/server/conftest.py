@@ -21,9 +21,9 @@ def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), layers=4, hidden=64, heads=4)
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """``start(model, args, env)``: a server that is ended with the session, at the latest."""
+@contextlib.contextmanager
+def _starter(tmp_path_factory):
+    """Starts servers; ends them on leaving. One takes about 3 GiB."""
     with contextlib.ExitStack() as stack:
 
         def go(model: Path, args=(), env=None) -> Server:
@@ -42,15 +42,28 @@ def start(tmp_path_factory):
         yield go
 
 
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """``start(model, args, env)``: a server that is ended with the module, at the latest."""
+    with _starter(tmp_path_factory) as go:
+        yield go
+
+
 @pytest.fixture(scope="session")
-def plain(model, start) -> Server:
+def _start_shared(tmp_path_factory):
+    with _starter(tmp_path_factory) as go:
+        yield go
+
+
+@pytest.fixture(scope="session")
+def plain(model, _start_shared) -> Server:
     """SGLang without blending: the reference."""
-    return start(model)
+    return _start_shared(model)
 
 
 @pytest.fixture(scope="session")
-def _blend(model, start) -> Server:
-    return start(model, ["--enable-blend"])
+def _blend(model, _start_shared) -> Server:
+    return _start_shared(model, ["--enable-blend"])
 
 
 @pytest.fixture

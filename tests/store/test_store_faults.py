@@ -224,6 +224,22 @@ def test_what_is_released_while_the_store_stands_still_is_freed(tmp_path):
             assert eventually(lambda: client.stats()["leases"] == 0)
 
 
+def test_a_question_behind_a_full_queue_waits_for_room(tmp_path):
+    """Releases fill the queue of a store that is busy for a moment: a miss would be wrong."""
+    with start(small_config()) as store:
+        with connect(store.endpoint, NAMESPACE, deadline_s=20.0) as client:
+            header, body = make_chunk(1, n_tokens=4)
+            client.put([header], [body])
+            held = [c for _ in range(10) for c in client.prepare_load([header.key] * 200)]
+            store.process.send_signal(signal.SIGSTOP)
+            for chunk in held:
+                client.complete_load([chunk])
+            on = threading.Timer(0.5, store.process.send_signal, [signal.SIGCONT])
+            on.start()
+            assert client.lookup([header.key])[0] is not None
+            on.join()
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_on_disk_is_a_miss(tmp_path, damage):
     config = small_config(tmp_path)
