@@ -145,7 +145,7 @@ def start_store(server_args: Any) -> None:
     patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
     while True:
         try:
-            store = EmbeddedStore(options)
+            store = EmbeddedStore(options, keep=True)
             break
         except StoreError:
             if time.monotonic() > patience:

@@ -12,13 +12,12 @@ no rank finds out within a forward pass that something is missing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.clock import ForwardClock
 from sgl_blend.engine.flags import STORE_ATTR
 from sgl_blend.engine.state import state_of, unservable
 from sgl_blend.gate.state import GateState
@@ -36,7 +36,7 @@ from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.keys import prompt_chunks, store_chunking
 from sgl_blend.tiering.loader import Load, Wish
 from sgl_blend.tiering.offload import FreshChunk, Job
-from sgl_blend.tiering.service import ServiceConfig, Speeds, StoreService
+from sgl_blend.tiering.service import ServiceConfig, StoreService
 
 logger = logging.getLogger(__name__)
 
@@ -409,37 +409,3 @@ def _which(hosted: list[ReuseSpan]) -> np.ndarray:
     """Which of the host's tokens are scored."""
     scored = np.repeat([not s.exact for s in hosted], [s.length for s in hosted])
     return np.flatnonzero(scored.astype(bool))
-
-
-class ForwardClock:
-    """Measures prefill for the loading controller: on a GPU by events, without waiting."""
-
-    def __init__(self, speeds: Speeds, device: torch.device) -> None:
-        self._speeds, self._cuda = speeds, device.type == "cuda"
-        self._pending: deque[tuple[Any, Any, int]] = deque()
-
-    def ordinary(self, forward_batch: Any) -> Any:
-        """A context for the model's own forward: measured where it is one prompt's prefill."""
-        prefixes = forward_batch.extend_prefix_lens_cpu
-        alone = (
-            forward_batch.forward_mode.is_extend() and prefixes is not None and len(prefixes) == 1
-        )
-        if not alone or any(prefixes):
-            return contextlib.nullcontext()
-        return self._measured(int(forward_batch.extend_num_tokens))
-
-    @contextlib.contextmanager
-    def _measured(self, n_tokens: int) -> Iterator[None]:
-        if not self._cuda:
-            begun = time.monotonic()
-            yield
-            self._speeds.observe_prefill(n_tokens, time.monotonic() - begun)
-            return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        yield
-        last.record()
-        self._pending.append((first, last, n_tokens))
-        while self._pending and self._pending[0][1].query():
-            first, last, n_tokens = self._pending.popleft()
-            self._speeds.observe_prefill(n_tokens, first.elapsed_time(last) / 1e3)

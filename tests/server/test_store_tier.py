@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import psutil
 import pytest
 from talk import TOLERANCE, Answer, Docs, ask, check_report
 
@@ -349,6 +350,46 @@ def test_a_servers_own_store_is_emptied_with_its_cache(model, start):
     own.flush()
     assert ask(own, docs.prompt([1, 2])).blend["sources"] == {}
     own.stop()
+
+
+def test_a_servers_own_store_is_started_again_when_it_dies(model, start):
+    own = start(model, [*ARGS, "--max-total-tokens", "1500"])
+    docs = Docs(18, count=10, size=(200, 250))
+
+    def found_again() -> bool:
+        """More documents than the device holds; of the first ones it has nothing any more."""
+        docs.warm(own)
+        time.sleep(0.5)
+        return "memory" in sources(ask(own, docs.prompt([2, 0])))
+
+    assert found_again()
+    (store,) = _stores_of(own)
+    store.kill()
+    prompt = docs.prompt([3, 1])
+    assert close(ask(own, prompt, custom=ALL), ask(own, prompt, custom=EXACT))
+    assert until(lambda: [p.pid for p in _stores_of(own)] not in ([], [store.pid]))
+    assert until(found_again)
+    (again,) = _stores_of(own)
+    own.stop()
+    assert until(lambda: not again.is_running())
+
+
+def until(check, seconds: float = 60.0) -> bool:
+    stop = time.monotonic() + seconds
+    while not check():
+        if time.monotonic() > stop:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _stores_of(server) -> list:
+    children = psutil.Process(server.process.pid).children()
+    return [
+        p
+        for p in children
+        if p.status() != psutil.STATUS_ZOMBIE and "sgl_blend.store" in p.cmdline()
+    ]
 
 
 def test_new_weights_find_no_old_chunks(server, store, model):

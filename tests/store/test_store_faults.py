@@ -157,6 +157,33 @@ def test_a_store_that_dies_is_noticed_before_the_deadline(tmp_path):
     store.stop()
 
 
+def test_a_kept_store_is_started_again_and_stopped_for_good(tmp_path):
+    store = start(small_config(), keep=True)
+    with connect(store.endpoint, NAMESPACE, deadline_s=5, retry_s=0.1) as client:
+        header, body = make_chunk(1)
+        for _ in range(2):
+            client.put([header], [body])
+            assert client.lookup([header.key])[0] is not None
+            first = store.process
+            _kill(store)
+            assert eventually(lambda p=first: store.process is not p, 60.0)
+            assert eventually(lambda: _answers(client), 60.0)
+            # It kept nothing on disk.
+            assert client.lookup([header.key]) == [None]
+    assert store.stop() == 0
+    last = store.process
+    time.sleep(2.0)
+    assert store.process is last and last.poll() == 0
+
+
+def _answers(client) -> bool:
+    try:
+        client.stats()
+        return True
+    except StoreError:
+        return False
+
+
 def test_a_slot_of_an_earlier_run_is_expired_in_the_next(tmp_path):
     config = _fixed(tmp_path)
     store = start(config, private=False)
