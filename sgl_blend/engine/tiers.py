@@ -27,10 +27,11 @@ import torch
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.clock import ForwardClock
 from sgl_blend.engine.flags import STORE_ATTR
-from sgl_blend.engine.state import state_of, unservable
+from sgl_blend.engine.state import RequestState, state_of, unservable
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import ReuseSpan, exact_head, fill_holes, ranges
-from sgl_blend.prefill import HostSources, Piece
+from sgl_blend.prefill import HostSources, Piece, query_depth
+from sgl_blend.selection import Need
 from sgl_blend.store.chunk import Layout, make_namespace
 from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.keys import prompt_chunks, store_chunking
@@ -209,11 +210,19 @@ class StoreTier:
             self.namespace(tenant),
             state.exact,
             0.0 if state.exact else state.ratio,
+            self._ahead(state),
         )
         load = self.service.request(wish)
         setattr(req, LOAD_ATTR, load)
         self._open.append((weakref.ref(req), load))
         self._sweep()
+
+    def _ahead(self, state: RequestState) -> float:
+        """The question pass reads its layers' KV before the first row is blended."""
+        if state.exact or state.policy.need is not Need.QUERY:
+            return 0.0
+        n = self.service.rules.layout.n_layers
+        return query_depth(n, self.config) / n
 
     def _sweep(self) -> None:
         """Let go of what was loaded for requests that are gone."""

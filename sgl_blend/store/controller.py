@@ -9,6 +9,9 @@ the smallest whose compute hides the load, and never under the configured qualit
     r*         = (T_load * L / Prefill(n) - c) / (L - c)
     r          = min(1, max(floor, r*))
 
+A selection that needs the first ``a`` layers' KV before the blend begins (a question pass) leaves
+only the rest of the load to hide: ``T_load (1 - a)`` takes the place of ``T_load`` above.
+
 Pure: measurements go in, decisions come out; no clock, no I/O. Times in seconds, sizes in bytes.
 """
 
@@ -139,14 +142,18 @@ class LoadPlan:
 
 class LoadingController:
     """``floor``: the least recompute ratio that quality allows, 0..1. ``check_layers``: how many of
-    ``n_layers`` run on all tokens before the selection."""
+    ``n_layers`` run on all tokens before the selection. ``ahead``: the share of the layers, 0..1,
+    that must be loaded before the blend begins."""
 
-    def __init__(self, n_layers: int, check_layers: int, floor: float):
+    def __init__(self, n_layers: int, check_layers: int, floor: float, ahead: float = 0.0):
         if not 0 <= floor <= 1:
             raise ConfigError(f"recompute floor {floor} is not between 0 and 1")
         if not 0 <= check_layers < n_layers:
             raise ConfigError(f"{check_layers} check layers do not fit a model of {n_layers}")
+        if not 0 <= ahead <= 1:
+            raise ConfigError(f"{ahead} of the layers ahead is not a share between 0 and 1")
         self.n_layers, self.check_layers, self.floor = n_layers, check_layers, floor
+        self.ahead = ahead
 
     def true_share(self, ratio: float) -> float:
         """Share of a reused token's layers that is computed at this ratio."""
@@ -202,12 +209,13 @@ class LoadingController:
                 loaded += chunk.n_tokens
                 waiting[chunk.tier] = waiting.get(chunk.tier, 0) + chunk.nbytes
         load_s = max((tiers[t].load_time(n) for t, n in waiting.items()), default=0.0)
+        ahead_s = self.ahead * load_s
         fixed_s = (fresh_tokens + computed) * per_token
         # Fresh tokens are computed in any case, and hide their part of the load first.
-        ratio = self.ratio(max(0.0, load_s - fixed_s), loaded * per_token)
+        ratio = self.ratio(max(0.0, load_s - ahead_s - fixed_s), loaded * per_token)
         least = fixed_s + self.true_share(self.floor if loaded else 0.0) * loaded * per_token
         spent = fixed_s + self.true_share(ratio) * loaded * per_token if loaded else fixed_s
-        total_s = max(load_s, least) + load_s / self.n_layers
+        total_s = ahead_s + max(load_s - ahead_s, least) + load_s / self.n_layers
         actions = tuple("recompute" if i in recomputed else "load" for i in range(len(chunks)))
         return LoadPlan(actions, ratio if loaded else 1.0, load_s, spent, total_s)
 

@@ -45,6 +45,7 @@ class Wish:
     token at or beyond it is wanted (the question). fresh: tokens that are computed in any case.
     tenant: 32 bytes, whose KV; namespace: 16 bytes, what the store files it under. exact_only:
     chunks in another context are of no use. floor: the recompute ratio that quality asks for.
+    ahead: the share of the layers whose KV the selection needs before the blend begins.
     """
 
     tokens: np.ndarray
@@ -55,6 +56,7 @@ class Wish:
     namespace: bytes
     exact_only: bool
     floor: float
+    ahead: float = 0.0
 
 
 class Rules(NamedTuple):

@@ -100,7 +100,8 @@ class Speeds:
         ]
         fresh = wish.fresh + sum(n for i, n in enumerate(tokens) if tiers[i] == MEMORY)
         known = {cost.tier: speeds.get(cost.tier, FIRST_GUESS) for cost in costs}
-        plan = LoadingController(self._n_layers, 0, wish.floor).plan(costs, fresh, prefill, known)
+        controller = LoadingController(self._n_layers, 0, wish.floor, wish.ahead)
+        plan = controller.plan(costs, fresh, prefill, known)
         for bucket, action in zip(buckets, plan.actions, strict=True):
             for i in bucket:
                 load[i] = action == "load"

@@ -82,6 +82,21 @@ def test_a_slow_load_raises_the_ratio_for_free():
     assert plan.compute_s == pytest.approx(plan.load_s)
 
 
+def test_what_must_be_there_before_the_blend_hides_nothing():
+    """A question pass over 3 of 4 layers: only the last quarter of the load is free to use."""
+    chunks = [ChunkCost(512, 16 << 20, "disk")] * 4
+    tiers = {"disk": TierSpeed(1e-3, 2.6e9)}
+    plain = LoadingController(32, 0, 0.15).plan(chunks, 0, PREFILL, tiers)
+    asked = LoadingController(32, 0, 0.15, ahead=0.75).plan(chunks, 0, PREFILL, tiers)
+    assert asked.load_s == plain.load_s and asked.ratio < plain.ratio
+    assert asked.compute_s == pytest.approx(max(plain.load_s / 4, 0.15 * PREFILL.time(2048)))
+    assert asked.total_s == pytest.approx(
+        0.75 * asked.load_s + asked.compute_s + asked.load_s / 32, rel=1e-6
+    )
+    with pytest.raises(ConfigError):
+        LoadingController(32, 0, 0.15, ahead=1.5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(64, 1024), st.sampled_from(["memory", "disk"])), max_size=7),
