@@ -18,9 +18,10 @@ from sgl_blend.store.embedded import EmbeddedStore
 from sgl_blend.tiering.chunks import LoadFailed, common_head, common_tail
 from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.keys import PromptChunk, prompt_chunks, store_chunking
-from sgl_blend.tiering.loader import Load, Rules, Wish
+from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job, Offloader
 from sgl_blend.tiering.service import ServiceConfig, Speeds, StoreService
+from sgl_blend.tiering.wish import Rules, Wish
 
 LAYERS, HEADS, DIM = 4, 2, 16
 LAYOUT = Layout(LAYERS, HEADS, DIM, DIM)

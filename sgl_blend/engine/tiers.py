@@ -35,9 +35,10 @@ from sgl_blend.selection import Need
 from sgl_blend.store.chunk import Layout, make_namespace
 from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.keys import prompt_chunks, store_chunking
-from sgl_blend.tiering.loader import Load, Wish
+from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job
 from sgl_blend.tiering.service import ServiceConfig, StoreService
+from sgl_blend.tiering.wish import Wish
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 ==================  =============================================================
 ``service.py``      one rank's side of the store: clients, threads, measurements
+``wish.py``         what a request wants, under which rules, and who advises
 ``loader.py``       one request's load: look up, decide, bring in layer by layer
 ``offload.py``      new chunks out of the pool into the store, in the background
 ``hostkv.py``       loaded chunks as the source of a blend prefill's tokens

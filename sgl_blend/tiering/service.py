@@ -20,8 +20,9 @@ from sgl_blend.store.controller import (
     TierMeter,
     TierSpeed,
 )
-from sgl_blend.tiering.loader import MEMORY, Decision, Load, Rules, Wish
+from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import Job, Offloader, PoolKV
+from sgl_blend.tiering.wish import MEMORY, Decision, Rules, Wish
 
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import Layout
@@ -41,7 +42,7 @@ FIRST_PREFILL = PrefillSpeed(fixed=0.0, linear=1.0)
 @dataclass(frozen=True)
 class ServiceConfig:
     """endpoint: ``ipc://`` or ``tcp://``. deadline_s: of one call; no answer is a miss. wait_s: how
-    long one step of a load may take. layerwise: see ``loader.Rules``. offload: store new chunks.
+    long one step of a load may take. layerwise: see ``wish.Rules``. offload: store new chunks.
     adaptive: let slow tiers raise the recompute ratio as far as it is free. max_generation,
     max_positions: bounds of what may serve as a source."""
 
@@ -57,7 +58,7 @@ class ServiceConfig:
 
 
 class Speeds:
-    """Fills ``loader.Advice``: CacheBlend's loading controller (section 5.1) on what was measured.
+    """Fills ``wish.Advice``: CacheBlend's loading controller (section 5.1) on what was measured.
 
     Chunks in memory are loaded without asking: that takes less than any prefill.
     """

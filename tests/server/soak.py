@@ -6,7 +6,9 @@ Starts a server with a tiny pool, small prefill pieces, mixed chunks and overlap
 sends it blended and exact requests, streams that are dropped, aborts, samples, scoring requests,
 conversations and malformed requests at once. Exact answers must stay what they were on the idle
 server. At the end SGLang's own idle memory check must have run and be clean, no node may hold a
-lock, and the tree and the chunk index must agree. Needs: CPU, about 3 GB of memory.
+lock, and the tree and the chunk index must agree. The chunk store beside it is as tight: it has to
+evict from memory and from disk all the time, must stay within both bounds, and must end with no
+chunk lent out. Needs: CPU, about 3 GB of memory.
 """
 
 from __future__ import annotations
@@ -30,8 +32,13 @@ from talk import SEP, Answer, Docs, answer_of, ask, body_of, check_same, counts
 from sgl_blend.bench import server as launcher
 from sgl_blend.bench.models import make_model
 from sgl_blend.bench.server import Server
+from sgl_blend.store.client import StoreClient
+from sgl_blend.store.config import StoreConfig
+from sgl_blend.store.embedded import EmbeddedStore
 
 POOL_TOKENS = 6144
+#: of KV of 2 KiB a token
+STORE_MEMORY, STORE_DISK = 4 << 20, 12 << 20
 WORKERS = 16
 POLICIES = ("query", "hkvd", "leading", "random", "none", "all")
 ARGS = [
@@ -47,10 +54,12 @@ class Figures:
     requests: Counter = field(default_factory=Counter)
     tokens: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
+    sources: Counter = field(default_factory=Counter)
     retractions: int = 0
     compared: int = 0
     problems: list[str] = field(default_factory=list)
     idle: dict = field(default_factory=dict)
+    store: dict = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, answer: Answer | None = None) -> None:
@@ -65,6 +74,7 @@ class Figures:
                 return
             for name in ("prefix", "reused", "recomputed", "computed"):
                 self.tokens[name] += b[name]
+            self.sources.update(b["sources"])
             if b["fallback"]:
                 self.fallbacks[b["fallback"]] += 1
 
@@ -195,15 +205,34 @@ def soak(seconds: float, folder: Path, *, start_timeout: float = 600.0) -> Figur
     env |= {"OMP_NUM_THREADS": "1", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
     env["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     figures = Figures()
-    with launcher.serve(
-        model, ARGS, env=env, timeout=start_timeout, log=folder / "server.log"
-    ) as server:
+    config = StoreConfig(
+        endpoints=(f"ipc://{folder}/store",),
+        memory_bytes=STORE_MEMORY,
+        disk_path=str(folder / "disk"),
+        disk_bytes=STORE_DISK,
+    )
+    with (
+        EmbeddedStore(config, private=False, start_s=120.0),
+        StoreClient(config.endpoints[0], deadline_s=20.0) as store,
+        launcher.serve(
+            model,
+            [*ARGS, "--blend-store-endpoint", config.endpoints[0]],
+            env=env,
+            timeout=start_timeout,
+            log=folder / "server.log",
+        ) as server,
+    ):
         traffic = Traffic(server, seconds, figures)
         traffic.run()
         if not server.alive():
             figures.problems.append("the server died:\n" + server.log_tail(40))
             return figures
         figures.idle = probe.last_after(output, time.time() + 1.0)
+        figures.store = store_at_rest(store)
+        figures.store["on_disk"] = sum(
+            f.stat().st_size for f in (folder / "disk").rglob("*") if f.is_file()
+        )
+        store.clear(everything=True)
         server.flush()
         # Every document once: a document's second copy is reused from the first, piece by piece.
         a = ask(server, Docs(0, count=8).prompt(range(8)), new=4)
@@ -212,6 +241,14 @@ def soak(seconds: float, folder: Path, *, start_timeout: float = 600.0) -> Figur
         if "memory leak" in server.log.read_text(errors="replace"):
             figures.problems.append("the log tells of a memory leak")
     return figures
+
+
+def store_at_rest(store: StoreClient, seconds: float = 30.0) -> dict:
+    """The store's figures, once nothing is lent out any more (or never mind that, in the end)."""
+    until = time.monotonic() + seconds
+    while (stats := store.stats())["leases"] and time.monotonic() < until:
+        time.sleep(0.2)
+    return stats
 
 
 def verdict(figures: Figures) -> list[str]:
@@ -227,10 +264,31 @@ def verdict(figures: Figures) -> list[str]:
             wrong.append(f"{idle['protected']} tokens in {idle['locked_nodes']} nodes are locked")
         if idle["integrity"]:
             wrong.append(f"tree and index disagree: {idle['integrity']}")
+    wrong += store_verdict(figures)
     if not figures.retractions:
         wrong.append("no request was retracted: the pool was not small enough to prove anything")
     if not figures.tokens["reused"] or not figures.compared:
         wrong.append("nothing was reused, or no exact answer compared")
+    return wrong
+
+
+def store_verdict(figures: Figures) -> list[str]:
+    store = figures.store
+    if not store:
+        return ["the store was not looked at"]
+    wrong = []
+    if store["leases"]:
+        wrong.append(f"{store['leases']} chunks of the store are still lent out")
+    for tier in ("memory", "disk"):
+        if store[f"{tier}_used"] > store[f"{tier}_limit"]:
+            wrong.append(f"{tier}: {store[f'{tier}_used']} of {store[f'{tier}_limit']} bytes used")
+    # Files begin and end with a few bytes of their own.
+    if store["on_disk"] > 1.25 * store["disk_limit"]:
+        wrong.append(f"{store['on_disk']} bytes of files for a disk of {store['disk_limit']}")
+    if not store["memory_evictions"]:
+        wrong.append("the store evicted nothing: it was not small enough to prove anything")
+    if not figures.sources.keys() >= {"device", "memory"}:
+        wrong.append(f"the store served nothing: {dict(figures.sources)}")
     return wrong
 
 
@@ -250,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
                 "seconds": args.seconds,
                 "requests": dict(figures.requests),
                 "prompt_tokens": dict(figures.tokens),
+                "sources": dict(figures.sources),
+                "store": figures.store,
                 "fallbacks": dict(figures.fallbacks),
                 "retractions": figures.retractions,
                 "exact_answers_compared": figures.compared,

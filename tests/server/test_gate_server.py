@@ -80,11 +80,17 @@ def test_a_broken_build_serves_as_plain_sglang_does(
         server.stop()
 
 
-def test_a_broken_build_ends_the_launch_where_asked(model, start, tmp_path):
-    env = faults.install(tmp_path, "values_rotated")
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("values_rotated", "values: layer 0's V of a reused token"),
+        ("another_document", "keys: layer 0's K of a reused token"),
+    ],
+)
+def test_a_broken_build_ends_the_launch_where_asked(model, start, tmp_path, fault, message):
     with pytest.raises(launcher.ServerError) as e:
-        start(model, [*ON, "--blend-gate", "fail"], env)
-    assert "the correctness gate failed: values: layer 0's V of a reused token" in str(e.value)
+        start(model, [*ON, "--blend-gate", "fail"], faults.install(tmp_path, fault))
+    assert f"the correctness gate failed: {message}" in str(e.value)
 
 
 def send(server, d: Docs, count: int, **more):
