@@ -2,11 +2,11 @@
 
 ==================  =============================================================
 ``service.py``      one rank's side of the store: clients, threads, measurements
-``wish.py``         what a request wants, under which rules, and who advises
 ``loader.py``       one request's load: look up, decide, bring in layer by layer
 ``offload.py``      new chunks out of the pool into the store, in the background
 ``hostkv.py``       loaded chunks as the source of a blend prefill's tokens
 ``chunks.py``       one stored chunk on its way in, and which tokens of it a prompt can use
+``wish.py``         what a request wants, under which rules, and who advises
 ``keys.py``         a prompt as chunks with the keys and contexts they are stored under
 ==================  =============================================================
 
