@@ -21,7 +21,7 @@ from sgl_blend.tiering.keys import PromptChunk, prompt_chunks, store_chunking
 from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job, Offloader
 from sgl_blend.tiering.service import ServiceConfig, Speeds, StoreService
-from sgl_blend.tiering.wish import Rules, Wish
+from sgl_blend.tiering.wish import Allowance, Rules, Wish
 
 LAYERS, HEADS, DIM = 4, 2, 16
 LAYOUT = Layout(LAYERS, HEADS, DIM, DIM)
@@ -88,11 +88,19 @@ def put(client, tokens, pool, first_slot=0, generation=0, alive=lambda: True) ->
 
 
 def load(
-    client, prompt, *, exact_only=False, layerwise=False, end=None, wait_s=10.0, max_positions=99999
+    client,
+    prompt,
+    *,
+    exact_only=False,
+    layerwise=False,
+    end=None,
+    wait_s=10.0,
+    max_positions=99999,
+    allowance=None,
 ) -> Load:
     end = len(prompt) if end is None else end
     wish = Wish(prompt, chunks_of(prompt, 0, end), end, 10, TENANT, SPACE, exact_only, 0.1)
-    rules = Rules(LAYOUT, "float32", wait_s, layerwise, 4, max_positions)
+    rules = Rules(LAYOUT, "float32", wait_s, layerwise, 4, max_positions, allowance or Allowance())
     one = Load(wish, rules, Speeds(LAYERS, True))
     one.run(client)
     return one
@@ -287,6 +295,41 @@ def test_layer_by_layer_from_disk(client, store):
         assert float(k[0, 0, 0]) >= 3000.0
         one.close()
         assert until(lambda: fresh.stats()["leases"] == 0)
+
+
+def test_a_prompt_larger_than_what_may_be_lent_comes_in_part_and_whole_in_layers(tmp_path):
+    """Half of the store's memory may be lent out; a prompt from disk that needs more gets what fits,
+    with all of its layers, not everything up to some layer and then nothing."""
+    config = StoreConfig(
+        endpoints=(f"ipc://{tmp_path}/s",),
+        memory_bytes=16 << 20,
+        disk_path=str(tmp_path / "disk"),
+        disk_fsync=False,
+    )
+    tokens = tokens_of(142, 40_000)
+    with EmbeddedStore(config, private=False, start_s=120.0) as store:
+        with StoreClient(store.endpoint, deadline_s=20.0) as first:
+            for begin in range(0, len(tokens), 2000):
+                put(first, tokens[begin : begin + 2000], Pool(2000))
+                first.drain()
+    with (
+        EmbeddedStore(config, private=False, start_s=120.0) as store,
+        StoreClient(store.endpoint, deadline_s=20.0) as fresh,
+    ):
+        prompt = np.concatenate([tokens_of(143, 40), tokens])
+        nbytes = len(tokens) * LAYERS * HEADS * DIM * 2 * 4
+        assert nbytes > 10 << 20
+        allowance = Allowance()
+        one = load(fresh, prompt, layerwise=True, allowance=allowance)
+        chunks = [p.chunk for s in one.spans() for p in s.parts]
+        assert all(c.layers == LAYERS and c.tier == "disk" for c in chunks)
+        assert 0.7 * (8 << 20) < allowance.held <= 8 << 20
+        assert covered(one.spans()) > 0.6 * len(tokens) * (8 << 20) / nbytes
+        # While that is lent out, nobody else gets anything; afterwards they do.
+        assert load(fresh, prompt, layerwise=True, allowance=allowance).spans() == []
+        one.close()
+        assert allowance.held == 0
+        assert covered(load(fresh, prompt, layerwise=True, allowance=allowance).spans()) > 0
 
 
 def test_waiting_for_a_layer_that_never_comes_names_the_chunks(client):

@@ -5,7 +5,8 @@
 A random-weight fp32 Llama behind a real server over a store of its own process. Every prompt has
 the same number of documents, all seen before, in a new order, behind a new system prompt and
 before a new question. Between requests the device's cache is emptied (memory), and the store
-restarted and its files pushed out of the page cache (disk). ``load alone`` is the time that the
+restarted and its files pushed out of the page cache (disk). A request with other documents goes
+before each measured one, so that nothing is touched for the first time in it. ``load alone`` is the time that the
 store takes to hand over as many bytes from its disk when nothing else runs.
 """
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,7 @@ class Bench:
     workload: Workload
     documents: int
     custom: dict | None
+    rng: random.Random
 
     def settle(self) -> None:
         """Until the store has taken in what was offered."""
@@ -61,13 +65,34 @@ class Bench:
             ask(self.server.url, ids=prompt.ids, custom={"blend": False})
         self.settle()
 
-    def on_device(self) -> None:
+    def on_device(self, others: list[int], these: list[int]) -> None:
+        """Get ready for a request with the documents ``these``, after one with ``others``."""
         self.warm()
+        self.ask(others)
 
-    def in_memory(self) -> None:
+    def in_memory(self, others: list[int], these: list[int]) -> None:
+        for documents in (others, these, these):
+            self.server.flush()
+            self.ask(documents)
+            self.settle()
         self.server.flush()
 
-    def on_disk(self) -> None:
+    def on_disk(self, others: list[int], these: list[int]) -> None:
+        self.restart()
+        # The server finds the store again with its next request.
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            ask(self.server.url, ids=self.workload.fresh(600).ids)
+            with StoreClient(self.store.endpoint, deadline_s=5.0) as client:
+                if client.stats()["counters"].get("requests_Lookup", 0):
+                    break
+            time.sleep(0.3)
+        self.ask(others)
+        self.settle()
+        self.server.flush()
+
+    def restart(self) -> None:
+        """A store that has nothing in memory, as the page cache has not."""
         self.server.flush()
         self.settle()
         self.store.stop()
@@ -78,40 +103,37 @@ class Bench:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(fd)
         self.store = EmbeddedStore(self.config, private=False)
-        # The server finds the store again with its next request; that one is not measured.
-        until = time.monotonic() + 30
-        while time.monotonic() < until:
-            probe = self.workload.fresh(600).ids
-            ask(self.server.url, ids=probe)
-            with StoreClient(self.store.endpoint, deadline_s=5.0) as client:
-                if client.stats()["counters"].get("requests_Lookup", 0):
-                    break
-            time.sleep(0.3)
-        self.server.flush()
 
-    def ask(self) -> Answer:
-        prompt = self.workload.shuffled(self.documents)
-        return ask(self.server.url, ids=prompt.ids, custom=self.custom)
+    def ask(self, documents: list[int]) -> Answer:
+        order = self.rng.sample(documents, len(documents))
+        return ask(self.server.url, ids=self.workload.prompt(order).ids, custom=self.custom)
+
+    def draw(self) -> tuple[list[int], list[int]]:
+        """Two sets of documents that share none."""
+        order = self.rng.sample(range(len(self.workload.corpus)), 2 * self.documents)
+        return order[: self.documents], order[self.documents :]
 
     def load_alone(self, tokens: int) -> tuple[float, int]:
-        """Seconds to load chunks of so many ``tokens`` that lie on the disk alone, and bytes."""
-        self.on_disk()
+        """Seconds to load chunks of so many ``tokens`` that lie on the disk alone, and bytes; the
+        memory that they go to has been used before."""
+        self.restart()
         with StoreClient(self.store.endpoint, deadline_s=120.0) as client:
-            listing = client.list(0, 4000, everything=True)
-            space = listing.entries[0].header.namespace
-            keys, total = [], 0
-            for entry in listing.entries:
-                head = entry.header
-                if head.namespace == space and total < tokens and entry.tiers == "disk":
+            listed = client.list(0, 4000, everything=True).entries
+            space = Counter(e.header.namespace for e in listed).most_common(1)[0][0]
+            heads = [e.header for e in listed if e.header.namespace == space]
+            for _ in range(2):
+                keys, total = [], 0
+                while heads and total < tokens:
+                    head = heads.pop()
                     keys.append(head.key)
                     total += head.n_tokens
-            begun = time.perf_counter()
-            loaded = client.prepare_load(keys, namespace=space, wait_s=110.0)
-            seconds = time.perf_counter() - begun
-            there = [c for c in loaded if c is not None]
-            share = tokens / max(1, sum(c.header.n_tokens for c in there))
-            nbytes = sum(c.buf.nbytes for c in there)
-            client.complete_load(loaded)
+                begun = time.perf_counter()
+                loaded = client.prepare_load(keys, namespace=space, wait_s=110.0)
+                seconds = time.perf_counter() - begun
+                there = [c for c in loaded if c is not None]
+                share = tokens / max(1, sum(c.header.n_tokens for c in there))
+                nbytes = sum(c.buf.nbytes for c in there)
+                client.complete_load(loaded)
         return seconds * share, int(nbytes * share)
 
 
@@ -123,12 +145,14 @@ def measure(bench: Bench, repeats: int, say: Callable[[str], None]) -> dict:
     reused = 0
     bench.warm()
     for name in places:  # kernels are built, allocators filled
-        places[name]()
-        bench.ask()
+        others, these = bench.draw()
+        places[name](others, these)
+        bench.ask(these)
     for i in range(repeats):
         for name, prepare in places.items():
-            prepare()
-            answer = bench.ask()
+            others, these = bench.draw()
+            prepare(others, these)
+            answer = bench.ask(these)
             say(f"{i + 1} of {repeats}, {name}: {answer.ttft:.3f} s {answer.blend['sources']}")
             ttft[name].append(answer.ttft)
             cost[name].append(answer.blend["cost"])
@@ -174,15 +198,20 @@ def main() -> None:
             intermediate=2048,
             vocab=2048,
         )
+        tokens = args.documents * args.doc_tokens
+        prompt_bytes = tokens * args.layers * args.hidden * 2 * 4
         config = StoreConfig(
             endpoints=(f"ipc://{folder}/store",),
-            memory_bytes=6 << 30,
+            # One prompt's chunks, and some: what the disk tier is for.
+            memory_bytes=int(1.6 * prompt_bytes),
             disk_path=f"{folder}/disk",
             disk_bytes=16 << 30,
         )
         store = EmbeddedStore(config, private=False)
         flags = ["--enable-blend", "--blend-store-endpoint", store.endpoint, "--blend-gate", "off"]
         size = str(4 * args.corpus * args.doc_tokens)
+        # One piece a prompt: SGLang's CPU attention does all of a prefix's rows again in each.
+        flags += ["--chunked-prefill-size", str(2 * args.documents * args.doc_tokens)]
         flags += ["--max-total-tokens", size, *args.server_args]
         custom = {}
         if args.policy:
@@ -192,7 +221,9 @@ def main() -> None:
         with serve(model, flags, timeout=600) as server:
             tokens = (args.doc_tokens, args.doc_tokens)
             workload = Workload(corpus=args.corpus, doc_tokens=tokens, vocab=2048, seed=1)
-            bench = Bench(server, store, config, workload, args.documents, custom or None)
+            bench = Bench(
+                server, store, config, workload, args.documents, custom or None, random.Random(2)
+            )
             try:
                 result = measure(bench, args.repeats, say)
                 alone = [bench.load_alone(result["reused_tokens"]) for _ in range(3)]

@@ -48,7 +48,7 @@ class StoreCore:
         self.refuse_stores = False
         self.loads: dict[int, LoadRequest] = {}
         self.frame_bytes = 0
-        self._lease_quota = self.config.client_lease_bytes or self.config.memory_bytes // 2
+        self.lease_quota = self.config.client_lease_bytes or self.config.memory_bytes // 2
         self.operations = Operations(self)
         self._verbs: dict[type, Callable[[Client, p.Request, Sequence, Reply], None]] = {
             p.Lookup: self._lookup,
@@ -126,7 +126,7 @@ class StoreCore:
         LoadRequest(self, client, request, reply).start()
 
     def lease_fits(self, client: Client, nbytes: int) -> bool:
-        return self.leases.held_bytes(client.id) + nbytes <= self._lease_quota
+        return self.leases.held_bytes(client.id) + nbytes <= self.lease_quota
 
     def frames_fit(self, nbytes: int) -> bool:
         """May that much more be queued in sockets? A slow reader must not hold all of memory."""

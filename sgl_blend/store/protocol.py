@@ -193,9 +193,12 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):
+    """held_bytes: most memory that one client may hold lent out; 0 from a server that says nothing."""
+
     batch: Count
     chunk_bytes: Size
     lease_s: float
+    held_bytes: Size = 0
 
 
 class Welcome(Reply, frozen=True):

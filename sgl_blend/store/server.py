@@ -346,7 +346,12 @@ class StoreServer:
             shm=self.side.path,
             arena_bytes=self.arena.capacity,
             read_only=self.core.read_only,
-            limits=p.Limits(p.MAX_BATCH, self.config.max_chunk_bytes, self.config.lease_s),
+            limits=p.Limits(
+                p.MAX_BATCH,
+                self.config.max_chunk_bytes,
+                self.config.lease_s,
+                self.core.lease_quota,
+            ),
         )
 
     def _release_sent(self) -> None:

@@ -79,6 +79,7 @@ class Load:
         self.found = 0
         self._spans: list[ReuseSpan] = []
         self._chunks: list[tuple[HostChunk, StoreClient]] = []
+        self._taken = 0  # bytes of the allowance
         self._news = threading.Condition()
 
     # -- the scheduler's side ------------------------------------------------------------
@@ -124,6 +125,8 @@ class Load:
         with self._news:
             self.closed = True
             chunks, self._chunks, self._spans = self._chunks, [], []
+            taken, self._taken = self._taken, 0
+        self.rules.allowance.give(taken)
         parts: dict[StoreClient, list] = {}
         for chunk, client in chunks:
             parts.setdefault(client, []).extend(chunk.parts)
@@ -157,6 +160,7 @@ class Load:
             self.wish,
         )
         candidates = [c for c, yes in zip(candidates, decision.load, strict=True) if yes]
+        candidates = self._affordable(client, candidates)
         slow = [c for c in candidates if c.tier == DISK and self.rules.layerwise]
         groups = self._groups(sum(c.nbytes for c in slow))
         if len(groups) == 1:
@@ -176,6 +180,17 @@ class Load:
                 break
             self._bring_in(client, list(chunks), group, chunks)
         return [c.key for c in slow]
+
+    def _affordable(self, client: StoreClient, candidates: list[_Candidate]) -> list[_Candidate]:
+        """As many, in order, as the store's memory has room for. What is refused late, with its
+        last layers, would cost the prompt what it had loaded until then."""
+        most = client.connect(self.rules.wait_s).limits.held_bytes
+        with self._news:
+            if self.closed:
+                return []
+            kept = [c for c in candidates if self.rules.allowance.take(c.nbytes, most)]
+            self._taken += sum(c.nbytes for c in kept)
+        return kept
 
     def _look_up(self, client: StoreClient) -> list[_Candidate]:
         wish = self.wish

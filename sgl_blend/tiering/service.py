@@ -22,7 +22,7 @@ from sgl_blend.store.controller import (
 )
 from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import Job, Offloader, PoolKV
-from sgl_blend.tiering.wish import MEMORY, Decision, Rules, Wish
+from sgl_blend.tiering.wish import MEMORY, Allowance, Decision, Rules, Wish
 
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import Layout
@@ -144,6 +144,7 @@ class StoreService:
             config.layerwise,
             config.max_generation,
             config.max_positions,
+            Allowance(),
         )
         self.speeds = Speeds(layout.n_layers, config.adaptive)
         self.offloader = Offloader(pool, layout, dtype)
