@@ -38,10 +38,10 @@ def filled(score: torch.Tensor, reused: ReusedTokens) -> torch.Tensor:
     """
     import torch
 
-    depth = reused.offsets.float() / reused.span_lengths.clamp(min=1)
-    depth = depth.to(score.device, non_blocking=True)
+    offset = reused.offsets.to(score.device, non_blocking=True)
+    length = reused.span_lengths.to(score.device, non_blocking=True)
     missing = torch.isnan(score)
     known = (~missing).sum()
     ranked = torch.sort(score.nan_to_num(nan=-1.0), descending=True).values
-    guess = torch.where(known > 0, ranked[(depth * known).long()], 1.0 - depth)
+    guess = torch.where(known > 0, ranked[offset * known // length], 1.0 - offset / length)
     return torch.where(missing, guess, score)

@@ -65,7 +65,7 @@ def _cases() -> list:
     for arch in ("llama", "qwen3", "llama-yarn"):
         keeping = {"options": {"stored_scores": True}}
         bites = ("stored_bites",) if arch == "llama" else ()
-        table += [(arch, keeping, stored + bites)]
+        table += [(arch, keeping, stored + bites + (EXACT if arch == "llama" else ()))]
     table += [("qwen3", {"page_size": 16, "options": {"policy": "stored"}}, GATE + stored[:2])]
     table += [("mistral-window", {"options": {"stored_scores": True}}, stored[:2])]
     for arch, page in (("llama-llama3", 1), ("qwen3", 16)):
