@@ -13,6 +13,7 @@ Imports run downward only. From the top floor to the bottom:
 ``prefill.py``        the blend prefill: row sets through the model's own layers
 ``attention.py``      attention of gapped rows by true token position (on CUDA:
                       ``attention_flashinfer.py``)
+``scores.py``         a score for each slot of the KV pool, measured when its token is computed
 ``selection/``        one file a policy: which reused tokens are recomputed
 ``tiering/``          chunks between the KV pool and a chunk store: load, offload, decide
 ``store/``            chunk store (CPU / disk / distributed); knows no SGLang

@@ -9,12 +9,15 @@ enters the pool, and sums how much they attend to each reused token. Tensors onl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from sgl_blend import ops
 from sgl_blend.ops import Rope
+
+if TYPE_CHECKING:
+    from sgl_blend.scores import ScoreTable
 
 
 class AttentionSpec(NamedTuple):
@@ -53,12 +56,14 @@ class PoolView(Protocol):
 @dataclass(frozen=True)
 class RowSegment:
     """One request's rows in the current pass: rows [first, last), their positions (int64,
-    ascending), and the slots of its tokens at positions 0.. (int64 [S])."""
+    ascending), the slots of its tokens at positions 0.. (int64 [S]), and where each row's document
+    begins (int64; None: it is not scored)."""
 
     first: int
     last: int
     positions: torch.Tensor
     kv_slots: torch.Tensor
+    starts: torch.Tensor | None = None
 
 
 @dataclass
@@ -107,12 +112,16 @@ class KvCopy:
 
 
 class BatchAttention:
-    """Attention for the rows of the batch. ``stage`` is called whenever the rows change."""
+    """Attention for the rows of the batch. ``stage`` is called whenever the rows change.
+
+    scores: where the rows' stored scores go; None: they are not measured.
+    """
 
     scratch = False
 
-    def __init__(self, pool: PoolView) -> None:
+    def __init__(self, pool: PoolView, scores: ScoreTable | None = None) -> None:
         self.pool = pool
+        self.scores = scores
         self.segments: list[RowSegment] = []
         self.copies: list[tuple[int, Incoming]] = []
         self._device_rows = None
@@ -137,6 +146,8 @@ class BatchAttention:
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
     ) -> torch.Tensor:
         """q [R, Hq, D] -> [R, Hq, Dv]. The rows' own K and V lie in the pool already."""
+        if self.scores is not None and spec.layer == self.scores.layer:
+            self.scores.measure(spec, q, self.pool, self.segments)
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         if self._device_rows is not None:
             return self._device_rows.run(spec, q, k_cache, v_cache)

@@ -30,6 +30,7 @@ from sgl_blend.chunking import (
     as_tokens,
     chunk_hasher,
     cut_points,
+    document_starts,
     namespace_digest,
     strong_table,
     suffix_start,
@@ -147,6 +148,10 @@ class ChunkRadixCache(RadixCache):
             self.config.min_suffix,
             self.config.max_suffix,
         )
+
+    def document_starts(self, token_ids, boundaries: Sequence[int] | None = None) -> np.ndarray:
+        """int64: where the documents of a prompt begin."""
+        return document_starts(token_ids, self.config.chunking, self.strong, boundaries)
 
     def find_spans(
         self,

@@ -201,6 +201,30 @@ def cut_points(
     return np.append(np.repeat(cuts[:-1], pieces) + inner * config.max_len, n)
 
 
+def document_starts(
+    token_ids,
+    config: ChunkingConfig,
+    strong: np.ndarray,
+    boundaries: Sequence[int] | np.ndarray | None = None,
+) -> np.ndarray:
+    """int64, ascending, the first 0: where the documents of a prompt begin.
+
+    They begin behind strong tokens and at stated boundaries. Where nothing stands between the
+    prompt's first token and its last but what it begins with (a ``<s>``), its chunks are taken for
+    documents.
+    """
+    tokens = as_tokens(token_ids)
+    n = len(tokens)
+    starts = _strong_ends(tokens, strong)
+    if boundaries is not None:
+        starts = np.union1d(starts, np.asarray(boundaries, dtype=np.int64))
+    starts = starts[(starts > 0) & (starts < n)]
+    head = _strong_ends(tokens[: config.min_len], strong)
+    if not np.any(starts > (head[0] if head.size else 0)):
+        starts = cut_points(tokens, config, strong, boundaries)[:-1]
+    return np.union1d(0, starts).astype(np.int64)
+
+
 def suffix_start(
     token_ids,
     n_prompt: int,

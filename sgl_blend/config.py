@@ -43,7 +43,8 @@ class BlendConfig:
     """All options of blending. Raises :class:`ConfigError` when a value is out of range."""
 
     policy: str = _option(
-        "query", "which reused tokens are recomputed: query, hkvd, leading, random, all, none"
+        "query",
+        "which reused tokens are recomputed: query, hkvd, stored, leading, random, all, none",
     )
     recompute_ratio: float = _option(
         0.10,
@@ -52,7 +53,7 @@ class BlendConfig:
     )
     coverage: float = _option(
         0.0,
-        "query, hkvd: recompute as few tokens as cover this share of the summed score, between min_ratio and recompute_ratio of them; 0: always recompute_ratio",
+        "query, hkvd, stored: recompute as few tokens as cover this share of the summed score, between min_ratio and recompute_ratio of them; 0: always recompute_ratio",
     )
     min_ratio: float = _option(
         0.02, "with coverage: at least this share of the reused tokens is recomputed"
@@ -72,6 +73,14 @@ class BlendConfig:
     query_smoothing: int = _option(
         2,
         "query: a token's attention counts for its neighbours too, up to so many positions away, the less the farther; 0: for itself only",
+    )
+    stored_scores: bool = _option(
+        False,
+        "stored: measure the scores though the default policy is another one, so that a request may ask for it",
+    )
+    stored_depth: float = _option(
+        0.75,
+        "stored: where attention is measured, at the layer that ends this share of the layers, 0 to 1",
     )
     leading_tokens: int = _option(
         0,
@@ -190,7 +199,8 @@ class BlendConfig:
             "check_multipliers",
             "must be one number for each check layer, not rising, the last 1.0",
         )
-        check(0.0 < self.query_layers <= 1.0, "query_layers", "must lie in (0, 1]")
+        for name in ("query_layers", "stored_depth"):
+            check(0.0 < getattr(self, name) <= 1.0, name, "must lie in (0, 1]")
         for name in ("query_smoothing", "leading_tokens", "min_reused_tokens"):
             check(getattr(self, name) >= 0, name, "must not be negative")
         check(

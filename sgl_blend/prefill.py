@@ -6,7 +6,8 @@ layer; blended ones run
 * all rows through the check layers, then the selected ones (``Need.DEVIATION``; CacheBlend,
   arXiv:2405.16444, section 4.3), or
 * the selected rows only, from layer 0 on (other needs); for ``Need.QUERY`` the question's rows
-  run first, as scratch rows that leave nothing in the KV pool.
+  run first, as scratch rows that leave nothing in the KV pool; for ``Need.STORED`` what was
+  measured when the tokens were first computed is read.
 
 Rows that must be computed (holes, the suffix, each piece's last row) always run. Knows no
 SGLang: layers, the pool and collectives come in through protocols.
@@ -31,6 +32,7 @@ from sgl_blend.attention import (
 )
 from sgl_blend.config import BlendConfig
 from sgl_blend.plan import BlendPlan
+from sgl_blend.scores import ScoreTable
 from sgl_blend.selection import Need, Policy, ReusedTokens, budget_of
 
 
@@ -40,7 +42,8 @@ class Piece:
 
     row0, rows: its segment of the batch's rows. begin: position of its first row.
     kv_slots: int64 [begin + rows], pool slots of all its tokens so far, own rows included.
-    blend: None for an ordinary request.
+    blend: None for an ordinary request. starts: int64 [rows], where each row's document begins, for
+    the scores that are stored; None where none are kept.
     """
 
     row0: int
@@ -48,6 +51,13 @@ class Piece:
     begin: int
     kv_slots: torch.Tensor
     blend: PieceBlend | None = None
+    starts: torch.Tensor | None = None
+
+    def segment(self, first: int, rows: torch.Tensor) -> RowSegment:
+        """Its local ``rows`` (int64, ascending) as rows ``first``.. of a pass."""
+        last = first + rows.numel()
+        starts = None if self.starts is None else self.starts[rows]
+        return RowSegment(first, last, rows + self.begin, self.kv_slots, starts)
 
 
 @dataclass
@@ -196,14 +206,25 @@ def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
 
 
 def run(
-    pieces: list[Piece], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+    pieces: list[Piece],
+    layers: Layers,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
+    scores: ScoreTable | None = None,
 ) -> Any:
-    """Prefill the batch; returns what the model's last slice returns (the logits)."""
+    """Prefill the batch; returns what the model's last slice returns (the logits).
+
+    scores: of the pool's slots; needed for ``Need.STORED``. Rows that run are scored anew.
+    """
     passes = [_PiecePass(p, config) for p in pieces]
     asking = [s for s in passes if s.need is Need.QUERY]
     if asking:
         _question_pass(asking, layers, pool, ranks, config)
-    return _main_pass(passes, layers, pool, ranks, config)
+    scored = [s for s in passes if s.need is Need.STORED]
+    if scored:
+        _choose(scored, [s.stored(scores) for s in scored], ranks, config)
+    return _main_pass(passes, layers, pool, ranks, config, scores)
 
 
 class _PiecePass:
@@ -282,6 +303,15 @@ class _PiecePass:
         rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
         return [copy.take(rest) for copy in self.copy_all()] if rest.numel() else []
 
+    def stored(self, scores: ScoreTable) -> torch.Tensor:
+        """fp32 [n]: the reused tokens' scores at their sources, NaN where those have none."""
+        found = scores.read(self.blend.src_slots)
+        if self.blend.host is None:
+            return found
+        out = found.new_full((self.blend.tokens.count,), float("nan"))
+        out[self.blend.host.pool_index] = found
+        return out
+
     def cached_v(self, pool: PoolView, layer: int) -> torch.Tensor:
         """V [n, Hk, Dv] of the reused tokens at their sources."""
         b, host = self.blend, self.blend.host
@@ -330,10 +360,18 @@ def _question_pass(
         layers.run(0, depth, QuestionAttention(pool, scratch, copies))
     finally:
         layers.stop()
-    masses = ranks.sum(torch.cat([q.mass for q in scratch]))
-    for s, mass in zip(asking, masses.split([q.mass.numel() for q in scratch]), strict=True):
-        s.keep(_agree(ranks, s.blend.tokens, s.blend.policy.select(s.blend.tokens, mass, config)))
+    _choose(asking, [q.mass for q in scratch], ranks, config)
+    for s in asking:
         s.copy_from = depth
+
+
+def _choose(
+    passes: list[_PiecePass], scores: list[torch.Tensor], ranks: Ranks, config: BlendConfig
+) -> None:
+    """Each piece keeps the tokens that its policy selects by ``scores``, summed over ranks."""
+    total = ranks.sum(torch.cat(scores))
+    for s, score in zip(passes, total.split([x.numel() for x in scores]), strict=True):
+        s.keep(_agree(ranks, s.blend.tokens, s.blend.policy.select(s.blend.tokens, score, config)))
 
 
 def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Tensor:
@@ -346,9 +384,14 @@ def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Te
 
 
 def _main_pass(
-    passes: list[_PiecePass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+    passes: list[_PiecePass],
+    layers: Layers,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
+    scores: ScoreTable | None,
 ) -> Any:
-    attention = BatchAttention(pool)
+    attention = BatchAttention(pool, scores)
     checking = [s for s in passes if s.need is Need.DEVIATION]
     filters = {id(s): _filters(s.blend, config) for s in checking}
 
@@ -405,9 +448,8 @@ def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
     segments, row = [], 0
     groups: dict[int, list[KvCopy | HostTokens]] = {}
     for s in passes:
-        n = s.count
-        segments.append(RowSegment(row, row + n, s.local_rows() + s.piece.begin, s.piece.kv_slots))
-        row += n
+        segments.append(s.piece.segment(row, s.local_rows()))
+        row += s.count
         rest = s.copy_rest()
         if rest:
             groups.setdefault(s.copy_from, []).extend(rest)

@@ -16,6 +16,7 @@ from sgl_blend.chunking import (
     check_boundaries,
     chunk_digest,
     cut_points,
+    document_starts,
     namespace_digest,
     strong_table,
     suffix_start,
@@ -175,6 +176,26 @@ def test_suffix_is_a_function_of_the_prompt_alone():
     assert suffix_start(tokens + [1100, 5, 1200] * 50, 1000, strong) == suffix_start(
         tokens, 1000, strong
     )
+
+
+def test_documents_begin_behind_strong_tokens_and_at_stated_boundaries():
+    strong = strong_table([1, 9])
+    ids = [1, *range(20, 40), 9, 9, *range(50, 60), 9, 70]
+    assert document_starts(ids, CONFIG, strong).tolist() == [0, 1, 23, 34]
+    stated = [5, 23, len(ids)]
+    assert document_starts(ids, CONFIG, strong, stated).tolist() == [0, 1, 5, 23, 34]
+    assert document_starts(ids[:5], CONFIG, NONE, [3]).tolist() == [0, 3]
+    assert document_starts([], CONFIG, strong).tolist() == [0]
+
+
+@given(tokens=tokens_of)
+def test_an_undivided_prompts_chunks_stand_for_documents(tokens):
+    """``<s>`` at its beginning divides nothing."""
+    cuts = cut_points(tokens, CONFIG, NONE)[:-1].tolist()
+    assert document_starts(tokens, CONFIG, NONE).tolist() == (cuts or [0])
+    begun = [77, *tokens]
+    cuts = cut_points(begun, CONFIG, strong_table([77]))[:-1].tolist()
+    assert document_starts(begun, CONFIG, strong_table([77])).tolist() == cuts
 
 
 def test_namespaces_are_told_apart():

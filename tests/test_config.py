@@ -128,6 +128,7 @@ def test_wrong_text_in_the_environment_names_option_and_value(name, text):
         ({"coverage": 1.01}, "coverage"),
         ({"min_ratio": -0.1}, "min_ratio"),
         ({"query_smoothing": -1}, "query_smoothing"),
+        ({"stored_depth": 0.0}, "stored_depth"),
         ({"check_layers": ()}, "check_layers"),
         ({"check_layers": (2, 1)}, "check_layers"),
         ({"check_layers": (-1,)}, "check_layers"),

@@ -6,8 +6,17 @@ import types
 
 import pytest
 
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.flags import CONFIG_ATTR
 from sgl_blend.engine.options import RequestOptions, parse_options, validate_request
 from sgl_blend.errors import RequestError
+
+
+def manager(**options) -> types.SimpleNamespace:
+    """What a request is checked against: the HTTP process of a server with these options."""
+    return types.SimpleNamespace(
+        server_args=types.SimpleNamespace(**{CONFIG_ATTR: BlendConfig(**options)})
+    )
 
 
 def test_nothing_said_leaves_all_to_the_configuration():
@@ -92,8 +101,17 @@ def test_validation_sees_sampling_params_of_the_request():
     def request(custom):
         return types.SimpleNamespace(sampling_params={"custom_params": custom})
 
-    validate_request(None, None, request({"blend": False}), [1, 2, 3])
-    validate_request(None, None, types.SimpleNamespace(), [1, 2, 3])
-    validate_request(None, None, request(None), None)
+    server = manager()
+    validate_request(None, server, request({"blend": False}), [1, 2, 3])
+    validate_request(None, server, types.SimpleNamespace(), [1, 2, 3])
+    validate_request(None, server, request(None), None)
     with pytest.raises(RequestError, match="past the prompt's end"):
-        validate_request(None, None, request({"blend_boundaries": [4]}), [1, 2, 3])
+        validate_request(None, server, request({"blend_boundaries": [4]}), [1, 2, 3])
+
+
+def test_a_policy_whose_scores_are_not_kept_is_refused_with_what_to_do():
+    stored = types.SimpleNamespace(sampling_params={"custom_params": {"blend_policy": "stored"}})
+    for kept in ({"stored_scores": True}, {"policy": "stored"}):
+        validate_request(None, manager(**kept), stored, [1, 2, 3])
+    with pytest.raises(RequestError, match="keeps no scores; launch it with --blend-stored-scores"):
+        validate_request(None, manager(), stored, [1, 2, 3])

@@ -8,6 +8,9 @@ the question and the true answer (teacher forcing), and the answer's logits comp
 prefill's. Minutes on one core; what wins here is then measured through the server
 (``sgl-blend eval``). Columns: answers right (all words of it), output positions with full
 prefill's likeliest token, KL in nats a position.
+
+``stored`` ways ask no question: they rank by how much of a token's attention left its document, or
+its chunk, when the document was computed alone (mean over heads; one layer, or the first 3/4).
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.model import rotate  # noqa: E402
-from training.reuse import KV, Subject  # noqa: E402
+from training.reuse import KV, Layout, Subject  # noqa: E402
 
+from sgl_blend.chunking import ChunkingConfig, cut_points, strong_table  # noqa: E402
 from sgl_blend.eval import tasks  # noqa: E402
 from sgl_blend.prefill import question_weights  # noqa: E402
 from sgl_blend.selection.query import spread  # noqa: E402
@@ -40,7 +44,8 @@ WAYS = ("one", "joint", "follow-up")
 class Prompt:
     """ids: prompt and answer. end: where the answer begins. reused: positions of cached tokens
     behind the exact prefix. attention: fp32 [layers, heads, question rows, reused];
-    values: norm of each reused token's V, [layers, heads, reused]."""
+    values: norm of each reused token's V, [layers, heads, reused]. outward: by what it leaves, the
+    share of each reused token's attention that did so, [layers, reused]."""
 
     ids: Tensor
     end: int
@@ -49,6 +54,7 @@ class Prompt:
     exact: Tensor
     attention: Tensor
     values: Tensor
+    outward: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -82,6 +88,29 @@ def ask(model: Subject, ids: Tensor, cached: KV, prefix: int, reused: Tensor, ro
     return torch.stack(seen), torch.stack(norms)
 
 
+@torch.no_grad()
+def leaving(model: Subject, layout: Layout) -> dict[str, Tensor]:
+    """Share of attention that leaves a token's document, and its chunk, in each document's own
+    prefill behind the head; fp32 [layers, suffix], mean over heads."""
+    head = layout.ids[: layout.head]
+    strong = strong_table([model.tokenizer.bos_token_id])
+    out = {what: torch.zeros(model.layers, layout.suffix) for what in ("document", "chunk")}
+    for span in layout.documents:
+        ids = torch.cat([head, layout.ids[span.start : span.end]])
+        seen = model.model(ids[None], output_attentions=True).attentions
+        mean = torch.stack(seen)[:, 0].mean(1)
+        at = torch.arange(len(ids))
+        chunks = torch.from_numpy(cut_points(ids.numpy(), ChunkingConfig(), strong)[:-1])
+        starts = {
+            "document": torch.full_like(at, layout.head),
+            "chunk": chunks[torch.searchsorted(chunks, at, right=True) - 1],
+        }
+        for what, start in starts.items():
+            share = (mean * (at[None] < start[:, None])).sum(-1)
+            out[what][:, span.start : span.end] = share[:, layout.head :]
+    return out
+
+
 def prompts(model: Subject, way: str, seeds: range, shape: dict) -> Iterator[Prompt]:
     for seed in seeds:
         case = tasks.make_case(seed, n_questions=4, **shape)
@@ -92,6 +121,7 @@ def prompts(model: Subject, way: str, seeds: range, shape: dict) -> Iterator[Pro
             "follow-up": [(q[i : i + 1], q[:i]) for i in (1, 2, 3)],
         }[way]
         whole = model.elsewhere(case, model.layout(case, ""), "alone")
+        outward = leaving(model, model.layout(case, ""))
         for what, before in asked:
             tail = "\n".join(
                 [*(f"{b.text} {b.answer}{tasks.END}" for b in before), tasks.ask(what)]
@@ -106,7 +136,8 @@ def prompts(model: Subject, way: str, seeds: range, shape: dict) -> Iterator[Pro
             rows = torch.arange(end - SUFFIX, end)
             attention, values = ask(model, ids, cached, prefix, reused, rows)
             exact = model.prefill(ids)[0][end - 1 : -1]
-            yield Prompt(ids, end, cached, reused, exact, attention, values)
+            left = {what: share[:, reused] for what, share in outward.items()}
+            yield Prompt(ids, end, cached, reused, exact, attention, values, left)
 
 
 def scores(p: Prompt, depths: list[float]) -> Iterator[tuple[str, Tensor]]:
@@ -117,6 +148,12 @@ def scores(p: Prompt, depths: list[float]) -> Iterator[tuple[str, Tensor]]:
     last[-1] = 1.0
     triangle: Callable[[Tensor, int], Tensor] = lambda s, r: spread(s, p.reused, r)  # noqa: E731
     yield "random", torch.rand(n)
+    for what, share in p.outward.items():
+        for layer in range(layers):
+            yield f"stored, {what}, layer {layer}", share[layer]
+        mean = share[: math.ceil(0.75 * layers)].mean(0)
+        yield f"stored, {what}, mean", mean
+        yield f"stored, {what}, mean, least first", -mean
     for depth in depths:
         seen = p.attention[: math.ceil(depth * layers)]
         values = p.values[: len(seen)]
@@ -151,6 +188,7 @@ def main() -> None:
     low, high = map(int, args.doc_tokens.split(","))
     shape = {"n_docs": args.n_docs, "n_legends": args.n_legends, "doc_tokens": (low, high)}
     model = Subject(args.model)
+    model.model.set_attn_implementation("eager")  # hands out its attention
     tallies: dict[str, dict[str, list[float]]] = {}
     for way in WAYS:
         for p in prompts(model, way, range(args.seed, args.seed + args.cases), shape):

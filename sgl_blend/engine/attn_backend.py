@@ -1,16 +1,24 @@
-"""The attention backend published for the scope of a blend prefill.
+"""The attention backends published for the scope of a prefill: a blended one's, a scored one's.
 
-Seams (SGLang 0.5.23): ``RadixAttention.forward`` calls ``get_attn_backend().forward(q, k, v,
+Seams (SGLang 0.5.23): ``forward_context(replace(get_forward_context(), attn_backend=...))``;
+``RadixAttention.forward`` calls ``get_attn_backend().forward(q, k, v,
 layer, forward_batch, save_kv_cache)``; ``pool.set_kv_buffer(layer, KVWriteLoc(loc), k, v)``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
-from sgl_blend.attention import AttentionSpec
+from sgl_blend.attention import AttentionSpec, PoolView, RowSegment
+from sgl_blend.prefill import Piece
+from sgl_blend.scores import ScoreTable
 
 
 class BlendAttnBackend:
@@ -47,11 +55,56 @@ class BlendAttnBackend:
             self._base.token_to_kv_pool.set_kv_buffer(
                 layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
             )
-        window = layer.sliding_window_size
-        spec = AttentionSpec(
-            layer.layer_id,
-            layer.scaling,
-            -1 if window is None else int(window),
-            float(layer.logit_cap or 0.0),
-        )
-        return core(spec, q, k, v).reshape(q.shape[0], heads * layer.v_head_dim)
+        return core(_spec(layer), q, k, v).reshape(q.shape[0], heads * layer.v_head_dim)
+
+
+class ScoringAttnBackend:
+    """The wrapped backend's attention, and the rows' scores at the layer where they are measured."""
+
+    def __init__(
+        self, base: Any, scores: ScoreTable, pool: PoolView, segments: list[RowSegment]
+    ) -> None:
+        self._base = base
+        self._scores = scores
+        self._pool = pool
+        self._segments = segments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def forward(self, q, k, v, layer, *args: Any, **kwargs: Any) -> Any:
+        out = self._base.forward(q, k, v, layer, *args, **kwargs)
+        if layer.layer_id == self._scores.layer:
+            # The rows' K lies in the pool by now.
+            rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            with torch.no_grad():
+                self._scores.measure(_spec(layer), rows, self._pool, self._segments)
+        return out
+
+
+@contextlib.contextmanager
+def scoring(
+    scores: ScoreTable, pool: PoolView, pieces: list[Piece], forward_batch: Any
+) -> Iterator[None]:
+    """The model's own forward of ``pieces``, none of them blended, is scored meanwhile."""
+    segments = [
+        p.segment(p.row0, torch.arange(p.rows, device=p.kv_slots.device))
+        for p in pieces
+        if p.starts is not None
+    ]
+    context = get_forward_context()
+    backend = ScoringAttnBackend(context.attn_backend, scores, pool, segments)
+    with forward_context(
+        dataclasses.replace(context, attn_backend=backend), forward_batch=forward_batch
+    ):
+        yield
+
+
+def _spec(layer: Any) -> AttentionSpec:
+    window = layer.sliding_window_size
+    return AttentionSpec(
+        layer.layer_id,
+        layer.scaling,
+        -1 if window is None else int(window),
+        float(layer.logit_cap or 0.0),
+    )

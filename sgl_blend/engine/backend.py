@@ -32,6 +32,8 @@ from sgl_blend.errors import ConfigError, UnsupportedError
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.window import LiveWindow
 from sgl_blend.ops.build import cpu_module
+from sgl_blend.scores import ScoreTable, score_layer
+from sgl_blend.selection import keeps_scores
 from sgl_blend.tiering.chunks import LoadFailed
 
 logger = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ def build_tree(ctx: Any) -> Any:
             metrics=metrics,
             tiers=tiers,
             gate=gate,
+            scores=_score_table(config, pool, num_layers),
         )
     )
     # Kernels are built at launch, not in the first blended request.
@@ -138,6 +141,13 @@ def build_tree(ctx: Any) -> Any:
     if tiers is not None:
         tiers.listen()
     return tree
+
+
+def _score_table(config: BlendConfig, pool: ModelPool, num_layers: int) -> ScoreTable | None:
+    if not keeps_scores(config):
+        return None
+    k = pool.k(0)
+    return ScoreTable(k.shape[0], score_layer(num_layers, config.stored_depth), k.device)
 
 
 def _install_idle(planner: Planner) -> None:
@@ -174,6 +184,7 @@ def _install(
     config: BlendConfig,
     gate: GateState,
 ) -> None:
+    from sgl_blend.engine.attn_backend import scoring
     from sgl_blend.engine.slices import ModelSlices
 
     # Mistral inherits Llama's: the hook goes where forward is defined, and serves this model alone.
@@ -182,20 +193,24 @@ def _install(
         raise UnsupportedError(f"{kind.__name__}.forward is not a model's; it cannot be hooked")
     forward = f"{kind.__module__}.{kind.__qualname__}.forward"
 
-    tiers = planner.c.tiers
+    tiers, scores = planner.c.tiers, planner.c.scores
 
     def blended_forward(original, self, input_ids, positions, forward_batch, *args, **kwargs):
         batch = getattr(forward_batch, ATTR, None)
         if self is not model:
             return original(self, input_ids, positions, forward_batch, *args, **kwargs)
-        if batch is None:
-            with tiers.clock.ordinary(forward_batch) if tiers else contextlib.nullcontext():
+        if batch is None or not batch.blended:
+            with contextlib.ExitStack() as around:
+                if tiers is not None:
+                    around.enter_context(tiers.clock.ordinary(forward_batch))
+                if batch is not None:
+                    around.enter_context(scoring(scores, pool, batch.pieces, forward_batch))
                 return original(self, input_ids, positions, forward_batch, *args, **kwargs)
         with torch.no_grad():
             while True:
                 slices = ModelSlices(self, forward_batch, num_layers)
                 try:
-                    result = prefill.run(batch.pieces, slices, pool, ranks, config)
+                    result = prefill.run(batch.pieces, slices, pool, ranks, config, scores)
                     break
                 except LoadFailed as e:
                     # Each turn loses at least one chunk, so this ends.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.flags import CONFIG_ATTR
 from sgl_blend.errors import RequestError, unknown_name
 
 KEYS = ("blend", "blend_ratio", "blend_coverage", "blend_policy", "blend_boundaries")
@@ -65,6 +67,19 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
     return RequestOptions(enabled, ratio, policy, boundaries, coverage)
 
 
+def check_scores(options: RequestOptions, config: BlendConfig) -> None:
+    """Raise :class:`RequestError` for a policy whose scores this server does not keep."""
+    from sgl_blend.selection import POLICIES, Need, keeps_scores
+
+    if options.policy is None or POLICIES.get(options.policy).need is not Need.STORED:
+        return
+    if not keeps_scores(config):
+        raise RequestError(
+            f"custom_params.blend_policy is {options.policy!r}: this server keeps no scores; "
+            "launch it with --blend-stored-scores true"
+        )
+
+
 def _share(custom_params: dict, key: str) -> float | None:
     value = custom_params.get(key)
     if value is None:
@@ -102,4 +117,6 @@ def validate_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> Non
     refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one)."""
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
-        parse_options(params.get("custom_params"), None if input_ids is None else len(input_ids))
+        n = None if input_ids is None else len(input_ids)
+        options = parse_options(params.get("custom_params"), n)
+        check_scores(options, getattr(manager.server_args, CONFIG_ATTR))

@@ -30,6 +30,7 @@ from sgl_blend.plan import (
     ranges,
 )
 from sgl_blend.prefill import Piece, PieceBlend, token_layers
+from sgl_blend.scores import ScoreTable
 from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ ATTR = "_blend_pieces"
 @dataclass(frozen=True)
 class PlannerContext:
     """What planning needs beside the batch. max_positions: what the rotation tables cover.
-    tiers: an ``engine.tiers.StoreTier``, or None where nothing but the device holds chunks."""
+    tiers: an ``engine.tiers.StoreTier``, or None where nothing but the device holds chunks.
+    scores: of the pool's slots, or None where they are not kept."""
 
     tree: Any
     config: BlendConfig
@@ -50,6 +52,7 @@ class PlannerContext:
     metrics: Any
     gate: GateState
     tiers: Any = None
+    scores: ScoreTable | None = None
 
 
 @dataclass(eq=False)
@@ -72,6 +75,9 @@ class Planner:
 
     def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
         """AFTER ``ForwardBatch.init_new``: attach the pieces when any request is blended."""
+        scores = self.c.scores
+        if scores is not None and forward_batch.out_cache_loc is not None:
+            scores.forget(forward_batch.out_cache_loc)
         mode = forward_batch.forward_mode
         if not mode.is_extend() or mode.is_target_verify() or batch.tree_cache is not self.c.tree:
             return
@@ -84,6 +90,8 @@ class Planner:
             piece = Piece(row, rows, begin, no_slots)
             if id(req) not in decoding:
                 state = self._begin(req, piece)
+                if scores is not None:
+                    piece.starts = self._starts(req, state, piece).to(no_slots.device)
                 mine.append(_Planned(req, state, piece, state.mark()))
                 spans = self._spans(req, state, piece, full_capture)
                 state.decided = True
@@ -94,17 +102,18 @@ class Planner:
                     samples.append((i, sample))
             pieces.append(piece)
             row += rows
-        if samples or any(piece.blend is not None for piece in pieces):
-            # An ordinary batch pays for no copy of its rows.
+        blended = bool(samples) or any(piece.blend is not None for piece in pieces)
+        if not blended:
+            self.finish(mine)
+        if blended or scores is not None:
+            # An ordinary batch that is not scored pays for no copy of its rows.
             table = batch.req_to_token_pool.req_to_token
             for req, piece in zip(batch.reqs, pieces, strict=True):
                 row_slots = table[req.kv.req_pool_idx, : piece.begin + piece.rows]
                 piece.kv_slots = row_slots.to(torch.int64)
                 if piece.blend is not None and self.c.tiers is not None:
                     self.c.tiers.attach(req, piece)
-            setattr(forward_batch, ATTR, PlannedBatch(pieces, mine, samples))
-        else:
-            self.finish(mine)
+            setattr(forward_batch, ATTR, PlannedBatch(pieces, mine, samples, blended))
 
     def finish(self, planned: list[_Planned]) -> None:
         """Count what has been prefilled, and let go of what was loaded for it."""
@@ -137,6 +146,12 @@ class Planner:
             self._restart(req, state, begin, _tokens(req))
         state.next_begin = begin + piece.rows
         return state
+
+    def _starts(self, req: Any, state: RequestState, piece: Piece) -> torch.Tensor:
+        """int64 [rows]: where each row's document begins."""
+        starts = self.c.tree.document_starts(_tokens(req), state.options.boundaries)
+        rows = np.arange(piece.begin, piece.begin + piece.rows)
+        return torch.from_numpy(starts[np.searchsorted(starts, rows, side="right") - 1])
 
     def _set(self, p: _Planned, spans: list[ReuseSpan], device: torch.device) -> None:
         """Give a piece its plan, and the request the labels that follow from it."""
@@ -361,11 +376,13 @@ class Planner:
 @dataclass(frozen=True, eq=False)
 class PlannedBatch:
     """What travels on a ``ForwardBatch``: the pieces to run, how to plan them again, and which
-    rows of its output the correctness gate wants to see: (row, sample)."""
+    rows of its output the correctness gate wants to see: (row, sample). blended: False for a batch
+    that runs as SGLang has it, and is scored."""
 
     pieces: list[Piece]
     planned: list[_Planned]
     samples: list[tuple[int, Any]]
+    blended: bool = True
 
 
 def _remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:

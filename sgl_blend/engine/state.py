@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.options import RequestOptions, parse_options
+from sgl_blend.engine.options import RequestOptions, check_scores, parse_options
 from sgl_blend.errors import RequestError
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import BlendRecord, ReuseSpan
@@ -109,6 +109,7 @@ def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
         fallback = None
         try:
             options = parse_options(req.sampling_params.custom_params, len(req.origin_input_ids))
+            check_scores(options, config)
         except RequestError:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
         policy = POLICIES.get(options.policy or config.policy)

@@ -3,6 +3,7 @@
 ====================  =========================================================
 ``rotation.py``       ``Rope``; copies of KV whose K is rotated to new positions
 ``attention.py``      attention of gapped rows by true position; attention mass
+``outward.py``        share of attention that leaves the row's document
 ``deviation.py``      squared distance of cached from fresh K and V, per token
 ``rows.py``           scores to row indices
 ``checks.py``         what every launcher checks before a pointer leaves Python
@@ -25,6 +26,7 @@ from sgl_blend.ops.attention import (
     row_attention_with_mass,
 )
 from sgl_blend.ops.deviation import k_deviation, v_deviation
+from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.rotation import Rope, Rotation, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, top_rows
 
@@ -35,6 +37,7 @@ __all__ = [
     "attention_mass",
     "covering_rows",
     "k_deviation",
+    "outward_share",
     "rotate_copy",
     "rotate_from",
     "row_attention",

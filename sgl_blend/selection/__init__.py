@@ -4,14 +4,22 @@ A policy turns scores into rows and says which pass it needs (:class:`Need`). To
 a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 """
 
+from sgl_blend.config import BlendConfig
 from sgl_blend.registry import Registry
 from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
 from sgl_blend.selection.query import Query
+from sgl_blend.selection.stored import Stored
 
 POLICIES: Registry[Policy] = Registry("blend policy")
-for _policy in (Query(), Hkvd(), Leading(), Random(), All(), None_()):
+for _policy in (Query(), Hkvd(), Stored(), Leading(), Random(), All(), None_()):
     POLICIES.register(_policy.name, _policy)
 
-__all__ = ["POLICIES", "Need", "Policy", "ReusedTokens", "budget_of", "highest"]
+
+def keeps_scores(config: BlendConfig) -> bool:
+    """Does a server with ``config`` measure what ``Need.STORED`` reads?"""
+    return config.stored_scores or POLICIES.get(config.policy).need is Need.STORED
+
+
+__all__ = ["POLICIES", "Need", "Policy", "ReusedTokens", "budget_of", "highest", "keeps_scores"]

@@ -22,6 +22,8 @@ class Need(enum.Enum):
     QUERY = "query"
     #: all rows run through the check layers; score = squared V deviation per token
     DEVIATION = "deviation"
+    #: no pass; score = what was measured when the token was first computed, NaN where nothing was
+    STORED = "stored"
 
 
 @dataclass(frozen=True)

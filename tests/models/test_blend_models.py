@@ -61,6 +61,13 @@ def _cases() -> list:
     # Chunked or behind a prefix, Gemma's rows run through SGLang's attention, which lacks the cap.
     gemma = ("reference_is_sound", "as_reference", "as_reference_bites", "soft_cap_as_transformers")
     table += [("gemma2", {"page_size": 1}, GATE + gemma)]
+    stored = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")
+    for arch in ("llama", "qwen3", "llama-yarn"):
+        keeping = {"options": {"stored_scores": True}}
+        bites = ("stored_bites",) if arch == "llama" else ()
+        table += [(arch, keeping, stored + bites + (EXACT if arch == "llama" else ()))]
+    table += [("qwen3", {"page_size": 16, "options": {"policy": "stored"}}, GATE + stored[:2])]
+    table += [("mistral-window", {"options": {"stored_scores": True}}, stored[:2])]
     for arch, page in (("llama-llama3", 1), ("qwen3", 16)):
         options = {"page_size": page, "pool_tokens": 8192, "options": {"min_reused_tokens": 32}}
         table += [(arch, options, RANDOM)]

@@ -254,6 +254,7 @@ def test_policy_all_equals_plain(blend, plain):
         ({"blend_ratio": "0.1"}, "custom_params.blend_ratio is '0.1'"),
         ({"blend_coverage": 2}, "custom_params.blend_coverage is 2"),
         ({"blend_policy": "qery"}, "did you mean 'query'"),
+        ({"blend_policy": "stored"}, "keeps no scores; launch it with --blend-stored-scores true"),
         ({"blend_boundries": [1]}, "did you mean 'blend_boundaries'"),
         ({"blend_boundaries": [5, 3]}, "blend_boundaries[1] is 3 after 5"),
         ({"blend_boundaries": [-2]}, "blend_boundaries[0] is -2"),

@@ -164,13 +164,17 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
     if size > 1:
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
     model = model_for(Path(models), arch)
-    engine = Engine(model, page_size=page_size, tp_size=size, tp_rank=rank, port=port)
+    keeping = {"stored_scores": True}
+    engine = Engine(
+        model, page_size=page_size, tp_size=size, tp_rank=rank, port=port, options=keeping
+    )
     world = World(engine, model)
     out = []
-    asks = [_ask(world, order, p) for order in (0, 1) for p in ("all", *POLICIES)]
+    asks = [_ask(world, order, p) for order in (0, 1) for p in ("all", "stored", *POLICIES)]
+    asks.append(_ask(world, 0, "stored", chunks=(83, 120)))
     asks.append(_ask(world, 0, "hkvd", chunks=(83, 120)))
     asks.append(_ask(world, 0, "query", chunks=(83, 120)))
-    asks += [_ask(world, 1, p, coverage=0.2) for p in ("query", "hkvd")]
+    asks += [_ask(world, 1, p, coverage=0.2) for p in ("query", "hkvd", "stored")]
     asks.append(_ask(world, 0, "query", coverage=0.3, chunks=(83, 120)))
     for ask in asks:
         world.stock()

@@ -29,9 +29,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from sgl_blend.engine import backend
 from sgl_blend.engine.gate import LaunchGate
 from sgl_blend.engine.planner import ATTR
 from sgl_blend.engine.state import state_of
+from sgl_blend.scores import ScoreTable
 
 
 @dataclass
@@ -132,7 +134,18 @@ class Engine:
             self.findings = mechanics(gate)
             return self.findings
 
-        with mock.patch.object(LaunchGate, "_mechanics", watched):
+        #: where the policy ``stored`` finds its scores; None where they are not kept
+        self.scores: ScoreTable | None = None
+        make_table = backend._score_table
+
+        def kept(*given: Any) -> ScoreTable | None:
+            self.scores = make_table(*given)
+            return self.scores
+
+        with (
+            mock.patch.object(LaunchGate, "_mechanics", watched),
+            mock.patch.object(backend, "_score_table", kept),
+        ):
             built = self._build(worker, page_size)
         self.launch = launched[0] if launched else None
 

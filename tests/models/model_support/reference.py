@@ -164,6 +164,20 @@ class Reference:
         return Kv(raws, values, self.head(x[-1]))
 
     @torch.no_grad()
+    def outward(self, tokens: Sequence[int], starts: Sequence[int], layer: int) -> torch.Tensor:
+        """fp32 [n]: at ``layer`` of a full prefill, the share of each token's attention on keys
+        before its document, mean over heads; documents begin at ``starts``."""
+        pos = torch.arange(len(tokens))
+        x = self.embed(torch.tensor(tokens))
+        for below in range(layer + 1):
+            q, raw, v = self.qkv(below, x)
+            out, probs = self.attend(below, self.rotate(q, pos), pos, self.rotate(raw, pos), v, pos)
+            x = self.finish(below, x, out)
+        mean = probs.mean(dim=0)
+        own = [max(s for s in starts if s <= p) for p in range(len(tokens))]
+        return torch.stack([row[:start].sum() for row, start in zip(mean, own, strict=True)])
+
+    @torch.no_grad()
     def blend(
         self,
         tokens: Sequence[int],

@@ -17,7 +17,7 @@ import torch
 
 from model_support.engine import Ask, Engine, Outcome
 from model_support.prompts import Desk
-from model_support.reference import Blended, Kv, Reference, RefPiece
+from model_support.reference import Blended, Kv, Reference, RefPiece, highest
 from sgl_blend import prefill
 from sgl_blend.bench.models import ARCHITECTURES, make_model
 
@@ -125,6 +125,12 @@ class World:
             fixed = leading(plan.spans, budget(n, plan.ratio))
         elif name == "none":
             fixed = reused[:0]
+        elif name == "stored":
+            cover = (
+                (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None
+            )
+            score = torch.cat([self._stored(ask.tokens, span) for span in plan.spans])
+            fixed = highest(reused, score, budget(n, plan.ratio), cover)
         multipliers = self.engine.config.multipliers() if name == "hkvd" else (1.0,)
         return RefPiece(
             begin,
@@ -140,12 +146,26 @@ class World:
             (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None,
         )
 
+    def _stored(self, tokens: list[int], span: Any) -> torch.Tensor:
+        """The reference's scores of a span's tokens, at their source."""
+        source = self._source_prompt(tokens, span)
+        layer = self.engine.scores.layer
+        key = (-3, *source)
+        if key not in self._full:
+            starts = self.engine.tree.cuts(source)[:-1].tolist()
+            self._full[key] = self.reference.outward(source, starts, layer)
+        return self._full[key][span.source_start : span.source_start + span.length]
+
     def _source(self, tokens: list[int], span: Any) -> Kv:
+        return self.reference_full(self._source_prompt(tokens, span), capped=False)
+
+    def _source_prompt(self, tokens: list[int], span: Any) -> list[int]:
+        """The library's prompt that holds a span's source."""
         a, b = span.source_start, span.source_start + span.length
         here = tokens[span.start : span.end]
         found = {tuple(t[:b]): t for t in self.library if t[a:b] == here}
         assert len(found) == 1, f"{len(found)} prompts hold the source of {span.start}:{span.end}"
-        return self.reference_full(next(iter(found.values())), capped=False)
+        return next(iter(found.values()))
 
 
 #: (documents, length of fresh text before them) of each prompt in the library
@@ -212,6 +232,7 @@ def run_checks(
         checks_hkvd,
         checks_random,
         checks_special,
+        checks_stored,
     )
 
     model = model_for(Path(models), arch)

@@ -1,0 +1,47 @@
+"""Scores measured when a token was first computed, and kept with its KV (Cache-Craft).
+
+Cache-Craft (arXiv:2502.15734) stores with each chunk how much its tokens attended to other chunks,
+and recomputes those that did most: what they took from elsewhere is what another prompt changes.
+Nothing is run to choose, so the true cost is the ratio and the fresh tokens. Left out here is the
+paper's weighing of chunks against each other by how much of their old context the new prompt has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest
+
+if TYPE_CHECKING:
+    import torch
+
+    from sgl_blend.config import BlendConfig
+
+
+class Stored(Policy):
+    """The tokens with the largest share of attention beyond their own document."""
+
+    name = "stored"
+    need = Need.STORED
+
+    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
+        return highest(reused, filled(score, reused))
+
+
+def filled(score: torch.Tensor, reused: ReusedTokens) -> torch.Tensor:
+    """fp32 [n]: ``score`` with a guess in place of each NaN (a token that has none).
+
+    Such tokens rank by their place in their span, the head first, as policy ``leading`` has it;
+    their scores are spread as the known ones are, so that neither kind crowds out the other: a
+    token at depth d (0 to 1) of its span gets the known score that the share d of them exceeds.
+    Where none is known, the score is 1 - d. Nothing waits for the device.
+    """
+    import torch
+
+    offset = reused.offsets.to(score.device, non_blocking=True)
+    length = reused.span_lengths.to(score.device, non_blocking=True)
+    missing = torch.isnan(score)
+    known = (~missing).sum()
+    ranked = torch.sort(score.nan_to_num(nan=-1.0), descending=True).values
+    guess = torch.where(known > 0, ranked[offset * known // length], 1.0 - offset / length)
+    return torch.where(missing, guess, score)
