@@ -235,13 +235,18 @@ def test_stopped_for_ten_seconds(tmp_path):
     store.stop()
 
 
+def _lent_many_times(client):
+    """One chunk, and 2000 leases of it: more releases than any queue holds."""
+    header, body = make_chunk(1, n_tokens=4)
+    client.put([header], [body])
+    return header, [c for _ in range(10) for c in client.prepare_load([header.key] * 200)]
+
+
 def test_what_is_released_while_the_store_stands_still_is_freed(tmp_path):
-    """More releases than any queue holds: none may be lost, or its chunk could never be evicted."""
+    """No release may be lost, or its chunk could never be evicted."""
     with start(small_config()) as store:
         with connect(store.endpoint, NAMESPACE, retry_s=0.2) as client:
-            header, body = make_chunk(1, n_tokens=4)
-            client.put([header], [body])
-            held = [c for _ in range(10) for c in client.prepare_load([header.key] * 200)]
+            header, held = _lent_many_times(client)
             assert client.stats()["leases"] == 2000
             store.process.send_signal(signal.SIGSTOP)
             for chunk in held:
@@ -255,9 +260,7 @@ def test_a_question_behind_a_full_queue_waits_for_room(tmp_path):
     """Releases fill the queue of a store that is busy for a moment: a miss would be wrong."""
     with start(small_config()) as store:
         with connect(store.endpoint, NAMESPACE, deadline_s=20.0) as client:
-            header, body = make_chunk(1, n_tokens=4)
-            client.put([header], [body])
-            held = [c for _ in range(10) for c in client.prepare_load([header.key] * 200)]
+            header, held = _lent_many_times(client)
             store.process.send_signal(signal.SIGSTOP)
             for chunk in held:
                 client.complete_load([chunk])
