@@ -425,8 +425,8 @@ def test_composes_with(model, start, store, args):
     settle(store[0].endpoint)
     again = fresh(some, prompt)
     # How much of it is there exact is the store's to decide (it keeps few copies of one text).
-    check_report(again)
-    if again.blend["reused"] + again.blend["recomputed"] and again.blend["exact"] == len(prompt):
+    assert sum(sources(again).values()) > 400
+    if again.blend["exact"] == len(prompt):
         assert close(again, exact)
     some.stop()
 
