@@ -2,14 +2,19 @@
 // fp32 and rounded once. Parallel over tokens, hence no slot may be both read and written, and none
 // written twice: one bit a slot tells.
 #include <omp.h>
+#include <tvm/ffi/container/array.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "rotation.h"
 #include "tensors.h"
 
 namespace blend {
 namespace {
+
+using tvm::ffi::Array;
+using tvm::ffi::Tensor;
 
 template <typename T>
 void rotate_head(const Turn& turn, const typename T::type* from, typename T::type* to,
@@ -30,53 +35,96 @@ void copy_token(const Cache& src, int64_t s, const Cache& dst, int64_t d) {
   for (int64_t h = 0; h < pieces; ++h) std::memcpy(dst.at<T>(d, h), src.at<T>(s, h), bytes);
 }
 
-void rotate_copy(TensorView k_src_t, TensorView v_src_t, TensorView src_t, TensorView k_dst_t,
-                 TensorView v_dst_t, TensorView dst_t, TensorView cos_t, TensorView sin_t,
-                 int64_t rotary_dim, int64_t neox, int64_t threads) {
-  const Cache k_src(k_src_t, "k_src: expected [n, heads, dim]"),
-      v_src(v_src_t, "v_src: expected [n, heads, dim]"),
-      k_dst(k_dst_t, "k_dst: expected [n, heads, dim]"),
-      v_dst(v_dst_t, "v_dst: expected [n, heads, dim]");
-  const int64_t n = src_t.numel();
-  const int64_t* src = indices(src_t, n, "src_slots: expected int64 [n]");
+// Where one token's K and V come from.
+struct Row {
+  const Cache *k, *v;
+  int64_t token;
+};
+
+struct Pool {
+  Cache k, v;
+  explicit Pool(const TensorView& k_t, const TensorView& v_t)
+      : k(k_t, "k: expected [n, heads, dim]"), v(v_t, "v: expected [n, heads, dim]") {}
+};
+
+// Writes token i of `rows`, turned by its (cos, sin), to slot i of `dst_t`.
+void copy_rows(const std::vector<Row>& rows, const TensorView& k_dst_t, const TensorView& v_dst_t,
+               const TensorView& dst_t, const TensorView& cos_t, const TensorView& sin_t,
+               int64_t rotary_dim, int64_t neox, int64_t threads) {
+  const Pool pool(k_dst_t, v_dst_t);
+  const int64_t n = rows.size();
   const int64_t* dst = indices(dst_t, n, "dst_slots: expected int64 [n]");
-  expect(rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= k_src.dim, "rotary_dim");
+  expect(rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= pool.k.dim, "rotary_dim");
   const int64_t half = rotary_dim / 2;
   const float* cos = floats(cos_t, n * half, "cos: expected float32 [n, rotary_dim / 2]");
   const float* sin = floats(sin_t, n * half, "sin: expected float32 [n, rotary_dim / 2]");
-  expect(k_src.heads == k_dst.heads && k_src.dim == k_dst.dim && v_src.heads == v_dst.heads &&
-             v_src.dim == v_dst.dim,
-         "source and destination differ in heads or head size");
-  expect_inside(src, n, std::min(k_src.tokens, v_src.tokens), "src_slots outside the source");
-  expect_inside(dst, n, std::min(k_dst.tokens, v_dst.tokens), "dst_slots outside the pool");
-  std::vector<bool> written(k_dst.tokens);
+  expect_inside(dst, n, std::min(pool.k.tokens, pool.v.tokens), "dst_slots outside the pool");
+  std::vector<bool> written(pool.k.tokens);
   for (int64_t i = 0; i < n; ++i) {
     expect(!written[dst[i]], "dst_slots names a slot twice");
     written[dst[i]] = true;
   }
-  for (int64_t i = 0; i < n && k_src.data == k_dst.data; ++i) {
-    expect(!written[src[i]], "src_slots and dst_slots share a slot");
+  for (const Row& row : rows) {
+    expect(row.k->heads == pool.k.heads && row.k->dim == pool.k.dim &&
+               row.v->heads == pool.v.heads && row.v->dim == pool.v.dim,
+           "source and destination differ in heads or head size");
+    expect(row.k->data != pool.k.data || !written[row.token],
+           "src_slots and dst_slots share a slot");
   }
-  by_dtype(k_src_t, [&](auto type) {
+  by_dtype(k_dst_t, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel num_threads(std::max<int64_t>(threads, 1))
     {
       Turn turn(rotary_dim, neox != 0);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < n; ++i) {
+        const Row& row = rows[i];
         turn.set(cos + i * half, sin + i * half);
-        for (int64_t h = 0; h < k_src.heads; ++h) {
-          rotate_head<T>(turn, k_src.at<T>(src[i], h), k_dst.at<T>(dst[i], h), rotary_dim,
-                         k_src.dim);
+        for (int64_t h = 0; h < pool.k.heads; ++h) {
+          rotate_head<T>(turn, row.k->at<T>(row.token, h), pool.k.at<T>(dst[i], h), rotary_dim,
+                         pool.k.dim);
         }
-        copy_token<T>(v_src, src[i], v_dst, dst[i]);
+        copy_token<T>(*row.v, row.token, pool.v, dst[i]);
       }
     }
   });
 }
 
+void rotate_copy(TensorView k_t, TensorView v_t, TensorView src_t, TensorView dst_t,
+                 TensorView cos_t, TensorView sin_t, int64_t rotary_dim, int64_t neox,
+                 int64_t threads) {
+  const Pool pool(k_t, v_t);
+  const int64_t n = src_t.numel();
+  const int64_t* src = indices(src_t, n, "src_slots: expected int64 [n]");
+  expect_inside(src, n, std::min(pool.k.tokens, pool.v.tokens), "src_slots outside the pool");
+  std::vector<Row> rows(n);
+  for (int64_t i = 0; i < n; ++i) rows[i] = {&pool.k, &pool.v, src[i]};
+  copy_rows(rows, k_t, v_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads);
+}
+
+void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, TensorView k_dst_t,
+                 TensorView v_dst_t, TensorView dst_t, TensorView cos_t, TensorView sin_t,
+                 int64_t rotary_dim, int64_t neox, int64_t threads) {
+  expect(k_parts.size() == v_parts.size(), "as many parts of V as of K");
+  std::vector<Pool> parts;
+  parts.reserve(k_parts.size());
+  std::vector<Row> rows;
+  for (size_t i = 0; i < k_parts.size(); ++i) {
+    const TensorView k(k_parts[i]), v(v_parts[i]);
+    expect(k.dtype() == k_dst_t.dtype() && v.dtype() == v_dst_t.dtype() &&
+               k.dtype() == v.dtype(),
+           "all of a pool's dtype");
+    parts.emplace_back(k, v);
+    const Pool& part = parts.back();
+    expect(part.k.tokens == part.v.tokens, "as many tokens of V as of K");
+    for (int64_t t = 0; t < part.k.tokens; ++t) rows.push_back({&part.k, &part.v, t});
+  }
+  copy_rows(rows, k_dst_t, v_dst_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads);
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rotate_copy, rotate_copy);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rotate_from, rotate_from);
 
 }  // namespace blend

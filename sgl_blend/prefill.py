@@ -318,7 +318,7 @@ class _PiecePass:
         cache = pool.v(layer)
         out = cache.new_empty((b.tokens.count, *cache.shape[1:]))
         out[host.pool_index] = cache[b.src_slots]
-        out[host.host_index] = host.kv.layer(pool, layer)[1][host.host_tokens]
+        out[host.host_index] = host.kv.values(pool, layer)[host.host_tokens]
         return out
 
 

@@ -55,9 +55,10 @@ def make_rope(rotary_dim: int, neox: bool, positions: int = 4096) -> ops.Rope:
     part=st.sampled_from([0.25, 0.5, 1.0]),
     neox=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    cuts=st.lists(st.integers(0, 40), max_size=4),
     seed=st.integers(0, 999),
 )
-def test_rotate_copy_matches_reference(n, heads, dim, value_dim, part, neox, dtype, seed):
+def test_rotate_copy_matches_reference(n, heads, dim, value_dim, part, neox, dtype, cuts, seed):
     gen = torch.Generator().manual_seed(seed)
     rotary_dim = max(2, int(dim * part) // 2 * 2)
     k = torch.randn(100, heads, dim, generator=gen).to(dtype)
@@ -70,7 +71,10 @@ def test_rotate_copy_matches_reference(n, heads, dim, value_dim, part, neox, dty
     reference.rotate_from(k[src], v[src], want_k, want_v, dst, *turn, rotary_dim, neox)
 
     from_k, from_v = k.clone(), v.clone()
-    ops.rotate_from(k[src], v[src], from_k, from_v, dst, *turn, rotary_dim, neox)
+    edges = [0, *sorted(min(c, n) for c in cuts), n]
+    parts = [src[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    ks, vs = [k[p] for p in parts], [v[p] for p in parts]
+    ops.rotate_from(ks, vs, from_k, from_v, dst, *turn, rotary_dim, neox)
     ops.rotate_copy(k, v, src, dst, *turn, rotary_dim, neox)
     for got_k, got_v in ((k, v), (from_k, from_v)):
         assert torch.equal(got_v, want_v)

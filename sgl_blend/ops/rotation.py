@@ -8,6 +8,8 @@ YaRN, long-rope short/long factors) and cancels a folded attention factor (YaRN'
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -136,12 +138,16 @@ def rotate_copy(
             k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox
         )
     else:
-        _launch(module, k_cache, v_cache, src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
+        launch(
+            module.rotate_copy,
+            (k_cache, v_cache, src, dst, cos, sin),
+            (rotary_dim, int(neox), torch.get_num_threads()),
+        )
 
 
 def rotate_from(
-    k_src: torch.Tensor,
-    v_src: torch.Tensor,
+    k_parts: Sequence[torch.Tensor],
+    v_parts: Sequence[torch.Tensor],
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     dst_slots: torch.Tensor,
@@ -150,21 +156,27 @@ def rotate_from(
     rotary_dim: int,
     neox: bool,
 ) -> None:
-    """``rotate_copy`` from tensors outside the pool (a chunk loaded from a tier).
+    """``rotate_copy`` from outside the pool (chunks loaded from a tier), wherever they lie.
 
-    k_src [n, Hk, D], v_src [n, Hk, Dv] in the pool's dtype, token i going to ``dst_slots[i]``.
+    k_parts [n_i, Hk, D] and v_parts [n_i, Hk, Dv], in the pool's dtype and on its device, n tokens
+    in all; token i of their concatenation, which is never made, goes to ``dst_slots[i]``.
 
     Raises:
         KernelError: arguments that do not fit, or repeats in ``dst_slots`` (checked on the CPU).
     """
     checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
-    checks.pool(k_src, v_src, ("k_src", "v_src"))
-    checks.same_layout("k_src", k_src, k_cache, "k_cache")
-    checks.same_layout("v_src", v_src, v_cache, "v_cache")
-    require(k_src.device == k_cache.device, f"k_src is on {k_src.device}, not {k_cache.device}")
+    require(
+        len(k_parts) == len(v_parts), f"{len(k_parts)} parts of K but {len(v_parts)} parts of V"
+    )
+    for i, (k, v) in enumerate(zip(k_parts, v_parts, strict=True)):
+        checks.pool(k, v, (f"k_parts[{i}]", f"v_parts[{i}]"))
+        checks.same_layout(f"k_parts[{i}]", k, k_cache, "k_cache")
+        checks.same_layout(f"v_parts[{i}]", v, v_cache, "v_cache")
+        require(k.device == k_cache.device, f"k_parts[{i}] is on {k.device}, not {k_cache.device}")
     dst = checks.index("dst_slots", dst_slots, k_cache.device)
     tokens = dst.shape[0]
-    require(k_src.shape[0] == tokens, f"k_src has {k_src.shape[0]} tokens, dst_slots {tokens}")
+    given = sum(k.shape[0] for k in k_parts)
+    require(given == tokens, f"the parts hold {given} tokens, dst_slots {tokens}")
     cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
     if tokens == 0:
         return
@@ -172,10 +184,15 @@ def rotate_from(
     module = cpu_module(k_cache.device)
     if module is None:
         _require_disjoint(k_cache.shape[0], dst, None)
+        k_src, v_src = torch.cat(list(k_parts)), torch.cat(list(v_parts))
         reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
-    else:
-        src = torch.arange(tokens)
-        _launch(module, k_src, v_src, src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
+        return
+    parts = ([k.detach() for k in k_parts], [v.detach() for v in v_parts])
+    launch(
+        functools.partial(module.rotate_from, *parts),
+        (k_cache, v_cache, dst, cos, sin),
+        (rotary_dim, int(neox), torch.get_num_threads()),
+    )
 
 
 def checked_rotation(
@@ -205,23 +222,3 @@ def _require_disjoint(num_slots: int, dst: torch.Tensor, src: torch.Tensor | Non
     require(int(written.sum()) == dst.shape[0], "dst_slots names a slot twice")
     if src is not None:
         require(not bool(written[src].any()), "src_slots and dst_slots share a slot")
-
-
-def _launch(
-    module: object,
-    k_src: torch.Tensor,
-    v_src: torch.Tensor,
-    src: torch.Tensor,
-    k_dst: torch.Tensor,
-    v_dst: torch.Tensor,
-    dst: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    rotary_dim: int,
-    neox: bool,
-) -> None:
-    launch(
-        module.rotate_copy,
-        (k_src, v_src, src, k_dst, v_dst, dst, cos, sin),
-        (rotary_dim, int(neox), torch.get_num_threads()),
-    )

@@ -40,28 +40,32 @@ class HostKV:
 
         Raises :class:`~sgl_blend.tiering.chunks.LoadFailed` when the layer does not arrive.
         """
-        k_src, v_src = self.layer(pool, layer)
         rope = pool.rope(layer)
         k, v = pool.k(layer), pool.v(layer)
+        ks, vs = self._parts(pool, layer)
         if rope is None:
-            k[self.dst_slots] = k_src
-            v[self.dst_slots] = v_src
+            k[self.dst_slots] = torch.cat(ks)
+            v[self.dst_slots] = torch.cat(vs)
             return
         turn = self._rotations.get(id(rope))
         if turn is None:
             turn = self._rotations[id(rope)] = rope.delta(self.src_pos, self.dst_pos)
         ops.rotate_from(
-            k_src, v_src, k, v, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
+            ks, vs, k, v, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
         )
 
-    def layer(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K [n, Hk, D] as it was computed (not rotated) and V [n, Hk, Dv], on the pool's device."""
+    def values(self, pool: PoolView, layer: int) -> torch.Tensor:
+        """V [n, Hk, Dv] of ``layer``, on the pool's device. Raises as ``run`` does."""
+        return torch.cat(self._parts(pool, layer)[1])
+
+    def _parts(self, pool: PoolView, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """K (as it was computed) and V of each part, on the pool's device."""
         self.load.wait(layer, self.chunks)
         views = [part.chunk.layer(layer) for part in self.parts]
         ks = [k[p.first : p.first + p.length] for (k, _), p in zip(views, self.parts, strict=True)]
         vs = [v[p.first : p.first + p.length] for (_, v), p in zip(views, self.parts, strict=True)]
         if self._stream is None:
-            return torch.cat(ks), torch.cat(vs)
+            return ks, vs
         # The store's memory is page-locked for this device (``ArenaMapping.register_cuda``): the
         # copies run beside the layers before.
         with torch.cuda.stream(self._stream):
@@ -70,7 +74,7 @@ class HostKV:
         current.wait_stream(self._stream)
         for tensor in out:
             tensor.record_stream(current)
-        return out
+        return [out[0]], [out[1]]
 
     @staticmethod
     def _upload(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
