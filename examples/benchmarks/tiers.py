@@ -4,11 +4,11 @@
 
 A random-weight fp32 Llama behind a real server over a store of its own process. Every prompt has
 the same number of documents, all seen before, in a new order, behind a new system prompt and
-before a new question. Three sets of documents take turns; the store's memory holds two. A request
+before a new question. Five sets of documents take turns; the store's memory holds three. A request
 with the next set finds it on the disk alone (the files are pushed out of the page cache before);
 after a flush of the device's cache the next one finds it in the store's memory; the third one comes
-after the set was computed exactly, and finds it on the device. ``load alone`` is the time that the store takes to hand over as many bytes from
-its disk when nothing else runs.
+after the set was computed exactly, and finds it on the device. ``load alone`` is the time that the
+store takes to hand over as many bytes from its disk when nothing else runs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from sgl_blend.bench.workload import Workload  # noqa: E402
 from sgl_blend.store.client import StoreClient  # noqa: E402
 from sgl_blend.store.config import StoreConfig  # noqa: E402
 from sgl_blend.store.embedded import EmbeddedStore  # noqa: E402
+
+SETS = 5
 
 
 @dataclass
@@ -177,16 +179,15 @@ def main() -> None:
         prompt_bytes = tokens * args.layers * args.hidden * 2 * 4
         config = StoreConfig(
             endpoints=(f"ipc://{folder}/store",),
-            # Two prompts' chunks, and some: a load may take half.
-            memory_bytes=int(2.2 * prompt_bytes),
+            memory_bytes=int(3.2 * prompt_bytes),
             disk_path=f"{folder}/disk",
             disk_bytes=16 << 30,
         )
         store = EmbeddedStore(config, private=False)
         flags = ["--enable-blend", "--blend-store-endpoint", store.endpoint, "--blend-gate", "off"]
-        size = str(4 * 3 * args.documents * args.doc_tokens)
+        size = str(12 * tokens)
         # One piece a prompt: SGLang's CPU attention does all of a prefix's rows again in each.
-        flags += ["--chunked-prefill-size", str(2 * args.documents * args.doc_tokens)]
+        flags += ["--chunked-prefill-size", str(2 * tokens)]
         flags += ["--max-total-tokens", size, *args.server_args]
         custom = {}
         if args.policy:
@@ -195,10 +196,8 @@ def main() -> None:
             custom["blend_ratio"] = args.ratio
         with serve(model, flags, timeout=600) as server:
             size = (args.doc_tokens, args.doc_tokens)
-            workload = Workload(corpus=3 * args.documents, doc_tokens=size, vocab=2048, seed=1)
-            sets = [
-                list(range(i, i + args.documents)) for i in (0, args.documents, 2 * args.documents)
-            ]
+            workload = Workload(corpus=SETS * args.documents, doc_tokens=size, vocab=2048, seed=1)
+            sets = [list(range(i * args.documents, (i + 1) * args.documents)) for i in range(SETS)]
             bench = Bench(server, store, workload, sets, custom or None, random.Random(2))
             try:
                 result = measure(bench, args.repeats, say)

@@ -8,6 +8,7 @@ Sizes are rounded up to ``GRANULE``. Single-threaded; owns no memory.
 from __future__ import annotations
 
 GRANULE = 256
+PAGE = 4096
 _SUB_BITS = 4
 _SUB = 1 << _SUB_BITS
 
@@ -19,13 +20,14 @@ def round_up(n: int) -> int:
 class Allocator:
     """``alloc`` gives an offset or None (full or fragmented); ``free`` takes it back.
 
-    ``grow(n)`` appends ``n`` bytes of free space at the end. Offsets are multiples of GRANULE.
+    ``grow(n)`` appends ``n`` bytes of free space at the end. Blocks begin at multiples of GRANULE.
     """
 
     def __init__(self, capacity: int = 0):
         self.capacity = 0
         self.used = 0
-        self._live: dict[int, int] = {}
+        #: offset given out: begin and size of its block
+        self._live: dict[int, tuple[int, int]] = {}
         self._free: dict[int, int] = {}
         self._free_end: dict[int, int] = {}
         self._bins: dict[int, dict[int, None]] = {}
@@ -77,27 +79,44 @@ class Allocator:
             at = before
         self._insert(at, size)
 
-    def alloc(self, n: int) -> int | None:
+    def alloc(self, n: int, phase: int | None = None) -> int | None:
+        """phase: how many bytes into a page the offset shall lie; else it is a GRANULE's multiple."""
         need = round_up(n)
+        if phase is None:
+            at = self._find(need)
+            return None if at is None else self._give(at, at, need)
+        # Of a block that is a page longer, the part that begins right; the rest stays free.
+        need = round_up(phase % GRANULE + n)
+        found = self._find(need + PAGE - GRANULE)
+        if found is None:
+            return None
+        begin = found + (phase // GRANULE * GRANULE - found) % PAGE
+        return self._give(found, begin, need, begin + phase % GRANULE)
+
+    def _find(self, need: int) -> int | None:
+        """A free block of at least ``need`` bytes."""
         found = self._map >> (b := self._bin_for(need // GRANULE))
         if found:
             b += (found & -found).bit_length() - 1
-            at = next(iter(self._bins[b]))
-        else:
-            # The block's own bin may still hold one that is large enough.
-            fits = self._bins.get(self._bin(need // GRANULE), ())
-            at = next((a for a in fits if self._free[a] >= need), None)
-            if at is None:
-                return None
-        size = self._take(at)
-        if size > need:
-            self._insert(at + need, size - need)
-        self._live[at] = need
+            return next(iter(self._bins[b]))
+        # The block's own bin may still hold one that is large enough.
+        fits = self._bins.get(self._bin(need // GRANULE), ())
+        return next((a for a in fits if self._free[a] >= need), None)
+
+    def _give(self, block: int, begin: int, need: int, offset: int | None = None) -> int:
+        """Take [begin, begin + need) out of a free block, under the name ``offset``."""
+        end = block + self._take(block)
+        if begin > block:
+            self._insert(block, begin - block)
+        if end > begin + need:
+            self._insert(begin + need, end - begin - need)
+        offset = begin if offset is None else offset
+        self._live[offset] = (begin, need)
         self.used += need
-        return at
+        return offset
 
     def free(self, at: int) -> None:
-        size = self._live.pop(at)
+        at, size = self._live.pop(at)
         self.used -= size
         after = at + size
         if after in self._free:
@@ -118,7 +137,7 @@ class Allocator:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless live and free blocks tile the arena, merged, and binned."""
         blocks = sorted(
-            [(a, s, True) for a, s in self._live.items()]
+            [(a, s, True) for a, s in self._live.values()]
             + [(a, s, False) for a, s in self._free.items()]
         )
         at, last_free = 0, False
@@ -130,8 +149,10 @@ class Allocator:
             at, last_free = start + size, not live
         if at != self.capacity:
             raise RuntimeError(f"blocks end at {at}, capacity is {self.capacity}")
-        if self.used != sum(self._live.values()):
-            raise RuntimeError(f"used is {self.used}, blocks say {sum(self._live.values())}")
+        if self.used != sum(s for _, s in self._live.values()):
+            raise RuntimeError(
+                f"used is {self.used}, blocks say {sum(s for _, s in self._live.values())}"
+            )
         for b, held in self._bins.items():
             if bool(held) != bool(self._map >> b & 1):
                 raise RuntimeError(f"bitmap and bin {b} disagree")

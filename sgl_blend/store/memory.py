@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sgl_blend.store.alloc import Allocator, round_up
+from sgl_blend.store.alloc import PAGE, Allocator, round_up
 from sgl_blend.store.errors import ArenaExhausted
 from sgl_blend.store.index import MEMORY, Entry
 from sgl_blend.store.jobs import Jobs
@@ -58,20 +58,24 @@ class MemoryTier:
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         return self.arena.view(offset, nbytes)
 
-    def allocate(self, nbytes: int) -> int | None:
-        """Offset of ``nbytes``, evicting if it must; None when all that is left is in use."""
+    def allocate(self, nbytes: int, phase: int | None = None) -> int | None:
+        """Offset of ``nbytes``, evicting if it must; None when all that is left is in use.
+
+        phase: where in a page, if there is room for that (see ``Allocator.alloc``).
+        """
         if nbytes > self.arena.capacity:
             return None
         need = nbytes
         while True:
-            at = self._alloc.alloc(nbytes)
-            if at is not None or self._grow(nbytes):
+            at = self._alloc.alloc(nbytes, phase)
+            if at is not None or self._grow(nbytes + (0 if phase is None else PAGE)):
                 if at is not None:
                     return at
                 continue
             victims = self.policy.victims(need, lambda e: e.refs == 0)
             if not victims:
-                return None
+                # Out of place rather than not at all.
+                return None if phase is None else self.allocate(nbytes)
             for entry in victims:
                 self.evict(entry)
             # Freed, but perhaps not side by side: each round asks for more.

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
+from sgl_blend.store.alloc import PAGE
 from sgl_blend.store.chunk import HEADER_ENCODER, ChunkHeader, LayerRange
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
@@ -263,7 +264,7 @@ class Residency:
     def _load(
         self, entry: Entry, header: ChunkHeader, tier: Tier, lane: str, ready: OnEntry
     ) -> None:
-        offset = self.memory.allocate(entry.nbytes)
+        offset = self.memory.allocate(entry.nbytes, 0 if tier.direct else None)
         if offset is None:
             self.counters["no_room"] += 1
             ready(None)
@@ -311,7 +312,8 @@ class Residency:
         """Read only some layers into a region of their own, which the callee must release."""
         header = entry.decoded()
         begin, end = header.layer_range(*layers)
-        offset = self.memory.allocate(end - begin)
+        phase = begin % PAGE if self.disk.direct else None
+        offset = self.memory.allocate(end - begin, phase)
         if offset is None:
             self.counters["no_room"] += 1
             ready(None, None)

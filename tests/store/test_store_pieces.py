@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from store_testing import NAMESPACE, SMALL, digest, make_chunk
 
 from sgl_blend.store import protocol as p
-from sgl_blend.store.alloc import GRANULE, Allocator
+from sgl_blend.store.alloc import GRANULE, PAGE, Allocator
 from sgl_blend.store.chunk import BodyView, ChunkHeader, LayerRange, Layout, make_namespace
 from sgl_blend.store.errors import ArenaExhausted, ProtocolError, StoreError
 from sgl_blend.store.index import MEMORY, ChunkIndex, Entry
 from sgl_blend.store.leases import LOAD, LeaseTable
+from sgl_blend.store.memory import MemoryTier
 from sgl_blend.store.shm import Arena, ArenaMapping, SideSocket
 from sgl_blend.store.sketch import FrequencySketch
 
@@ -166,8 +167,10 @@ def test_allocator_against_a_map_of_bytes(data):
             alloc.free(at)
         else:
             n = data.draw(st.integers(1, 12 * GRANULE))
-            at = alloc.alloc(n)
+            phase = data.draw(st.none() | st.integers(0, PAGE - 1))
+            at = alloc.alloc(n, phase)
             if at is not None:
+                assert at % GRANULE == 0 if phase is None else at % PAGE == phase
                 assert all(at + n <= a or a + m <= at for a, m in live.items())
                 assert at + n <= alloc.capacity
                 live[at] = n
@@ -186,6 +189,17 @@ def test_allocator_finds_a_block_of_exactly_the_size():
     alloc.alloc(63 * GRANULE)
     alloc.free(at)
     assert alloc.alloc(37 * GRANULE) == at
+
+
+def test_memory_takes_a_chunk_out_of_place_rather_than_not_at_all():
+    arena = Arena(1 << 20)
+    memory = MemoryTier(arena, "lru", FrequencySketch(64), lambda entry: None)
+    whole = memory.allocate(arena.capacity, phase=100)
+    assert whole == 0
+    memory.release(whole)
+    assert memory.allocate(arena.capacity - PAGE, phase=100) == 100
+    memory.check_integrity()
+    arena.close()
 
 
 def test_arena_is_shared_through_the_side_socket(tmp_path):

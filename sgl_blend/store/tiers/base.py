@@ -49,9 +49,12 @@ class TierRecord(NamedTuple):
 class Tier(ABC):
     """See the module's docstring for threads and failures."""
 
+    #: direct: ``read`` is fastest into memory that lies as far into a page as the bytes that it
+    #: reads begin in the body
     name: str
     indexed: bool
     lossy: bool = False
+    direct: bool = False
 
     @abstractmethod
     def put(self, items: Sequence[TierItem]) -> list[PutResult]:

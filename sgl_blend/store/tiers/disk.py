@@ -3,7 +3,7 @@
 Why this engine. Measured side by side (``store_bench.py engines``), LMDB with payloads as values is
 about as fast for synced writes and replacements of chunks of mixed sizes, and slower to read into
 shared memory. It reads through mmap, where a truncated file or a bad sector is a SIGBUS that kills
-the server; here it is a short read and a miss. Files are read with one ``preadv`` straight into
+the server; here it is a short read and a miss. Files are read past the page cache straight into
 shared memory, by layer ranges if need be, and give their space back at once. SQLite is the
 best-kept crash-safe index there is, comes with Python, and reads with ``pread`` too.
 
@@ -40,6 +40,7 @@ from sgl_blend.store.chunk import (
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.tiers.base import PutResult, Tier, TierItem, TierRecord
+from sgl_blend.store.tiers.direct import aligned, open_direct, read_into
 from sgl_blend.store.tiers.record import (
     BLOCK,
     RecordHead,
@@ -68,6 +69,7 @@ class DiskTier(Tier):
 
     name = "disk"
     indexed = True
+    direct = True
 
     def __init__(self, root: str | Path, serde: str = "raw", fsync: bool = True):
         self.root = Path(root)
@@ -125,7 +127,8 @@ class DiskTier(Tier):
             except OSError:
                 continue
             try:
-                head, size = _head_of(fd, os.pread(fd, BLOCK, 0))
+                first = aligned(BLOCK)
+                head, size = _head_of(fd, first[: read_into(fd, first, 0)])
                 stat = os.fstat(fd)
                 if stat.st_size == size + head.nbytes:
                     rows.append((stat.st_mtime_ns, self._row(head, stat.st_size)))
@@ -205,7 +208,7 @@ class DiskTier(Tier):
         self, header: ChunkHeader, dest: np.ndarray, layers: LayerRange | None = None
     ) -> ChunkHeader:
         try:
-            fd = os.open(self.path_of(header.chunk_id), os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_direct(self.path_of(header.chunk_id))
         except FileNotFoundError as e:
             raise TierMiss("no file for this chunk") from e
         except OSError as e:
@@ -218,24 +221,19 @@ class DiskTier(Tier):
             os.close(fd)
 
     def _read(self, fd: int, header: ChunkHeader, dest: np.ndarray, layers) -> ChunkHeader:
-        first = bytearray(BLOCK)
-        # The common case in one system call: a head of one block, then the raw body.
-        whole = layers is None and self._serde.name == "raw"
-        got = os.preadv(fd, [first, memoryview(dest)] if whole else [first], 0)
-        head, size = _head_of(fd, first[: min(got, BLOCK)])
+        first = aligned(BLOCK)
+        head, size = _head_of(fd, first[: read_into(fd, first, 0)])
         if head.header.chunk_id != header.chunk_id or head.header.body_bytes != header.body_bytes:
             raise ChunkCorrupt("the file holds another chunk")
         if head.serde != "raw":
-            blob = np.empty(head.nbytes, dtype=np.uint8)
+            blob = aligned(head.nbytes)
             _read_all(fd, blob, size)
             return open_record(head, blob, dest, layers)
+        begin, _ = header.layer_range(*layers) if layers is not None else (0, 0)
+        _read_all(fd, dest, size + begin)
         if layers is not None:
-            _read_all(fd, dest, size + header.layer_range(*layers)[0])
             check_layers(head, dest, layers)
-            return head.header
-        if not (whole and size == BLOCK and got == BLOCK + dest.nbytes):
-            _read_all(fd, dest, size)
-        if checksum(dest) != head.digest:
+        elif checksum(dest) != head.digest:
             raise ChunkCorrupt("the body does not match its checksum")
         return head.header
 
@@ -305,11 +303,12 @@ _INSERT = (
 )
 
 
-def _head_of(fd: int, first: bytes) -> tuple[RecordHead, int]:
+def _head_of(fd: int, first: np.ndarray) -> tuple[RecordHead, int]:
     """Head of a file and its size, given its first block. Raises ChunkCorrupt."""
     size = head_size(first)
     if size > len(first):
-        first = os.pread(fd, size, 0)
+        first = aligned(size)
+        first = first[: read_into(fd, first, 0)]
     return unpack_head(first), size
 
 
@@ -324,9 +323,5 @@ def _write_all(fd: int, parts: list[memoryview]) -> None:
 
 
 def _read_all(fd: int, dest: np.ndarray, at: int) -> None:
-    left = memoryview(dest).cast("B")
-    while left.nbytes:
-        got = os.preadv(fd, [left], at)
-        if got == 0:
-            raise ChunkCorrupt("the file ends before its body does")
-        left, at = left[got:], at + got
+    if read_into(fd, dest, at) < dest.nbytes:
+        raise ChunkCorrupt("the file ends before its body does")

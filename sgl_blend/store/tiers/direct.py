@@ -1,0 +1,103 @@
+"""Reads past the page cache (``O_DIRECT``), where the file system can.
+
+Through the page cache every byte is copied once more, in the kernel, and lies in memory twice: the
+store's own memory is the cache. On a virtual disk, 43 chunks of 9.4 MB into shared memory by two
+cores: 0.13 to 0.19 s of which 0.02 to 0.05 s of processor time, against 0.19 to 0.5 s of which 0.08
+to 0.4 s. Processor time matters: where KV is loaded, a prefill is computing.
+
+The kernel wants whole pages in page-aligned memory. A destination whose address lies as far into a
+page as its bytes do in the file (the allocator's ``phase``) gets its inner pages straight from the
+device, in one ``preadv`` with the outer two, which go through a page each of this thread's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+PAGE = 4096
+_local = threading.local()
+
+
+def open_direct(path: Path | str) -> int:
+    """Descriptor for ``read_into``: past the page cache, or through it where that is refused.
+
+    Raises OSError as ``os.open`` does.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def read_into(fd: int, dest: np.ndarray, at: int) -> int:
+    """Fill ``dest`` (uint8, contiguous) from offset ``at``; returns the bytes read, fewer than asked
+    for only at the end of the file. Any destination will do; see above for a fast one.
+
+    Raises OSError.
+    """
+    got = 0
+    if dest.nbytes and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+        try:
+            got = _pages_into(fd, dest, at)
+        except OSError as e:
+            if e.errno != errno.EINVAL:  # a device with larger blocks, for instance
+                raise
+        if got < dest.nbytes:
+            _use_page_cache(fd)
+    while got < dest.nbytes:
+        more = os.preadv(fd, [memoryview(dest)[got:]], at + got)
+        if more == 0:
+            break
+        got += more
+    return got
+
+
+def aligned(nbytes: int, phase: int = 0) -> np.ndarray:
+    """Fresh uint8 [nbytes] whose address is ``phase`` bytes into a page."""
+    room = np.empty(nbytes + PAGE, dtype=np.uint8)
+    skip = (phase - room.ctypes.data) % PAGE
+    return room[skip : skip + nbytes]
+
+
+def _pages_into(fd: int, dest: np.ndarray, at: int) -> int:
+    """One ``preadv`` of the pages that hold [at, at + len(dest)). It may come back short."""
+    lead = at % PAGE
+    if (dest.ctypes.data - lead) % PAGE:
+        copy = aligned(dest.nbytes, lead)
+        got = _pages_into(fd, copy, at)
+        dest[:got] = copy[:got]
+        return got
+    first, last = _bounce()
+    head = min(-at % PAGE, dest.nbytes)
+    inner = (dest.nbytes - head) // PAGE * PAGE
+    tail = dest.nbytes - head - inner
+    places = [first] if head else []
+    if inner:
+        places.append(memoryview(dest)[head : head + inner])
+    if tail:
+        places.append(last)
+    got = max(0, os.preadv(fd, places, at - (lead if head else 0)) - (lead if head else 0))
+    dest[: min(head, got)] = np.frombuffer(first, np.uint8)[lead : lead + min(head, got)]
+    left = min(tail, max(0, got - head - inner))
+    dest[head + inner : head + inner + left] = np.frombuffer(last, np.uint8)[:left]
+    return min(got, dest.nbytes)
+
+
+def _bounce() -> tuple[memoryview, memoryview]:
+    """Two pages of this thread's own."""
+    if not hasattr(_local, "pages"):
+        _local.pages = memoryview(mmap.mmap(-1, 2 * PAGE))
+    return _local.pages[:PAGE], _local.pages[PAGE:]
+
+
+def _use_page_cache(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
