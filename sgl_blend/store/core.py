@@ -125,7 +125,10 @@ class StoreCore:
             raise ProtocolError(f"layers {request.layers} are no range")
         LoadRequest(self, client, request, reply).start()
 
-    def lease_fits(self, client: Client, nbytes: int) -> bool:
+    def lease_fits(self, client: Client, nbytes: int, offset: int | None = None) -> bool:
+        """May the client hold ``nbytes`` more? offset: of a region that it may hold already."""
+        if offset is not None and self.leases.holds(client.id, offset):
+            return True
         return self.leases.held_bytes(client.id) + nbytes <= self.lease_quota
 
     def frames_fit(self, nbytes: int) -> bool:
@@ -147,7 +150,7 @@ class StoreCore:
         if lease.verb == LOAD:
             self.res.unref(lease.entry)
         elif lease.verb == TRANSIENT:
-            self.res.memory.release(lease.offset)
+            self.res.fillings.let_go(lease.entry)
         else:
             self.res.counters["stores_abandoned"] += 1
             self._unstore(lease)

@@ -9,31 +9,44 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sgl_blend.store.index import Entry
+if TYPE_CHECKING:
+    from sgl_blend.store.fillings import Filling
+    from sgl_blend.store.index import Entry
 
 LOAD, STORE, TRANSIENT = "load", "store", "transient"
 
 
 class Lease(NamedTuple):
-    """entry: whose bytes (None for TRANSIENT, a range of layers read for one client alone).
-    expires: loop time, or infinity. ``verb`` is LOAD, STORE or TRANSIENT."""
+    """verb: LOAD, STORE or TRANSIENT. entry: whose bytes (of a TRANSIENT lease: the filling that they
+    lie in). offset, nbytes: the region that must stay, which is the whole body even where only some
+    of its layers are read. expires: loop time, or infinity."""
 
     id: int
     verb: str
     client: bytes
-    entry: Entry | None
+    entry: Entry | Filling
     offset: int
     nbytes: int
     expires: float
 
 
+class _Held:
+    """One client's leases; for each region how many of them there are; bytes, each region once."""
+
+    __slots__ = ("ids", "regions", "nbytes")
+
+    def __init__(self) -> None:
+        self.ids: set[int] = set()
+        self.regions: dict[int, int] = {}
+        self.nbytes = 0
+
+
 class LeaseTable:
     def __init__(self):
         self._leases: dict[int, Lease] = {}
-        self._by_client: dict[bytes, set[int]] = {}
-        self._bytes: dict[bytes, int] = {}
+        self._clients: dict[bytes, _Held] = {}
         # Ids of an earlier run of the server must not fit this one's leases.
         self._ids = itertools.count(secrets.randbits(61) + 1)
 
@@ -41,21 +54,31 @@ class LeaseTable:
         return len(self._leases)
 
     def held_bytes(self, client: bytes) -> int:
-        return self._bytes.get(client, 0)
+        """Memory that this client keeps from being given away."""
+        held = self._clients.get(client)
+        return 0 if held is None else held.nbytes
+
+    def holds(self, client: bytes, offset: int) -> bool:
+        """Does it hold a lease on this region already?"""
+        held = self._clients.get(client)
+        return held is not None and offset in held.regions
 
     def grant(
         self,
         verb: str,
         client: bytes,
-        entry: Entry | None,
+        entry: Entry | Filling,
         offset: int,
         nbytes: int,
         expires: float,
     ) -> Lease:
         lease = Lease(next(self._ids), verb, client, entry, offset, nbytes, expires)
         self._leases[lease.id] = lease
-        self._by_client.setdefault(client, set()).add(lease.id)
-        self._bytes[client] = self._bytes.get(client, 0) + nbytes
+        held = self._clients.setdefault(client, _Held())
+        held.ids.add(lease.id)
+        count = held.regions.get(offset, 0)
+        held.regions[offset] = count + 1
+        held.nbytes += 0 if count else nbytes
         return lease
 
     def take(self, lease_id: int, client: bytes) -> Lease | None:
@@ -64,16 +87,19 @@ class LeaseTable:
         if lease is None or lease.client != client:
             return None
         del self._leases[lease_id]
-        held = self._by_client[client]
-        held.discard(lease_id)
-        if held:
-            self._bytes[client] -= lease.nbytes
-        else:
-            del self._by_client[client], self._bytes[client]
+        held = self._clients[client]
+        held.ids.discard(lease_id)
+        held.regions[lease.offset] -= 1
+        if not held.regions[lease.offset]:
+            del held.regions[lease.offset]
+            held.nbytes -= lease.nbytes
+        if not held.ids:
+            del self._clients[client]
         return lease
 
     def take_all(self, client: bytes) -> list[Lease]:
-        return [self.take(i, client) for i in list(self._by_client.get(client, ()))]
+        held = self._clients.get(client)
+        return [] if held is None else [self.take(i, client) for i in list(held.ids)]
 
     def take_expired(self, now: float) -> list[Lease]:
         late = [x for x in self._leases.values() if x.expires <= now]
@@ -81,10 +107,12 @@ class LeaseTable:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError when the books by client and by lease disagree."""
-        for client, ids in self._by_client.items():
-            if not ids or self._bytes[client] != sum(self._leases[i].nbytes for i in ids):
+        for client, held in self._clients.items():
+            leases = [self._leases[i] for i in held.ids]
+            regions = {x.offset: x.nbytes for x in leases}
+            if not held.ids or held.nbytes != sum(regions.values()):
                 raise RuntimeError(f"leases of client {client!r} do not add up")
-        if sum(map(len, self._by_client.values())) != len(self._leases):
+            if held.regions != {o: sum(x.offset == o for x in leases) for o in regions}:
+                raise RuntimeError(f"regions of client {client!r} are miscounted")
+        if sum(len(held.ids) for held in self._clients.values()) != len(self._leases):
             raise RuntimeError("a lease belongs to no client")
-        if self._bytes.keys() != self._by_client.keys():
-            raise RuntimeError("bytes are booked for a client without leases")

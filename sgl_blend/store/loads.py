@@ -18,6 +18,7 @@ from sgl_blend.store.leases import LOAD, TRANSIENT
 
 if TYPE_CHECKING:
     from sgl_blend.store.core import Client, StoreCore
+    from sgl_blend.store.fillings import Filling
 
 
 class LoadRequest:
@@ -56,9 +57,10 @@ class LoadRequest:
             self._ready(i, entry, "memory")
         elif layers is not None and layers.last > entry.decoded().layout.n_layers:
             self._settle(i, None)
-        elif layers is not None and not entry.loading:
-            self.core.res.fetch_range(
-                entry, layers, lambda offset, head: self._ranged(i, offset, head)
+        elif layers is not None and not entry.loading and not entry.disk_lossy:
+            # (What a lossy serde encoded is decoded as a whole in any case.)
+            self.core.res.fillings.fetch(
+                entry, layers, lambda filling, head: self._ranged(i, filling, head)
             )
         else:
             self.core.res.fetch(entry, lambda e: self._ready(i, e, "disk"))
@@ -96,36 +98,40 @@ class LoadRequest:
             view = core.res.memory.view(entry.offset + begin, end - begin)
             self._frame(i, packed, view, tier, exact, lambda: core.res.unref(entry))
             return
-        if not core.lease_fits(client, end - begin):
+        if not core.lease_fits(client, entry.nbytes, entry.offset):
             core.res.counters["lease_quota"] += 1
             self._settle(i, None)
             return
         entry.refs += 1
-        offset = entry.offset + begin
-        lease = core.leases.grant(LOAD, client.id, entry, offset, end - begin, math.inf)
-        self._settle(i, p.LoadGrant(lease.id, packed, offset, end - begin, -1, tier, exact))
+        at = entry.offset + begin
+        lease = core.leases.grant(LOAD, client.id, entry, entry.offset, entry.nbytes, math.inf)
+        self._settle(i, p.LoadGrant(lease.id, packed, at, end - begin, -1, tier, exact))
 
-    def _ranged(self, i: int, offset: int | None, header: ChunkHeader | None) -> None:
-        if offset is None:
+    def _ranged(self, i: int, filling: Filling | None, header: ChunkHeader | None) -> None:
+        if filling is None:
             self._settle(i, None)
             return
         core, client = self.core, self.client
         begin, end = header.layer_range(*self.request.layers)
-        nbytes = end - begin
-        fits = core.lease_fits(client, nbytes) if client.shm else core.frames_fit(nbytes)
+        at, nbytes = filling.offset + begin, end - begin
+        whole = header.body_bytes
+        if client.shm:
+            fits = core.lease_fits(client, whole, filling.offset)
+        else:
+            fits = core.frames_fit(nbytes)
         if self.done or not fits:
-            core.res.memory.release(offset)
+            core.res.fillings.let_go(filling)
             self._settle(i, None)
             return
         exact = (
             header.generation == 0 and header.serde == "raw" and header.context == self._context(i)
         )
         if not client.shm:
-            view = core.res.memory.view(offset, nbytes)
-            self._frame(i, header, view, "disk", exact, lambda: core.res.memory.release(offset))
+            view = core.res.memory.view(at, nbytes)
+            self._frame(i, header, view, "disk", exact, lambda: core.res.fillings.let_go(filling))
             return
-        lease = core.leases.grant(TRANSIENT, client.id, None, offset, nbytes, math.inf)
-        self._settle(i, p.LoadGrant(lease.id, header, offset, nbytes, -1, "disk", exact))
+        lease = core.leases.grant(TRANSIENT, client.id, filling, filling.offset, whole, math.inf)
+        self._settle(i, p.LoadGrant(lease.id, header, at, nbytes, -1, "disk", exact))
 
     def _frame(
         self, i: int, header: ChunkHeader | msgspec.Raw, view, tier: str, exact: bool, sent

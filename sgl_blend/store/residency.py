@@ -15,11 +15,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-from sgl_blend.store.alloc import PAGE
-from sgl_blend.store.chunk import HEADER_ENCODER, ChunkHeader, LayerRange
+from sgl_blend.store.chunk import HEADER_ENCODER, ChunkHeader
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
 from sgl_blend.store.far import FarSide
+from sgl_blend.store.fillings import Fillings
 from sgl_blend.store.index import DISK, MEMORY, REMOTE, ChunkIndex, Entry
 from sgl_blend.store.jobs import Jobs
 from sgl_blend.store.memory import MemoryTier
@@ -59,6 +59,7 @@ class Residency:
         self._deletes: list[ChunkHeader] = []
         self._writing = False
         self._waiters: dict[bytes, list[OnEntry]] = {}
+        self.fillings = Fillings(self)
         self.far = FarSide(self, remote)
 
     def restore(self) -> int:
@@ -279,11 +280,11 @@ class Residency:
             waiters = self._waiters.pop(entry.chunk_id)
             if error is not None or entry.dead:
                 self.memory.release(offset)
-                self._read_failed(entry, error)
+                self.read_failed(entry, error)
                 for waiter in waiters:
                     waiter(None)
                 return
-            self._count_read(tier, entry.nbytes, began)
+            self.count_read(tier, entry.nbytes, began)
             entry.lossy = got.serde != "raw"
             self.publish(entry, got, offset)
             self.disk_policy.touch(entry)
@@ -294,7 +295,7 @@ class Residency:
 
         self.jobs.submit(lane, lambda: tier.read(header, dest), done)
 
-    def _read_failed(self, entry: Entry, error: BaseException | None) -> None:
+    def read_failed(self, entry: Entry, error: BaseException | None) -> None:
         if isinstance(error, ChunkCorrupt | TierMiss):
             self.counters["corrupt" if isinstance(error, ChunkCorrupt) else "vanished"] += 1
             self.remove(entry)
@@ -303,36 +304,7 @@ class Residency:
             if not entry.tiers & (DISK | MEMORY):
                 self.remove(entry)
 
-    def fetch_range(
-        self,
-        entry: Entry,
-        layers: LayerRange,
-        ready: Callable[[int | None, ChunkHeader | None], None],
-    ) -> None:
-        """Read only some layers into a region of their own, which the callee must release."""
-        header = entry.decoded()
-        begin, end = header.layer_range(*layers)
-        phase = begin % PAGE if self.disk.direct else None
-        offset = self.memory.allocate(end - begin, phase)
-        if offset is None:
-            self.counters["no_room"] += 1
-            ready(None, None)
-            return
-        dest, disk = self.memory.view(offset, end - begin), self.disk
-        began = time.monotonic()
-
-        def done(got: ChunkHeader | None, error: BaseException | None) -> None:
-            if error is not None:
-                self.memory.release(offset)
-                self._read_failed(entry, error)
-                ready(None, None)
-            else:
-                self._count_read(disk, end - begin, began)
-                ready(offset, got)
-
-        self.jobs.submit("read", lambda: disk.read(header, dest, layers), done)
-
-    def _count_read(self, tier: Tier, nbytes: int, began: float) -> None:
+    def count_read(self, tier: Tier, nbytes: int, began: float) -> None:
         self.counters[f"{tier.name}_reads"] += 1
         self.counters[f"{tier.name}_read_bytes"] += nbytes
         self.counters[f"{tier.name}_read_us"] += int((time.monotonic() - began) * 1e6)

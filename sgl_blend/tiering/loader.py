@@ -253,10 +253,15 @@ class Load:
         return context_at(self.wish.tokens, self.wish.tenant, edge.anchor.end + edge.reach)
 
     def _groups(self, nbytes: int) -> list[tuple[int, int]]:
-        """Ranges of layers that are brought in one after another: few where there is little."""
+        """Ranges of layers that are brought in one after another: few where there is little, and
+        growing by half, for while one is computed with, the next one comes."""
         layers = self.rules.layout.n_layers
-        count = max(1, min(8, layers, nbytes >> 22))
-        edges = [round(i * layers / count) for i in range(count + 1)]
+        most = max(1, min(8, layers, nbytes >> 22))
+        edges, size = [0], layers / 8
+        while edges[-1] < layers and len(edges) < most:
+            edges.append(min(layers, edges[-1] + max(1, round(size))))
+            size *= 1.5
+        edges = [*(e for e in edges if e < layers), layers]
         return list(zip(edges, edges[1:], strict=False))
 
     def _bring_in(

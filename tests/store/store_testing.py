@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import select
 import time
 from dataclasses import replace
 
 import msgspec
 import numpy as np
 
+from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import ChunkHeader, Layout, checksum, make_namespace, pack_tokens
 from sgl_blend.store.client import StoreClient
 from sgl_blend.store.config import StoreConfig
+from sgl_blend.store.core import StoreCore
 from sgl_blend.store.embedded import EmbeddedStore
+from sgl_blend.store.jobs import Jobs
+from sgl_blend.store.residency import Residency
+from sgl_blend.store.shm import Arena
+from sgl_blend.store.tiers.disk import DiskTier
 
 NAMESPACE = make_namespace("test-model", "tenant-a")
 SMALL = Layout(n_layers=4, n_kv_heads=2, head_dim=16, v_head_dim=16)
@@ -69,3 +76,63 @@ def eventually(check, seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.02)
     return bool(check())
+
+
+class Driver:
+    """A core without sockets: ``ask`` waits for the reply, running worker callbacks meanwhile."""
+
+    def __init__(self, config, disk=None, remote=None):
+        self.jobs = Jobs(
+            {"disk": 1, "read": 2, "copy": 1, "remote": 1, "remote-put": 1, "sweep": 1}
+        )
+        if disk is None and config.disk_path:
+            disk = DiskTier(config.disk_path, config.disk_serde, config.disk_fsync)
+        self.disk = disk
+        self.arena = Arena(config.memory_bytes)
+        self.now = 0.0
+        residency = Residency(config, self.arena, self.jobs, disk, remote)
+        self.core = StoreCore(residency, clock=lambda: self.now)
+        self.restored = residency.restore()
+
+    def ask(self, client, request, frames=()):
+        got = []
+
+        def reply(message, parts=(), sent=None):
+            # As a client sees it: over the wire.
+            got.append((p.decode_reply(p.encode(message)), [np.array(x) for x in parts]))
+            if sent:
+                sent()
+
+        self.core.handle(client, request, frames, reply)
+        while not got:
+            self.step()
+        return got[0]
+
+    def step(self, seconds: float = 0.05):
+        select.select([self.jobs.fileno()], [], [], seconds)
+        self.jobs.drain()
+        self.core.tick()
+
+    def settle(self):
+        while self.core.res.backlog or self.jobs.pending:
+            self.step()
+
+    def put(self, client, header, body, durable=False) -> str:
+        grant = self.ask(client, p.PrepareStore([header]))[0].grants[0]
+        if grant.status != "granted":
+            return grant.status
+        frames = ()
+        if client.shm:
+            self.arena.view(grant.offset, grant.nbytes)[:] = body
+        else:
+            frames = [memoryview(body)]
+        request = p.CompleteStore([grant.lease], [checksum(body)], durable)
+        return self.ask(client, request, frames)[0].status[0]
+
+    def close(self):
+        self.settle()
+        self.core.check_integrity()
+        self.jobs.close()
+        if self.disk:
+            self.disk.close()
+        self.arena.close()

@@ -328,5 +328,13 @@ def test_leases_belong_to_their_client():
     assert table.take_all(b"a") == [a]
     table.check_integrity()
     assert len(table) == 0 and table.held_bytes(b"a") == 0
+    # Two ranges of one body are one region that must stay.
+    c, d = (table.grant(LOAD, b"a", None, 0, 100, math.inf) for _ in range(2))
+    assert table.held_bytes(b"a") == 100 and table.holds(b"a", 0) and not table.holds(b"b", 0)
+    table.take(c.id, b"a")
+    table.check_integrity()
+    assert table.held_bytes(b"a") == 100
+    table.take(d.id, b"a")
+    assert table.held_bytes(b"a") == 0 and not table.holds(b"a", 0)
     # A restarted server must not take an old lease for its own.
     assert LeaseTable().grant(LOAD, b"a", None, 0, 1, 0).id != a.id

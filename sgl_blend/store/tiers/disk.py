@@ -23,7 +23,8 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ from sgl_blend.store.tiers.record import (
     unpack_head,
 )
 
+_HEADS = 4096
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCHEMA = """
 create table if not exists chunks(
@@ -77,6 +79,9 @@ class DiskTier(Tier):
         self.lossy = self._serde.lossy
         self._fsync = fsync
         self._db_lock = threading.Lock()
+        #: heads of raw chunks that are being read by ranges: (head, its size)
+        self._heads: OrderedDict[bytes, tuple[RecordHead, int]] = OrderedDict()
+        self._heads_lock = threading.Lock()
         self.rebuilt = False
         try:
             (self.root / "data").mkdir(parents=True, exist_ok=True)
@@ -198,6 +203,7 @@ class DiskTier(Tier):
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
+            self._forget([header.chunk_id])
             os.rename(tmp, final)
         except OSError:
             tmp.unlink(missing_ok=True)
@@ -221,10 +227,8 @@ class DiskTier(Tier):
             os.close(fd)
 
     def _read(self, fd: int, header: ChunkHeader, dest: np.ndarray, layers) -> ChunkHeader:
-        first = aligned(BLOCK)
-        head, size = _head_of(fd, first[: read_into(fd, first, 0)])
-        if head.header.chunk_id != header.chunk_id or head.header.body_bytes != header.body_bytes:
-            raise ChunkCorrupt("the file holds another chunk")
+        known = self._heads.get(header.chunk_id) if layers is not None else None
+        head, size = known or self._head(fd, header)
         if head.serde != "raw":
             blob = aligned(head.nbytes)
             _read_all(fd, blob, size)
@@ -233,9 +237,31 @@ class DiskTier(Tier):
         _read_all(fd, dest, size + begin)
         if layers is not None:
             check_layers(head, dest, layers)
+            if known is None:
+                self._remember(head, size)
         elif checksum(dest) != head.digest:
             raise ChunkCorrupt("the body does not match its checksum")
         return head.header
+
+    @staticmethod
+    def _head(fd: int, header: ChunkHeader) -> tuple[RecordHead, int]:
+        first = aligned(BLOCK)
+        head, size = _head_of(fd, first[: read_into(fd, first, 0)])
+        if head.header.chunk_id != header.chunk_id or head.header.body_bytes != header.body_bytes:
+            raise ChunkCorrupt("the file holds another chunk")
+        return head, size
+
+    def _remember(self, head: RecordHead, size: int) -> None:
+        """For the next range: layers are verified against a head that was verified itself."""
+        with self._heads_lock:
+            self._heads[head.header.chunk_id] = head, size
+            if len(self._heads) > _HEADS:
+                self._heads.popitem(last=False)
+
+    def _forget(self, chunk_ids: Iterable[bytes]) -> None:
+        with self._heads_lock:
+            for chunk_id in chunk_ids:
+                self._heads.pop(chunk_id, None)
 
     def delete(self, headers: Sequence[ChunkHeader]) -> None:
         ids = [h.chunk_id for h in headers]
@@ -253,6 +279,7 @@ class DiskTier(Tier):
             # Even where the row stays, a row without its file is only a miss.
             for i in ids:
                 self.path_of(i).unlink(missing_ok=True)
+            self._forget(ids)
 
     def scan(self) -> Iterator[TierRecord]:
         query = "select id, header, mark, nbytes, lossy, pinned from chunks order by seq"
