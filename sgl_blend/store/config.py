@@ -64,7 +64,7 @@ class StoreConfig:
     disk_serde: str = "raw"
     disk_fsync: bool = True
     disk_after: int = 1
-    disk_readers: int = 2
+    disk_readers: int = 4
     remote: str | None = None
     remote_options: tuple[tuple[str, Any], ...] = ()
     remote_serde: str = "raw"

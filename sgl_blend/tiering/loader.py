@@ -253,11 +253,12 @@ class Load:
         return context_at(self.wish.tokens, self.wish.tenant, edge.anchor.end + edge.reach)
 
     def _groups(self, nbytes: int) -> list[tuple[int, int]]:
-        """Ranges of layers that are brought in one after another: few where there is little, and
-        growing by half, for while one is computed with, the next one comes."""
+        """Ranges of layers that are brought in one after another: few where there is little. The
+        first is small, since the prefill begins with it; each is half as large again as the one
+        before, since it comes while that one is computed with."""
         layers = self.rules.layout.n_layers
         most = max(1, min(8, layers, nbytes >> 22))
-        edges, size = [0], layers / 8
+        edges, size = [0], layers / 16
         while edges[-1] < layers and len(edges) < most:
             edges.append(min(layers, edges[-1] + max(1, round(size))))
             size *= 1.5

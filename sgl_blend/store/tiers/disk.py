@@ -1,11 +1,12 @@
 """Disk tier: one file a chunk, and SQLite (write-ahead log) as the index.
 
-Why this engine. Measured side by side (``store_bench.py engines``), LMDB with payloads as values is
-about as fast for synced writes and replacements of chunks of mixed sizes, and slower to read into
-shared memory. It reads through mmap, where a truncated file or a bad sector is a SIGBUS that kills
-the server; here it is a short read and a miss. Files are read past the page cache straight into
-shared memory, by layer ranges if need be, and give their space back at once. SQLite is the
-best-kept crash-safe index there is, comes with Python, and reads with ``pread`` too.
+Why this engine. Measured side by side (``store_bench.py engines``), LMDB with payloads as values
+writes and replaces chunks of mixed sizes about as fast (larger ones faster), and reads what is not
+in the page cache more slowly and at two to three times the processor time. It reads through mmap,
+where a truncated file or a bad sector is a SIGBUS that kills the server; here it is a short read
+and a miss. Files are read past the page cache straight into shared memory, by layer ranges if need
+be, and give their space back at once. SQLite is the best-kept crash-safe index there is, comes with
+Python, and reads with ``pread`` too.
 
 Crash safety. A chunk is written to ``tmp/``, synced, renamed into place, then entered in the
 index; ``put`` returns after that. A kill in between leaves a file that no row names: ``tmp/`` is
