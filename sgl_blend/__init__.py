@@ -10,7 +10,8 @@ Imports run downward only. From the top floor to the bottom:
                       ``chunk_tree.py`` (chunks in the tree), ``matching.py`` (a prompt's spans),
                       ``anchors.py`` (chunk index), ``turns.py`` (a prompt sent again),
                       ``marks.py``, ``integrity.py``
-``prefill.py``        the blend prefill: row sets through the model's own layers
+``prefill.py``        the blend prefill: row sets through the model's own layers; ``pieces.py``,
+                      what a batch for it is made of
 ``attention.py``      attention of gapped rows by true token position (on CUDA:
                       ``attention_flashinfer.py``)
 ``scores.py``         a score for each slot of the KV pool, measured when its token is computed

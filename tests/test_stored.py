@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from sgl_blend.attention import AttentionSpec, RowSegment
 from sgl_blend.config import BlendConfig
 from sgl_blend.ops import outward, outward_share
+from sgl_blend.pieces import HostSources, Piece, PieceBlend
 from sgl_blend.plan import BlendPlan
-from sgl_blend.prefill import HostSources, Piece, PieceBlend, _PiecePass, run, token_layers
+from sgl_blend.prefill import _PiecePass, run, token_layers
 from sgl_blend.scores import ScoreTable, score_layer
 from sgl_blend.selection import POLICIES, ReusedTokens, keeps_scores
 from sgl_blend.selection.stored import filled

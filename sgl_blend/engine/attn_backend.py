@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
 from sgl_blend.attention import AttentionSpec, PoolView, RowSegment
-from sgl_blend.prefill import Piece
+from sgl_blend.pieces import Piece
 from sgl_blend.scores import ScoreTable
 
 

@@ -19,6 +19,7 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine.report import attach
 from sgl_blend.engine.state import RequestState, StateMark, namespace_of, state_of, unservable
 from sgl_blend.gate.state import TURNED_OFF, GateState
+from sgl_blend.pieces import Piece, PieceBlend
 from sgl_blend.plan import (
     BLENDED,
     EXACT,
@@ -29,7 +30,7 @@ from sgl_blend.plan import (
     exact_head,
     ranges,
 )
-from sgl_blend.prefill import Piece, PieceBlend, token_layers
+from sgl_blend.prefill import token_layers
 from sgl_blend.scores import ScoreTable
 from sgl_blend.selection import POLICIES, Need, ReusedTokens
 

@@ -29,8 +29,9 @@ from sgl_blend.engine.clock import ForwardClock
 from sgl_blend.engine.flags import STORE_ATTR
 from sgl_blend.engine.state import RequestState, state_of, unservable
 from sgl_blend.gate.state import GateState
+from sgl_blend.pieces import HostSources, Piece
 from sgl_blend.plan import ReuseSpan, exact_head, fill_holes, ranges
-from sgl_blend.prefill import HostSources, Piece, query_depth
+from sgl_blend.prefill import query_depth
 from sgl_blend.selection import Need
 from sgl_blend.store.chunk import Layout, make_namespace
 from sgl_blend.tiering.hostkv import HostKV
