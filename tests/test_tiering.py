@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from polling import eventually
 
 from sgl_blend.chunking import strong_table
 from sgl_blend.plan import HostPart, ReuseSpan, exact_head, fill_holes
@@ -267,7 +268,7 @@ def test_a_copy_that_lost_its_slots_is_not_published(client):
     assert offloader.tally.stored == 0 and offloader.tally.lost > 0
     assert load(client, tokens).spans() == []
     # Leases end over another channel than the one that reports them.
-    assert until(lambda: client.stats()["leases"] == 0)
+    assert eventually(lambda: client.stats()["leases"] == 0)
 
 
 def test_what_is_known_already_is_not_copied_again(client):
@@ -294,7 +295,7 @@ def test_layer_by_layer_from_disk(client, store):
         k, _ = spans[0].parts[-1].chunk.layer(LAYERS - 1)
         assert float(k[0, 0, 0]) >= 3000.0
         one.close()
-        assert until(lambda: fresh.stats()["leases"] == 0)
+        assert eventually(lambda: fresh.stats()["leases"] == 0)
 
 
 def test_a_prompt_larger_than_what_may_be_lent_comes_in_part_and_whole_in_layers(tmp_path):
@@ -401,15 +402,6 @@ def service_of(endpoint: str, pool: Pool, **changes) -> StoreService:
     return StoreService(ServiceConfig(**{**values, **changes}), LAYOUT, "float32", pool)
 
 
-def until(check, seconds: float = 20.0) -> bool:
-    stop = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > stop:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def test_offer_then_request(client, store):
     tokens = tokens_of(180, 500)
     service = service_of(store[0].endpoint, Pool(500))
@@ -421,9 +413,9 @@ def test_offer_then_request(client, store):
         one = service.request(
             Wish(prompt, chunks_of(prompt), len(prompt), 1, TENANT, SPACE, False, 0.1)
         )
-        assert until(lambda: one.ready) and covered(one.spans()) > 400
+        assert eventually(lambda: one.ready) and covered(one.spans()) > 400
         one.close()
-        assert until(lambda: not service.busy)
+        assert eventually(lambda: not service.busy)
     finally:
         service.close()
 
@@ -439,7 +431,7 @@ def test_without_a_store_everything_is_a_miss_and_nothing_waits_long():
         ]
         service.offer(Job(SPACE, tokens, torch.arange(300), [], lambda: True))
         assert time.monotonic() - begun < 0.2
-        assert until(lambda: all(one.ready for one in loads))
+        assert eventually(lambda: all(one.ready for one in loads))
         assert not any(one.spans() for one in loads)
     finally:
         service.close()
@@ -458,8 +450,8 @@ def test_a_closed_load_holds_nothing(client, store):
             t.start()
         for t in closers:
             t.join()
-        assert until(lambda: not service.busy)
-        assert until(lambda: client.stats()["leases"] == 0)
+        assert eventually(lambda: not service.busy)
+        assert eventually(lambda: client.stats()["leases"] == 0)
     finally:
         service.close()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import probe
 import pytest
 import requests
+from polling import eventually
 from talk import SEP, Docs, ask, check_report
 
 from sgl_blend.bench import server as launcher
@@ -33,15 +34,6 @@ def metric(server, name: str, **labels: str) -> float | None:
         if all(has.get(k) == v for k, v in labels.items()):
             found.append(float(line[1]))
     return sum(found) if found else None
-
-
-def wait_for(what, seconds: float = 60.0):
-    """Poll ``what`` until it is true."""
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.2)
-    return value
 
 
 @pytest.mark.parametrize(
@@ -120,8 +112,9 @@ def test_live_samples_find_a_sound_build_sound(model, start, tmp_path, ranks):
             [a] = send(server, d, 1)
             assert a.blend["reused"] > 100 and a.blend["ratio"] == 0.1
             done = (i + 1) * ranks
-            wait_for(
-                lambda done=done: metric(server, "gate_samples_total", outcome="compared") == done
+            assert eventually(
+                lambda done=done: metric(server, "gate_samples_total", outcome="compared") == done,
+                60.0,
             )
         # Own ratios and exact requests are no samples.
         send(server, d, 3, custom={"blend_ratio": 0.3})

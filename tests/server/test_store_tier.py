@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from polling import eventually
 from talk import TOLERANCE, Answer, Docs, ask, check_report
 
 from sgl_blend.bench.server import Server
@@ -367,20 +368,11 @@ def test_a_servers_own_store_is_started_again_when_it_dies(model, start):
     store.kill()
     prompt = docs.prompt([3, 1])
     assert close(ask(own, prompt, custom=ALL), ask(own, prompt, custom=EXACT))
-    assert until(lambda: [p.pid for p in _stores_of(own)] not in ([], [store.pid]))
-    assert until(found_again)
+    assert eventually(lambda: [p.pid for p in _stores_of(own)] not in ([], [store.pid]), 60.0)
+    assert eventually(found_again, 60.0)
     (again,) = _stores_of(own)
     own.stop()
-    assert until(lambda: not again.is_running())
-
-
-def until(check, seconds: float = 60.0) -> bool:
-    stop = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > stop:
-            return False
-        time.sleep(0.1)
-    return True
+    assert eventually(lambda: not again.is_running(), 60.0)
 
 
 def _stores_of(server) -> list:

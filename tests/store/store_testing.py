@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import select
-import time
 from dataclasses import replace
 
 import msgspec
@@ -66,16 +65,6 @@ def connect(endpoint: str, namespace: bytes = bytes(16), **options) -> StoreClie
 
 def start(config: StoreConfig, **options) -> EmbeddedStore:
     return EmbeddedStore(config, **{"start_s": 120.0, **options})
-
-
-def eventually(check, seconds: float = 10.0) -> bool:
-    """Whether ``check()`` comes true before the time is up."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if check():
-            return True
-        time.sleep(0.02)
-    return bool(check())
 
 
 class Driver:

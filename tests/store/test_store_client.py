@@ -11,7 +11,8 @@ import urllib.request
 
 import numpy as np
 import pytest
-from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
+from polling import eventually
+from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, start
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import make_namespace, pack_tokens

@@ -15,7 +15,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zmq
-from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
+from polling import eventually
+from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, start
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store import protocol as p

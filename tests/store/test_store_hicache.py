@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_testing import NAMESPACE, connect, digest, eventually, make_chunk, small_config, start
+from polling import eventually
+from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, start
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss

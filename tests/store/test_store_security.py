@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zmq
+from polling import eventually
 from store_testing import (
     NAMESPACE,
     SMALL,
     connect,
     digest,
-    eventually,
     make_chunk,
     small_config,
     start,
