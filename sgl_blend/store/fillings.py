@@ -46,6 +46,11 @@ class Fillings:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def __contains__(self, entry: Entry) -> bool:
+        """Is somebody in the middle of reading it?"""
+        filling = self._by_id.get(entry.chunk_id)
+        return filling is not None and filling.entry is entry
+
     def fetch(self, entry: Entry, layers: LayerRange, ready: OnRange) -> None:
         """``ready(filling, header)`` when ``layers`` lie in their place, ``(None, None)`` when they
         cannot be had. The callee has one hold on the filling, and must ``let_go`` of it."""

@@ -231,7 +231,9 @@ class Residency:
         excess = self.disk_used + need - self.config.disk_bytes
         if excess <= 0:
             return True
-        for entry in self.disk_policy.victims(excess, lambda e: not e.loading):
+        for entry in self.disk_policy.victims(
+            excess, lambda e: not e.loading and e not in self.fillings
+        ):
             self._drop_from_disk(entry)
             self.counters["disk_evictions"] += 1
             if not entry.tiers & MEMORY:

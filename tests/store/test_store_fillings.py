@@ -15,10 +15,11 @@ FIRST, REST = LayerRange(0, 1, True), LayerRange(1, 4)
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(tmp_path, request):
     """A core whose disk holds one chunk and whose memory holds none: (driver, header, body)."""
-    config = small_config(tmp_path)
-    header, body = make_chunk(1)
+    n_tokens, disk_bytes = getattr(request, "param", (32, 64 << 20))
+    config = small_config(tmp_path, disk_bytes=disk_bytes)
+    header, body = make_chunk(1, n_tokens=n_tokens)
     driver = Driver(config)
     assert driver.put(FAR, header, body, durable=True) == "durable"
     driver.close()
@@ -169,3 +170,16 @@ def test_stored_again_while_the_deleted_one_is_read(stored):
     assert ask(stored, FAR) is not None
     driver.core.res.memory.shrink_to(0)
     assert driver.core.res.memory.used == 0
+
+
+@pytest.mark.parametrize("stored", [(1200, 1 << 20)], indirect=True)
+def test_disk_is_not_evicted_under_a_reader(stored):
+    """The last layers would be a miss, and what was loaded until then in vain."""
+    driver = stored[0]
+    first = ask(stored, ONE, FIRST)
+    others = [make_chunk(i, n_tokens=1200) for i in (2, 3)]
+    assert driver.put(FAR, *others[0], durable=True) == "disk_full"
+    rest = ask(stored, ONE, REST)
+    assert rest is not None and rest.tier == "disk"
+    done(stored, ONE, first, rest)
+    assert driver.put(FAR, *others[1], durable=True) == "durable"
