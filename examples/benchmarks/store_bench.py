@@ -29,6 +29,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import zmq
+from page_cache import drop_page_cache
 
 from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout, checksum, make_namespace
 from sgl_blend.store.client import StoreClient
@@ -480,15 +481,6 @@ def bench_engines(args) -> list[dict]:
             rows.append({"engine": name, "chunk_mib": size / MIB, **row})
             show(rows[-1])
     return rows
-
-
-def drop_page_cache(folder: str) -> None:
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
 
 
 def _engine_row(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -28,6 +27,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+
+from page_cache import drop_page_cache  # noqa: E402
 
 from sgl_blend.bench.client import Answer, ask  # noqa: E402
 from sgl_blend.bench.models import make_model  # noqa: E402
@@ -66,14 +67,6 @@ class Bench:
                 last, since = now, time.monotonic()
             time.sleep(0.1)
 
-    def drop_page_cache(self) -> None:
-        for path in Path(self.store.config.disk_path).rglob("*"):
-            if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
-
     def turn(self, documents: list[int]) -> dict[str, Answer]:
         """One answer from each place."""
         answers = {}
@@ -84,14 +77,14 @@ class Bench:
                 ask(self.server.url, ids=exact.ids, custom={"blend": False})
             self.settle()
             if place == "disk":
-                self.drop_page_cache()
+                drop_page_cache(self.store.config.disk_path)
             answers[place] = self.ask(documents)
         return answers
 
     def load_alone(self, tokens: int) -> tuple[float, int]:
         """Seconds to load chunks of so many ``tokens`` that lie on the disk alone, and bytes."""
         self.settle()
-        self.drop_page_cache()
+        drop_page_cache(self.store.config.disk_path)
         with StoreClient(self.store.endpoint, deadline_s=120.0) as client:
             listed = client.list(0, 4000, everything=True).entries
             space = Counter(e.header.namespace for e in listed).most_common(1)[0][0]

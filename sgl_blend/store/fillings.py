@@ -117,7 +117,7 @@ class Fillings:
         self._forget(filling)
         filling.placed = True
         entry.refs += 1
-        entry.lossy = False
+        entry.lossy = header.serde != "raw"
         self.res.publish(entry, header, filling.offset)
         self.res.disk_policy.touch(entry)
         self.res.counters["disk_filled"] += 1

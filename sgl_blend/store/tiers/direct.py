@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-PAGE = 4096
+from sgl_blend.store.alloc import PAGE
+
 _local = threading.local()
 
 
@@ -85,7 +86,7 @@ def _pages_into(fd: int, dest: np.ndarray, at: int) -> int:
         places.append(memoryview(dest)[head : head + inner])
     if tail:
         places.append(last)
-    got = max(0, os.preadv(fd, places, at - (lead if head else 0)) - (lead if head else 0))
+    got = max(0, os.preadv(fd, places, at - lead) - lead)
     dest[: min(head, got)] = np.frombuffer(first, np.uint8)[lead : lead + min(head, got)]
     left = min(tail, max(0, got - head - inner))
     dest[head + inner : head + inner + left] = np.frombuffer(last, np.uint8)[:left]
