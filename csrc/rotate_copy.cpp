@@ -43,8 +43,12 @@ struct Row {
 
 struct Pool {
   Cache k, v;
-  explicit Pool(const TensorView& k_t, const TensorView& v_t)
+  Pool(const TensorView& k_t, const TensorView& v_t)
       : k(k_t, "k: expected [n, heads, dim]"), v(v_t, "v: expected [n, heads, dim]") {}
+  template <typename T>
+  Pool(const TensorView& k_t, const TensorView& v_t, int64_t layer, T type)
+      : k(k_t, layer, type, "k: expected [layers, n, heads, dim] and one of its layers"),
+        v(v_t, layer, type, "v: expected [layers, n, heads, dim] and one of its layers") {}
 };
 
 // Writes token i of `rows`, turned by its (cos, sin), to slot i of `dst_t`.
@@ -102,7 +106,7 @@ void rotate_copy(TensorView k_t, TensorView v_t, TensorView src_t, TensorView ds
   copy_rows(rows, k_t, v_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads);
 }
 
-void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, TensorView k_dst_t,
+void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, int64_t layer, TensorView k_dst_t,
                  TensorView v_dst_t, TensorView dst_t, TensorView cos_t, TensorView sin_t,
                  int64_t rotary_dim, int64_t neox, int64_t threads) {
   expect(k_parts.size() == v_parts.size(), "as many parts of V as of K");
@@ -114,7 +118,7 @@ void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, TensorView k_dst_
     expect(k.dtype() == k_dst_t.dtype() && v.dtype() == v_dst_t.dtype() &&
                k.dtype() == v.dtype(),
            "all of a pool's dtype");
-    parts.emplace_back(k, v);
+    by_dtype(k_dst_t, [&](auto type) { parts.emplace_back(k, v, layer, type); });
     const Pool& part = parts.back();
     expect(part.k.tokens == part.v.tokens, "as many tokens of V as of K");
     for (int64_t t = 0; t < part.k.tokens; ++t) rows.push_back({&part.k, &part.v, t});

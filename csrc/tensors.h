@@ -46,6 +46,18 @@ struct Cache {
     token_stride = t.stride(0), head_stride = t.stride(1);
   }
 
+  // Layer `layer` of [layers, n, heads, dim].
+  template <typename T>
+  Cache(const TensorView& t, int64_t layer, T, const char* message)
+      : data(nullptr), tokens(0), heads(0), dim(0), token_stride(0), head_stride(0) {
+    expect(t.device().device_type == kDLCPU && t.ndim() == 4 && layer >= 0 && layer < t.size(0),
+           message);
+    tokens = t.size(1), heads = t.size(2), dim = t.size(3);
+    expect(t.numel() == 0 || dim == 1 || t.stride(3) == 1, message);
+    token_stride = t.stride(1), head_stride = t.stride(2);
+    data = static_cast<typename T::type*>(t.data_ptr()) + layer * t.stride(0);
+  }
+
   template <typename T>
   typename T::type* at(int64_t token, int64_t head) const {
     return static_cast<typename T::type*>(data) + token * token_stride + head * head_stride;

@@ -73,8 +73,10 @@ def test_rotate_copy_matches_reference(n, heads, dim, value_dim, part, neox, dty
     from_k, from_v = k.clone(), v.clone()
     edges = [0, *sorted(min(c, n) for c in cuts), n]
     parts = [src[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    ks, vs = [k[p] for p in parts], [v[p] for p in parts]
-    ops.rotate_from(ks, vs, from_k, from_v, dst, *turn, rotary_dim, neox)
+    # The second of two layers, of which the first holds something else.
+    ks = [torch.stack([-k[p], k[p]]) for p in parts]
+    vs = [torch.stack([-v[p], v[p]]) for p in parts]
+    ops.rotate_from(ops.Parts(ks, vs), 1, from_k, from_v, dst, *turn, rotary_dim, neox)
     ops.rotate_copy(k, v, src, dst, *turn, rotary_dim, neox)
     for got_k, got_v in ((k, v), (from_k, from_v)):
         assert torch.equal(got_v, want_v)

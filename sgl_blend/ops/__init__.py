@@ -27,11 +27,12 @@ from sgl_blend.ops.attention import (
 )
 from sgl_blend.ops.deviation import k_deviation, v_deviation
 from sgl_blend.ops.outward import outward_share
-from sgl_blend.ops.rotation import Rope, Rotation, rotate_copy, rotate_from
+from sgl_blend.ops.rotation import Parts, Rope, Rotation, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, top_rows
 
 __all__ = [
     "AttentionWithMass",
+    "Parts",
     "Rope",
     "Rotation",
     "attention_mass",

@@ -145,9 +145,49 @@ def rotate_copy(
         )
 
 
+class Parts:
+    """KV of tokens that lie in several places outside the pool, for a range of layers.
+
+    k [layers, n_i, Hk, D] and v [layers, n_i, Hk, Dv], one of each for every place, all of one dtype
+    and on one device; ``tokens`` is the sum of n_i. Checked once, for all layers.
+
+    Raises:
+        KernelError: parts that do not fit each other.
+    """
+
+    def __init__(self, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
+        require(len(k) == len(v) > 0, f"{len(k)} parts of K and {len(v)} parts of V")
+        for i, (a, b) in enumerate(zip(k, v, strict=True)):
+            checks.floats(f"k[{i}]", a, 4, k[0].device)
+            checks.floats(f"v[{i}]", b, 4, k[0].device)
+            for name, part, like in ((f"k[{i}]", a, k[0]), (f"v[{i}]", b, v[0])):
+                require(
+                    part.shape[0] == k[0].shape[0]
+                    and part.shape[1] == a.shape[1]
+                    and part.shape[2:] == like.shape[2:]
+                    and part.dtype == k[0].dtype,
+                    f"{name} {list(part.shape)} {part.dtype} does not fit {list(like.shape)} "
+                    f"{k[0].dtype}, or has other tokens than its K",
+                )
+        self.k, self.v = [x.detach() for x in k], [x.detach() for x in v]
+        self.layers = k[0].shape[0]
+        self.tokens = sum(x.shape[1] for x in k)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's K [n, Hk, D] and V [n, Hk, Dv], joined: copies."""
+        return torch.cat([x[layer] for x in self.k]), torch.cat([x[layer] for x in self.v])
+
+    @functools.cached_property
+    def arrays(self) -> tuple[object, object]:
+        """What the kernel takes. Handing over hundreds of tensors costs more than a layer's copy."""
+        from tvm_ffi import convert
+
+        return convert(self.k), convert(self.v)
+
+
 def rotate_from(
-    k_parts: Sequence[torch.Tensor],
-    v_parts: Sequence[torch.Tensor],
+    parts: Parts,
+    layer: int,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     dst_slots: torch.Tensor,
@@ -158,25 +198,21 @@ def rotate_from(
 ) -> None:
     """``rotate_copy`` from outside the pool (chunks loaded from a tier), wherever they lie.
 
-    k_parts [n_i, Hk, D] and v_parts [n_i, Hk, Dv], in the pool's dtype and on its device, n tokens
-    in all; token i of their concatenation, which is never made, goes to ``dst_slots[i]``.
+    parts: n tokens, in the pool's dtype and on its device; ``layer`` counts from their first one.
+    Token i of their concatenation, which the kernel never makes, goes to ``dst_slots[i]``.
 
     Raises:
         KernelError: arguments that do not fit, or repeats in ``dst_slots`` (checked on the CPU).
     """
     checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
-    require(
-        len(k_parts) == len(v_parts), f"{len(k_parts)} parts of K but {len(v_parts)} parts of V"
-    )
-    for i, (k, v) in enumerate(zip(k_parts, v_parts, strict=True)):
-        checks.pool(k, v, (f"k_parts[{i}]", f"v_parts[{i}]"))
-        checks.same_layout(f"k_parts[{i}]", k, k_cache, "k_cache")
-        checks.same_layout(f"v_parts[{i}]", v, v_cache, "v_cache")
-        require(k.device == k_cache.device, f"k_parts[{i}] is on {k.device}, not {k_cache.device}")
+    require(0 <= layer < parts.layers, f"layer {layer} of parts that have {parts.layers}")
+    checks.same_layout("K's parts", parts.k[0][layer], k_cache, "k_cache")
+    checks.same_layout("V's parts", parts.v[0][layer], v_cache, "v_cache")
+    device = parts.k[0].device
+    require(device == k_cache.device, f"the parts are on {device}, not {k_cache.device}")
     dst = checks.index("dst_slots", dst_slots, k_cache.device)
     tokens = dst.shape[0]
-    given = sum(k.shape[0] for k in k_parts)
-    require(given == tokens, f"the parts hold {given} tokens, dst_slots {tokens}")
+    require(parts.tokens == tokens, f"the parts hold {parts.tokens} tokens, dst_slots {tokens}")
     cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
     if tokens == 0:
         return
@@ -184,12 +220,11 @@ def rotate_from(
     module = cpu_module(k_cache.device)
     if module is None:
         _require_disjoint(k_cache.shape[0], dst, None)
-        k_src, v_src = torch.cat(list(k_parts)), torch.cat(list(v_parts))
+        k_src, v_src = parts.layer(layer)
         reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
         return
-    parts = ([k.detach() for k in k_parts], [v.detach() for v in v_parts])
     launch(
-        functools.partial(module.rotate_from, *parts),
+        functools.partial(module.rotate_from, *parts.arrays, layer),
         (k_cache, v_cache, dst, cos, sin),
         (rotary_dim, int(neox), torch.get_num_threads()),
     )

@@ -189,6 +189,7 @@ class StoreClient:
         namespace: bytes | None = None,
         layers: tuple[int, int] | None = None,
         tokens: bool = False,
+        ahead: Sequence[tuple[int, int]] = (),
         wait_s: float | None = None,
         deadline_s: float | None = None,
     ) -> list[LoadedChunk | None]:
@@ -196,7 +197,8 @@ class StoreClient:
 
         layers: only these, ``[first, last)``; a range read from disk is verified by checksums of
         its own. tokens: the token ids as well, with a range that begins at layer 0 ((0, 0): they
-        alone); a whole chunk always has them. wait_s: how long slow tiers may take; what is not
+        alone); a whole chunk always has them. ahead: ranges that will be asked for next, on which the
+        store's disk goes on meanwhile. wait_s: how long slow tiers may take; what is not
         there by then is a miss (default: most of the deadline).
         """
         part = LayerRange(*layers, tokens) if layers is not None else None
@@ -207,7 +209,12 @@ class StoreClient:
         deadline = self.deadline_s if deadline_s is None else deadline_s
         wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
         request = p.PrepareLoad(
-            self._space(namespace), list(keys), list(contexts), int(wait * 1000), part
+            self._space(namespace),
+            list(keys),
+            list(contexts),
+            int(wait * 1000),
+            part,
+            [LayerRange(*more) for more in ahead],
         )
         until = self._until(deadline)
         with self._wire.turn(until):

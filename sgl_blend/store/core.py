@@ -121,8 +121,9 @@ class StoreCore:
     # Load.
 
     def _prepare_load(self, client: Client, request: p.PrepareLoad, frames, reply: Reply) -> None:
-        if request.layers is not None and not request.layers.valid:
-            raise ProtocolError(f"layers {request.layers} are no range")
+        for layers in (request.layers, *request.ahead):
+            if layers is not None and not layers.valid:
+                raise ProtocolError(f"layers {layers} are no range")
         LoadRequest(self, client, request, reply).start()
 
     def lease_fits(self, client: Client, nbytes: int, offset: int | None = None) -> bool:

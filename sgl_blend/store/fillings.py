@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sgl_blend.store.chunk import ChunkHeader, LayerRange
@@ -22,10 +22,11 @@ OnRange = Callable[["Filling | None", ChunkHeader | None], None]
 
 
 class Filling:
-    """One body in the making. offset: of the whole body. holds: reads under way and readers; the
-    last one to let go gives the memory back, unless all of it came and it became the entry's."""
+    """One body in the making. offset: of the whole body. holds: reads under way or to come, and
+    readers; the last one to let go gives the memory back, unless all of it came and it became the
+    entry's. waiting: what somebody asked for. ahead: what will be asked for, read when nothing is."""
 
-    __slots__ = ("entry", "offset", "holds", "have", "placed", "reading", "waiting")
+    __slots__ = ("entry", "offset", "holds", "have", "placed", "reading", "waiting", "ahead")
 
     def __init__(self, entry: Entry, offset: int) -> None:
         self.entry, self.offset = entry, offset
@@ -34,6 +35,7 @@ class Filling:
         self.placed = False
         self.reading = False
         self.waiting: deque[tuple[LayerRange, OnRange]] = deque()
+        self.ahead: deque[tuple[LayerRange, OnRange]] = deque()
 
 
 class Fillings:
@@ -51,9 +53,12 @@ class Fillings:
         filling = self._by_id.get(entry.chunk_id)
         return filling is not None and filling.entry is entry
 
-    def fetch(self, entry: Entry, layers: LayerRange, ready: OnRange) -> None:
+    def fetch(
+        self, entry: Entry, layers: LayerRange, ready: OnRange, ahead: Sequence[LayerRange] = ()
+    ) -> None:
         """``ready(filling, header)`` when ``layers`` lie in their place, ``(None, None)`` when they
-        cannot be had. The callee has one hold on the filling, and must ``let_go`` of it."""
+        cannot be had. The callee has one hold on the filling, and must ``let_go`` of it. ahead: what
+        is read next, for nobody yet, behind what others are waiting for by then."""
         filling = self._by_id.get(entry.chunk_id)
         if filling is None or filling.entry is not entry:
             offset = self.res.memory.allocate(entry.nbytes, 0 if self.res.disk.direct else None)
@@ -64,7 +69,16 @@ class Fillings:
             filling = self._by_id[entry.chunk_id] = Filling(entry, offset)
         filling.holds += 1
         filling.waiting.append((layers, ready))
+        if ahead:
+            there = entry.decoded().layout.n_layers
+            more = [x for x in ahead if x.last <= there]
+            filling.holds += len(more)
+            filling.ahead.extend((x, self._unasked) for x in more)
         self._next(filling)
+
+    def _unasked(self, filling: Filling | None, _header: ChunkHeader | None) -> None:
+        if filling is not None:
+            self.let_go(filling)
 
     def let_go(self, filling: Filling) -> None:
         filling.holds -= 1
@@ -78,8 +92,8 @@ class Fillings:
 
     def _next(self, filling: Filling) -> None:
         """One read at a time, so that nobody's verified bytes are written again."""
-        while filling.waiting and not filling.reading:
-            layers, ready = filling.waiting.popleft()
+        while not filling.reading and (filling.waiting or filling.ahead):
+            layers, ready = (filling.waiting or filling.ahead).popleft()
             if _parts(layers) <= filling.have:
                 ready(filling, filling.entry.decoded())
             else:

@@ -7,41 +7,62 @@ runs on the loop's thread, in ``drain``; ``fileno`` becomes readable when there 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import Any
+
+Work = Callable[[], Any]
+#: (result, error): exactly one of them is not None; a job that returns None gives (None, None)
+Done = Callable[[Any, BaseException | None], None]
+
+#: While a lane has more to do, the loop hears of what is finished at most so often. Readers that
+#: wake it for each small read spend more on handing over the interpreter than on reading.
+_WAKE_S = 1e-3
 
 
 class Jobs:
-    """``submit`` from the loop only. ``done(result, error)``: exactly one of them is not None
-    (a job that returns None gives ``(None, None)``)."""
+    """``submit`` from the loop only. lanes: name -> number of threads."""
 
     def __init__(self, lanes: dict[str, int]):
-        self._pools = {n: ThreadPoolExecutor(k, thread_name_prefix=n) for n, k in lanes.items()}
-        self._finished: deque[tuple[Callable, Any, BaseException | None]] = deque()
+        self._lanes: dict[str, SimpleQueue] = {name: SimpleQueue() for name in lanes}
+        self._threads = dict(lanes)
+        self._finished: deque[tuple[Done, Any, BaseException | None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._woken = 0.0
+        self._waking = threading.Lock()
         self.pending = 0
+        for name, count in lanes.items():
+            for i in range(count):
+                threading.Thread(
+                    target=self._run, args=(self._lanes[name],), name=f"{name}_{i}", daemon=True
+                ).start()
 
     def fileno(self) -> int:
         return self._wake
 
-    def submit(
-        self,
-        lane: str,
-        work: Callable[[], Any],
-        done: Callable[[Any, BaseException | None], None],
-    ) -> None:
+    def submit(self, lane: str, work: Work, done: Done) -> None:
         self.pending += 1
-        self._pools[lane].submit(self._run, work, done)
+        self._lanes[lane].put((work, done))
 
-    def _run(self, work, done) -> None:
-        try:
-            result, error = work(), None
-        except Exception as e:  # noqa: BLE001 - handed to the job's owner, not swallowed
-            result, error = None, e
-        self._finished.append((done, result, error))
-        os.eventfd_write(self._wake, 1)
+    def _run(self, lane: SimpleQueue) -> None:
+        while (job := lane.get()) is not None:
+            work, done = job
+            try:
+                result, error = work(), None
+            except Exception as e:  # noqa: BLE001 - handed to the job's owner, not swallowed
+                result, error = None, e
+            self._finished.append((done, result, error))
+            if lane.empty() or time.monotonic() - self._woken >= _WAKE_S:
+                self._wake_loop()
+
+    def _wake_loop(self) -> None:
+        with self._waking:
+            if self._wake >= 0:
+                self._woken = time.monotonic()
+                os.eventfd_write(self._wake, 1)
 
     def drain(self) -> int:
         """Run the callbacks of finished jobs; returns how many."""
@@ -58,6 +79,16 @@ class Jobs:
         return n
 
     def close(self) -> None:
-        for pool in self._pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-        os.close(self._wake)
+        """Drop what has not begun. What is under way goes on, and is heard of no more. Idempotent."""
+        for name, lane in self._lanes.items():
+            try:
+                while True:
+                    lane.get_nowait()
+            except Empty:
+                pass
+            for _ in range(self._threads[name]):
+                lane.put(None)
+        with self._waking:
+            if self._wake >= 0:
+                os.close(self._wake)
+            self._wake = -1

@@ -60,7 +60,10 @@ class LoadRequest:
         elif layers is not None and not entry.loading and not entry.disk_lossy:
             # (What a lossy serde encoded is decoded as a whole in any case.)
             self.core.res.fillings.fetch(
-                entry, layers, lambda filling, head: self._ranged(i, filling, head)
+                entry,
+                layers,
+                lambda filling, head: self._ranged(i, filling, head),
+                self.request.ahead,
             )
         else:
             self.core.res.fetch(entry, lambda e: self._ready(i, e, "disk"))

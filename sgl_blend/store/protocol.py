@@ -59,6 +59,7 @@ Digests = Annotated[list[Digest], msgspec.Meta(max_length=MAX_BATCH)]
 Lease = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Leases = Annotated[list[Lease], msgspec.Meta(max_length=MAX_BATCH)]
 Headers = Annotated[list[ChunkHeader], msgspec.Meta(max_length=MAX_BATCH)]
+Ranges = Annotated[list[LayerRange], msgspec.Meta(max_length=1024)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Millis = Annotated[int, msgspec.Meta(ge=0, le=3_600_000)]
 
@@ -90,13 +91,15 @@ class Prefetch(Request, frozen=True):
 
 
 class PrepareLoad(Request, frozen=True):
-    """wait_ms: what is not readable by then is reported as a miss (and goes on as a prefetch)."""
+    """wait_ms: what is not readable by then is reported as a miss (and goes on as a prefetch). ahead:
+    ranges that the client will ask for next; the disk goes on with them meanwhile."""
 
     namespace: Digest
     keys: Keys
     contexts: Digests = []
     wait_ms: Millis = 1000
     layers: LayerRange | None = None
+    ahead: Ranges = []
 
 
 class CompleteLoad(Request, frozen=True):

@@ -52,17 +52,17 @@ class HostChunk:
         self.parts.append(part)
         self.layers = last
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K [n, Hk, D] and V [n, Hk, Dv] of one readable layer: views into host memory, valid
-        until the load is closed."""
+    def range_of(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """The readable range of layers that holds layer ``index``: its first one, K [layers, n, Hk,
+        D] and V [layers, n, Hk, Dv]: views into host memory, valid until the load is closed."""
         lay, n = self.header.layout, self.header.n_tokens
         for first, values in self._values:
             if first <= index < first + values.shape[0]:
                 k_size = n * lay.n_kv_heads * lay.head_dim
-                row = values[index - first]
                 return (
-                    row[:k_size].view(n, lay.n_kv_heads, lay.head_dim),
-                    row[k_size:].view(n, lay.n_kv_heads, lay.v_head_dim),
+                    first,
+                    values[:, :k_size].view(-1, n, lay.n_kv_heads, lay.head_dim),
+                    values[:, k_size:].view(-1, n, lay.n_kv_heads, lay.v_head_dim),
                 )
         raise BlendError(f"layer {index} of a chunk is not loaded ({self.layers} layers are)")
 

@@ -32,6 +32,9 @@ class HostKV:
         self.load, self.parts = load, parts
         self.src_pos, self.dst_pos, self.dst_slots = src_pos, dst_pos, dst_slots
         self.chunks = list(dict.fromkeys(part.chunk for part in parts))
+        #: the layers [first, last) that all chunks have readable in one range each
+        self._range = (0, 0)
+        self._ready: ops.Parts | None = None
         self._rotations: dict[int, ops.Rotation] = {}
         self._stream = torch.cuda.Stream(dst_slots.device) if dst_slots.is_cuda else None
 
@@ -42,30 +45,33 @@ class HostKV:
         """
         rope = pool.rope(layer)
         k, v = pool.k(layer), pool.v(layer)
-        ks, vs = self._parts(pool, layer)
+        parts, at = self._parts(pool, layer)
         if rope is None:
-            k[self.dst_slots] = torch.cat(ks)
-            v[self.dst_slots] = torch.cat(vs)
+            k[self.dst_slots], v[self.dst_slots] = parts.layer(at)
             return
         turn = self._rotations.get(id(rope))
         if turn is None:
             turn = self._rotations[id(rope)] = rope.delta(self.src_pos, self.dst_pos)
         ops.rotate_from(
-            ks, vs, k, v, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
+            parts, at, k, v, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
         )
 
     def values(self, pool: PoolView, layer: int) -> torch.Tensor:
         """V [n, Hk, Dv] of ``layer``, on the pool's device. Raises as ``run`` does."""
-        return torch.cat(self._parts(pool, layer)[1])
+        parts, at = self._parts(pool, layer)
+        return parts.layer(at)[1]
 
-    def _parts(self, pool: PoolView, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """K (as it was computed) and V of each part, on the pool's device."""
+    def _parts(self, pool: PoolView, layer: int) -> tuple[ops.Parts, int]:
+        """KV (K as it was computed) of each part on the pool's device, and which of its layers."""
         self.load.wait(layer, self.chunks)
-        views = [part.chunk.layer(layer) for part in self.parts]
-        ks = [k[p.first : p.first + p.length] for (k, _), p in zip(views, self.parts, strict=True)]
-        vs = [v[p.first : p.first + p.length] for (_, v), p in zip(views, self.parts, strict=True)]
+        first, last = self._range
+        if not first <= layer < last:
+            self._ready = self._host_parts(layer)
+            first, last = self._range
+        at = layer - first
         if self._stream is None:
-            return ks, vs
+            return self._ready, at
+        ks, vs = [k[at] for k in self._ready.k], [v[at] for v in self._ready.v]
         # The store's memory is page-locked for this device (``ArenaMapping.register_cuda``): the
         # copies run beside the layers before.
         with torch.cuda.stream(self._stream):
@@ -74,7 +80,22 @@ class HostKV:
         current.wait_stream(self._stream)
         for tensor in out:
             tensor.record_stream(current)
-        return [out[0]], [out[1]]
+        return ops.Parts([out[0][None]], [out[1][None]]), 0
+
+    def _host_parts(self, layer: int) -> ops.Parts:
+        """Views of all parts over as many layers around ``layer`` as have come to every chunk in
+        one range; sets ``_range`` to them."""
+        ranges = {c: c.range_of(layer) for c in self.chunks}
+        begin = max(first for first, _, _ in ranges.values())
+        end = min(first + len(k) for first, k, _ in ranges.values())
+        ks, vs = [], []
+        for part in self.parts:
+            first, k, v = ranges[part.chunk]
+            at = slice(begin - first, end - first), slice(part.first, part.first + part.length)
+            ks.append(k[at])
+            vs.append(v[at])
+        self._range = begin, end
+        return ops.Parts(ks, vs)
 
     @staticmethod
     def _upload(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -80,6 +81,7 @@ class Load:
         self._spans: list[ReuseSpan] = []
         self._chunks: list[tuple[HostChunk, StoreClient]] = []
         self._taken = 0  # bytes of the allowance
+        self._begun, self._came = 0.0, Counter()  # the tiers' bytes since then
         self._news = threading.Condition()
 
     # -- the scheduler's side ------------------------------------------------------------
@@ -135,13 +137,12 @@ class Load:
 
     # -- the loader's side ---------------------------------------------------------------
 
-    def run(self, client: StoreClient) -> list[bytes]:
-        """Do it all. Returns keys of chunks that came layer by layer, to be kept in memory for the
-        next one. Never raises a ``StoreError``: what fails is a miss."""
+    def run(self, client: StoreClient) -> None:
+        """Do it all. Never raises a ``StoreError``: what fails is a miss."""
         try:
-            return self._run(client)
+            self._run(client)
         except StoreError:
-            return []
+            pass
         finally:
             with self._news:
                 self.ready = self.done = True
@@ -149,10 +150,10 @@ class Load:
                     chunk.failed = chunk.failed or chunk.layers < self.rules.layout.n_layers
                 self._news.notify_all()
 
-    def _run(self, client: StoreClient) -> list[bytes]:
+    def _run(self, client: StoreClient) -> None:
         candidates = self._look_up(client)
         if not candidates or self.closed:
-            return []
+            return
         decision = self.advice.decide(
             [c.n_tokens for c in candidates],
             [c.nbytes for c in candidates],
@@ -168,7 +169,7 @@ class Load:
         fast = [c for c in candidates if c not in slow] if slow else candidates
         loaded = self._bring_in(client, fast, None) if fast else {}
         if slow and not self.closed:
-            loaded |= self._bring_in(client, slow, groups[0])
+            loaded |= self._bring_in(client, slow, groups[0], ahead=groups[1:])
         with self._news:
             self.ratio = decision.ratio
             self._spans = self._compose(loaded)
@@ -179,7 +180,6 @@ class Load:
             if self.closed or not chunks:
                 break
             self._bring_in(client, list(chunks), group, chunks)
-        return [c.key for c in slow]
 
     def _affordable(self, client: StoreClient, candidates: list[_Candidate]) -> list[_Candidate]:
         """As many, in order, as the store's memory has room for. What is refused late, with its
@@ -271,11 +271,16 @@ class Load:
         candidates: list[_Candidate],
         layers: tuple[int, int] | None,
         known: dict[_Candidate, HostChunk] | None = None,
+        ahead: Sequence[tuple[int, int]] = (),
     ) -> dict[_Candidate, HostChunk]:
-        """Whole chunks, or one range of layers of them. known: chunks whose first layers are there."""
-        begun = time.monotonic()
+        """Whole chunks, or one range of layers of them. known: chunks whose first layers are there. ahead:
+        the ranges that follow."""
+        if layers is None or known is None:
+            self._begun, self._came = time.monotonic(), Counter()
         contexts = [c.context for c in candidates]
-        options = {} if layers is None else {"layers": layers, "tokens": layers[0] == 0}
+        options = {}
+        if layers is not None:
+            options = {"layers": layers, "tokens": layers[0] == 0, "ahead": ahead}
         try:
             loaded = client.prepare_load(
                 [c.key for c in candidates],
@@ -287,15 +292,14 @@ class Load:
             )
         except StoreError:
             loaded = [None] * len(candidates)
-        seconds = time.monotonic() - begun
-        nbytes: dict[str, int] = {}
+        seconds = time.monotonic() - self._begun
         out: dict[_Candidate, HostChunk] = {}
         surplus = []
         with self._news:
             for candidate, part in zip(candidates, loaded, strict=True):
                 chunk = known.get(candidate) if known else None
                 if part is not None:
-                    nbytes[part.tier] = nbytes.get(part.tier, 0) + part.buf.nbytes
+                    self._came[part.tier if layers is None else DISK] += part.buf.nbytes
                     if chunk is None:
                         chunk = self._accept(candidate, part)
                     elif part.header.chunk_id != chunk.header.chunk_id:
@@ -315,7 +319,8 @@ class Load:
             self._news.notify_all()
         if surplus:
             client.complete_load(surplus)
-        for tier, size in nbytes.items():
+        # Ranges follow each other without a pause: what counts is the time since the first.
+        for tier, size in self._came.items():
             self.advice.observe(tier, size, seconds)
         return out
 

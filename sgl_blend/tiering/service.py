@@ -216,11 +216,7 @@ class StoreService:
             while (load := self._loads.get()) is not None:
                 try:
                     if not load.closed:
-                        again = load.run(client)
-                        if again:
-                            client.prefetch(again, namespace=load.wish.namespace)
-                except StoreError:
-                    self.counts["store_errors"] += 1
+                        load.run(client)
                 except Exception:
                     self.counts["load_errors"] += 1
                     logger.exception("sgl-blend: a load failed; its chunks are computed instead")

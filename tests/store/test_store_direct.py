@@ -80,7 +80,9 @@ def test_a_short_read_goes_on_where_it_stopped(path, content, monkeypatch):
     """As a signal or a limit on one read's length leaves it."""
     real = direct._pages_into
     monkeypatch.setattr(
-        direct, "_pages_into", lambda fd, dest, at: real(fd, dest[: len(dest) // 2], at)
+        direct,
+        "_pages_into",
+        lambda fd, dest, at, before: real(fd, dest[: len(dest) // 2], at, before),
     )
     check(path, content, 50, 4 * PAGE, 50)
 

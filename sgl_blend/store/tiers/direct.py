@@ -39,21 +39,27 @@ def open_direct(path: Path | str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def read_into(fd: int, dest: np.ndarray, at: int) -> int:
+def read_into(fd: int, dest: np.ndarray, at: int, before: np.ndarray | None = None) -> int:
     """Fill ``dest`` (uint8, contiguous) from offset ``at``; returns the bytes read, fewer than asked
     for only at the end of the file. Any destination will do; see above for a fast one.
+
+    before: whole pages, ``aligned``, for the bytes in front of ``at`` (a multiple of PAGE then), which
+    come along in the same read; what they lack of the file is left as it was.
 
     Raises OSError.
     """
     got = 0
     if dest.nbytes and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
         try:
-            got = _pages_into(fd, dest, at)
+            got = _pages_into(fd, dest, at, before)
+            before = None
         except OSError as e:
             if e.errno != errno.EINVAL:  # a device with larger blocks, for instance
                 raise
         if got < dest.nbytes:
             _use_page_cache(fd)
+    if before is not None:
+        os.preadv(fd, [memoryview(before)], at - before.nbytes)
     while got < dest.nbytes:
         more = os.preadv(fd, [memoryview(dest)[got:]], at + got)
         if more == 0:
@@ -69,24 +75,28 @@ def aligned(nbytes: int, phase: int = 0) -> np.ndarray:
     return room[skip : skip + nbytes]
 
 
-def _pages_into(fd: int, dest: np.ndarray, at: int) -> int:
-    """One ``preadv`` of the pages that hold [at, at + len(dest)). It may come back short."""
+def _pages_into(fd: int, dest: np.ndarray, at: int, before: np.ndarray | None = None) -> int:
+    """One ``preadv`` of the pages that hold [at, at + len(dest)), and of those ``before``. It may
+    come back short."""
     lead = at % PAGE
     if (dest.ctypes.data - lead) % PAGE:
         copy = aligned(dest.nbytes, lead)
-        got = _pages_into(fd, copy, at)
+        got = _pages_into(fd, copy, at, before)
         dest[:got] = copy[:got]
         return got
     first, last = _bounce()
     head = min(-at % PAGE, dest.nbytes)
     inner = (dest.nbytes - head) // PAGE * PAGE
     tail = dest.nbytes - head - inner
-    places = [first] if head else []
+    places = [] if before is None else [memoryview(before)]
+    ahead = lead if before is None else before.nbytes
+    if head:
+        places.append(first)
     if inner:
         places.append(memoryview(dest)[head : head + inner])
     if tail:
         places.append(last)
-    got = max(0, os.preadv(fd, places, at - lead) - lead)
+    got = max(0, os.preadv(fd, places, at - ahead) - ahead)
     dest[: min(head, got)] = np.frombuffer(first, np.uint8)[lead : lead + min(head, got)]
     left = min(tail, max(0, got - head - inner))
     dest[head + inner : head + inner + left] = np.frombuffer(last, np.uint8)[:left]
