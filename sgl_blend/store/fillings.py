@@ -26,10 +26,21 @@ class Filling:
     readers; the last one to let go gives the memory back, unless all of it came and it became the
     entry's. waiting: what somebody asked for. ahead: what will be asked for, read when nothing is."""
 
-    __slots__ = ("entry", "offset", "holds", "have", "placed", "reading", "waiting", "ahead")
+    __slots__ = (
+        "entry",
+        "header",
+        "offset",
+        "holds",
+        "have",
+        "placed",
+        "reading",
+        "waiting",
+        "ahead",
+    )
 
     def __init__(self, entry: Entry, offset: int) -> None:
         self.entry, self.offset = entry, offset
+        self.header = entry.decoded()
         self.holds = 0
         self.have: set[int] = set()
         self.placed = False
@@ -70,7 +81,7 @@ class Fillings:
         filling.holds += 1
         filling.waiting.append((layers, ready))
         if ahead:
-            there = entry.decoded().layout.n_layers
+            there = filling.header.layout.n_layers
             more = [x for x in ahead if x.last <= there]
             filling.holds += len(more)
             filling.ahead.extend((x, self._unasked) for x in more)
@@ -95,13 +106,13 @@ class Fillings:
         while not filling.reading and (filling.waiting or filling.ahead):
             layers, ready = (filling.waiting or filling.ahead).popleft()
             if _parts(layers) <= filling.have:
-                ready(filling, filling.entry.decoded())
+                ready(filling, filling.header)
             else:
                 self._read(filling, layers, ready)
 
     def _read(self, filling: Filling, layers: LayerRange, ready: OnRange) -> None:
         res, entry = self.res, filling.entry
-        header, disk = entry.decoded(), res.disk
+        header, disk = filling.header, res.disk
         begin, end = header.layer_range(*layers)
         dest = res.memory.view(filling.offset + begin, end - begin)
         began = time.monotonic()

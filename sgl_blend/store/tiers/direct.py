@@ -85,6 +85,7 @@ def _pages_into(fd: int, dest: np.ndarray, at: int, before: np.ndarray | None = 
         dest[:got] = copy[:got]
         return got
     first, last = _bounce()
+    into = memoryview(dest)
     head = min(-at % PAGE, dest.nbytes)
     inner = (dest.nbytes - head) // PAGE * PAGE
     tail = dest.nbytes - head - inner
@@ -93,13 +94,16 @@ def _pages_into(fd: int, dest: np.ndarray, at: int, before: np.ndarray | None = 
     if head:
         places.append(first)
     if inner:
-        places.append(memoryview(dest)[head : head + inner])
+        places.append(into[head : head + inner])
     if tail:
         places.append(last)
     got = max(0, os.preadv(fd, places, at - ahead) - ahead)
-    dest[: min(head, got)] = np.frombuffer(first, np.uint8)[lead : lead + min(head, got)]
-    left = min(tail, max(0, got - head - inner))
-    dest[head + inner : head + inner + left] = np.frombuffer(last, np.uint8)[:left]
+    if head:
+        come = min(head, got)
+        into[:come] = first[lead : lead + come]
+    left = min(tail, got - head - inner)
+    if left > 0:
+        into[head + inner : head + inner + left] = last[:left]
     return min(got, dest.nbytes)
 
 

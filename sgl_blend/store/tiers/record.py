@@ -108,15 +108,17 @@ def layer_sums(header: ChunkHeader, body: np.ndarray) -> bytes:
 
 def check_layers(head: RecordHead, part: np.ndarray, layers: LayerRange) -> None:
     """Raises ChunkCorrupt unless ``part`` holds this range of a raw body intact."""
-    sums = np.frombuffer(head.sums, dtype=np.uint64)
-    if len(sums) != head.header.layout.n_layers + 1:
+    # Of memoryviews, not arrays: a chunk has many layers, and a layer may be small.
+    view, sums = memoryview(part), memoryview(head.sums)
+    if len(sums) != 8 * (head.header.layout.n_layers + 1):
         raise ChunkCorrupt("the head lacks its layers' checksums")
+    sums = sums.cast("Q")
     size, base = head.header.layer_bytes, 0
     if layers.tokens:
         base = head.header.tokens_bytes
-        if xxhash.xxh3_64_intdigest(part[:base]) != int(sums[0]):
+        if xxhash.xxh3_64_intdigest(view[:base]) != sums[0]:
             raise ChunkCorrupt("the token ids do not match their checksum")
     for i in range(layers.first, layers.last):
         at = base + (i - layers.first) * size
-        if xxhash.xxh3_64_intdigest(part[at : at + size]) != int(sums[1 + i]):
+        if xxhash.xxh3_64_intdigest(view[at : at + size]) != sums[1 + i]:
             raise ChunkCorrupt(f"layer {i} does not match its checksum")
