@@ -43,10 +43,22 @@ class LoadedChunk:
     layers: LayerRange | None = None
     _lease: int = field(default=0, repr=False)
     _mapping: ArenaMapping | None = field(default=None, repr=False)
+    _offset: int = field(default=-1, repr=False)
 
     @property
     def body(self) -> BodyView:
         return BodyView(self.header, self.buf, self.layers)
+
+    @property
+    def whole(self) -> np.ndarray | None:
+        """uint8 [body_bytes]: the whole body's place in shared memory, of which only the loaded layers
+        (and those of ``extend_load``) may be read; None for what came as frames."""
+        if self._mapping is None:
+            return None
+        begin = 0 if self.layers is None else self.header.layer_range(*self.layers)[0]
+        body = self._mapping.view(self._offset - begin, self.header.body_bytes)
+        body.flags.writeable = False
+        return body
 
     @property
     def address(self) -> int:
@@ -228,6 +240,36 @@ class StoreClient:
             self._check(loaded)
         return loaded
 
+    def extend_load(
+        self,
+        chunks: Sequence[LoadedChunk],
+        layers: tuple[int, int],
+        *,
+        wait_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> list[bool]:
+        """Make further ``layers`` of loaded chunks readable, in ``LoadedChunk.whole``. True for each
+        chunk where they are; False for a miss, for chunks that came as frames, and for those held of
+        a store that is gone. wait_s: as in ``prepare_load``."""
+        part = LayerRange(*layers)
+        if not part.valid:
+            raise ProtocolError(f"{part} is no range of layers")
+        deadline = self.deadline_s if deadline_s is None else deadline_s
+        wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
+        until = self._until(deadline)
+        with self._wire.turn(until):
+            mine = [c._mapping is not None and c._mapping is self._wire.mapping for c in chunks]
+            leases = [c._lease for c, yes in zip(chunks, mine, strict=True) if yes]
+            if not leases:
+                return mine
+            reply, _ = self._wire.call(p.ExtendLoad(leases, part, int(wait * 1000)), (), until)
+            # The store may have come back as another one in between, whose leases are others.
+            same = [c._mapping is self._wire.mapping for c in chunks]
+        if len(reply.there) != len(leases):
+            raise ProtocolError(f"{len(reply.there)} answers for {len(leases)} leases")
+        there = iter(reply.there)
+        return [yes and next(there) and now for yes, now in zip(mine, same, strict=True)]
+
     def _loaded(self, grant: p.LoadGrant | None, frames: list, layers) -> LoadedChunk | None:
         if grant is None:
             return None
@@ -240,7 +282,9 @@ class StoreClient:
             buf = np.frombuffer(frames[grant.frame].buffer, dtype=np.uint8)
             mapping = None
         buf.flags.writeable = False
-        return LoadedChunk(grant.header, buf, grant.tier, grant.exact, layers, grant.lease, mapping)
+        return LoadedChunk(
+            grant.header, buf, grant.tier, grant.exact, layers, grant.lease, mapping, grant.offset
+        )
 
     def _check(self, loaded: list[LoadedChunk | None]) -> None:
         for chunk in loaded:

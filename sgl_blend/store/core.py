@@ -20,7 +20,7 @@ from sgl_blend.store.chunk import ChunkHeader, checksum
 from sgl_blend.store.errors import ProtocolError
 from sgl_blend.store.index import DISK, MEMORY, Entry
 from sgl_blend.store.leases import LOAD, STORE, TRANSIENT, Lease, LeaseTable
-from sgl_blend.store.loads import LoadRequest
+from sgl_blend.store.loads import ExtendRequest, LoadRequest
 from sgl_blend.store.operations import Operations
 from sgl_blend.store.residency import Residency
 
@@ -46,7 +46,7 @@ class StoreCore:
         self.stopping = False
         self._draining: list[tuple[float, bool, Reply]] = []
         self.refuse_stores = False
-        self.loads: dict[int, LoadRequest] = {}
+        self.loads: dict[int, LoadRequest | ExtendRequest] = {}
         self.frame_bytes = 0
         self.lease_quota = self.config.client_lease_bytes or self.config.memory_bytes // 2
         self.operations = Operations(self)
@@ -54,6 +54,7 @@ class StoreCore:
             p.Lookup: self._lookup,
             p.Prefetch: self._prefetch,
             p.PrepareLoad: self._prepare_load,
+            p.ExtendLoad: self._extend_load,
             p.CompleteLoad: self._complete_load,
             p.PrepareStore: self._prepare_store,
             p.CompleteStore: self._complete_store,
@@ -125,6 +126,11 @@ class StoreCore:
             if layers is not None and not layers.valid:
                 raise ProtocolError(f"layers {layers} are no range")
         LoadRequest(self, client, request, reply).start()
+
+    def _extend_load(self, client: Client, request: p.ExtendLoad, frames, reply: Reply) -> None:
+        if not request.layers.valid:
+            raise ProtocolError(f"layers {request.layers} are no range")
+        ExtendRequest(self, client, request, reply).start()
 
     def lease_fits(self, client: Client, nbytes: int, offset: int | None = None) -> bool:
         """May the client hold ``nbytes`` more? offset: of a region that it may hold already."""

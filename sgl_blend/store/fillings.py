@@ -78,13 +78,20 @@ class Fillings:
                 ready(None, None)
                 return
             filling = self._by_id[entry.chunk_id] = Filling(entry, offset)
-        filling.holds += 1
-        filling.waiting.append((layers, ready))
         if ahead:
             there = filling.header.layout.n_layers
             more = [x for x in ahead if x.last <= there]
             filling.holds += len(more)
             filling.ahead.extend((x, self._unasked) for x in more)
+        self.extend(filling, layers, ready)
+
+    def extend(self, filling: Filling, layers: LayerRange, ready: OnRange) -> None:
+        """``fetch`` for a filling that the caller has a hold on."""
+        if layers.last > filling.header.layout.n_layers:
+            ready(None, None)
+            return
+        filling.holds += 1
+        filling.waiting.append((layers, ready))
         self._next(filling)
 
     def _unasked(self, filling: Filling | None, _header: ChunkHeader | None) -> None:

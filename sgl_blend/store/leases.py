@@ -81,10 +81,15 @@ class LeaseTable:
         held.nbytes += 0 if count else nbytes
         return lease
 
+    def get(self, lease_id: int, client: bytes) -> Lease | None:
+        """A lease; None when it is unknown or another client's."""
+        lease = self._leases.get(lease_id)
+        return lease if lease is not None and lease.client == client else None
+
     def take(self, lease_id: int, client: bytes) -> Lease | None:
         """Remove and return a lease; None when it is unknown or another client's."""
-        lease = self._leases.get(lease_id)
-        if lease is None or lease.client != client:
+        lease = self.get(lease_id, client)
+        if lease is None:
             return None
         del self._leases[lease_id]
         held = self._clients[client]

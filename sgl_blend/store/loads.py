@@ -1,4 +1,5 @@
-"""One ``prepare_load`` on its way: gathers chunks from wherever they lie, replies once.
+"""One ``prepare_load`` or ``extend_load`` on its way: gathers chunks from wherever they lie, replies
+once.
 
 It replies when every key is readable or known missing, or at its deadline with what is readable
 by then; reads that come later stay as prefetches.
@@ -172,3 +173,54 @@ class LoadRequest:
                 release()
 
         self.reply(p.Loads(self.grants), self.frames, sent if released else None)
+
+
+class ExtendRequest:
+    """More layers of chunks whose first ones a client holds. It knows where they will lie, so each
+    costs no more than a yes or no."""
+
+    def __init__(self, core: StoreCore, client: Client, request: p.ExtendLoad, reply):
+        self.core, self.client, self.request, self.reply = core, client, request, reply
+        self.deadline = core.clock() + request.wait_ms / 1000
+        self.there = [False] * len(request.leases)
+        self._left = len(request.leases)
+        self.done = False
+
+    def start(self) -> None:
+        core = self.core
+        core.loads[id(self)] = self
+        for i, lease_id in enumerate(self.request.leases):
+            lease = core.leases.get(lease_id, self.client.id)
+            if lease is None or lease.verb not in (LOAD, TRANSIENT):
+                self._settle(i, False)
+            elif lease.verb == LOAD:
+                layout = lease.entry.decoded().layout
+                self._settle(i, self.request.layers.last <= layout.n_layers)
+            else:
+                core.res.fillings.extend(
+                    lease.entry, self.request.layers, lambda filling, _, i=i: self._came(i, filling)
+                )
+        if self._left == 0:
+            self.finish()
+
+    def _came(self, i: int, filling: Filling | None) -> None:
+        if filling is not None:
+            # The client's lease keeps it.
+            self.core.res.fillings.let_go(filling)
+        self._settle(i, filling is not None)
+
+    def _settle(self, i: int, there: bool) -> None:
+        if self.done:
+            return
+        self.there[i] = there
+        self._left -= 1
+        if self._left == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Reply with what is there. Called by the last chunk, or by the deadline."""
+        if self.done:
+            return
+        self.done = True
+        self.core.loads.pop(id(self), None)
+        self.reply(p.Extended(self.there))

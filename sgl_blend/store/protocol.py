@@ -102,6 +102,15 @@ class PrepareLoad(Request, frozen=True):
     ahead: Ranges = []
 
 
+class ExtendLoad(Request, frozen=True):
+    """More layers of chunks that this client holds, into their places of the bodies. leases: of
+    ``PrepareLoad`` with layers, in shared memory."""
+
+    leases: Leases
+    layers: LayerRange
+    wait_ms: Millis = 1000
+
+
 class CompleteLoad(Request, frozen=True):
     leases: Leases
 
@@ -166,6 +175,7 @@ AnyRequest = (
     | Lookup
     | Prefetch
     | PrepareLoad
+    | ExtendLoad
     | CompleteLoad
     | PrepareStore
     | CompleteStore
@@ -261,6 +271,12 @@ class Loads(Reply, frozen=True):
     grants: Annotated[list[LoadGrant | None], msgspec.Meta(max_length=MAX_BATCH)]
 
 
+class Extended(Reply, frozen=True):
+    """there: one per lease; whether the layers are readable."""
+
+    there: Annotated[list[bool], msgspec.Meta(max_length=MAX_BATCH)]
+
+
 class StoreGrant(msgspec.Struct, frozen=True, array_like=True):
     """status: ``granted``, ``exists``, ``busy``, ``duplicate``, ``too_large``, ``no_room``.
 
@@ -315,12 +331,13 @@ class Failure(Reply, frozen=True):
     message: Annotated[str, msgspec.Meta(max_length=1024)]
 
 
-AnyReply = Welcome | Found | Loads | Grants | Stored | Done | Listing | Report | Failure
+AnyReply = Welcome | Found | Loads | Extended | Grants | Stored | Done | Listing | Report | Failure
 
 _BATCHES = {
     Lookup: "keys",
     Prefetch: "keys",
     PrepareLoad: "keys",
+    ExtendLoad: "leases",
     CompleteLoad: "leases",
     PrepareStore: "headers",
     CompleteStore: "leases",

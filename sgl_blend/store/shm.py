@@ -229,6 +229,8 @@ class ArenaMapping:
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes], no copy. Raises StoreError when the server's arena is not that large."""
         end = offset + nbytes
+        if offset < 0:
+            raise StoreError(f"descriptor [{offset}, {end}) begins before the arena")
         if end > self._backed:
             size = min(os.fstat(self._fd).st_size, self.capacity)
             if end > size:

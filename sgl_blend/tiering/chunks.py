@@ -40,20 +40,33 @@ class HostChunk:
     layers: int = 0
     failed: bool = False
     parts: list[LoadedChunk] = field(default_factory=list)
-    #: (first layer, [layers, values of one layer]) of each part: views into host memory
+    #: (first layer, [layers, values of one layer]) of each part: views into host memory, of which
+    #: the first ``layers`` layers are readable
     _values: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
     def take(self, part: LoadedChunk) -> None:
         """One more readable range of layers, directly behind those that are there."""
         first, last, tokens = part.layers or (0, self.header.layout.n_layers, True)
-        payload = _tensor(part.buf[self.header.tokens_bytes if tokens else 0 :])
-        kind = getattr(torch, self.header.dtype)
-        self._values.append((first, payload.view(kind).view(last - first, -1)))
+        whole = part.whole
+        if whole is not None:
+            # In shared memory the later ones will come to where they belong.
+            self._add(0, self.header.layout.n_layers, whole[self.header.tokens_bytes :])
+        else:
+            self._add(first, last, part.buf[self.header.tokens_bytes if tokens else 0 :])
         self.parts.append(part)
         self.layers = last
 
+    @property
+    def extends(self) -> bool:
+        """Will its later layers come to where the first ones lie?"""
+        return self.parts[0].whole is not None
+
+    def _add(self, first: int, last: int, values: np.ndarray) -> None:
+        kind = getattr(torch, self.header.dtype)
+        self._values.append((first, _tensor(values).view(kind).view(last - first, -1)))
+
     def range_of(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """The readable range of layers that holds layer ``index``: its first one, K [layers, n, Hk,
+        """The range of layers that holds layer ``index``, in one piece: its first one, K [layers, n, Hk,
         D] and V [layers, n, Hk, Dv]: views into host memory, valid until the load is closed."""
         lay, n = self.header.layout, self.header.n_tokens
         for first, values in self._values:

@@ -179,7 +179,10 @@ class Load:
             chunks = {c: h for c, h in loaded.items() if c.tier == DISK and not h.failed}
             if self.closed or not chunks:
                 break
-            self._bring_in(client, list(chunks), group, chunks)
+            if all(h.extends for h in chunks.values()):
+                self._extend(client, list(chunks.values()), group)
+            else:
+                self._bring_in(client, list(chunks), group, chunks)
 
     def _affordable(self, client: StoreClient, candidates: list[_Candidate]) -> list[_Candidate]:
         """As many, in order, as the store's memory has room for. What is refused late, with its
@@ -323,6 +326,26 @@ class Load:
         for tier, size in self._came.items():
             self.advice.observe(tier, size, seconds)
         return out
+
+    def _extend(self, client: StoreClient, chunks: list[HostChunk], group: tuple[int, int]) -> None:
+        """The next layers of chunks in shared memory: nothing comes but the word that they are there."""
+        wait_s = self.rules.wait_s
+        try:
+            there = client.extend_load(
+                [h.parts[0] for h in chunks], group, wait_s=wait_s, deadline_s=wait_s + 1.0
+            )
+        except StoreError:
+            there = [False] * len(chunks)
+        seconds = time.monotonic() - self._begun
+        with self._news:
+            for chunk, yes in zip(chunks, there, strict=True):
+                if yes:
+                    chunk.layers = group[1]
+                    self._came[DISK] += (group[1] - group[0]) * chunk.header.layer_bytes
+                else:
+                    chunk.failed = True
+            self._news.notify_all()
+        self.advice.observe(DISK, self._came[DISK], seconds)
 
     def _accept(self, candidate: _Candidate, part) -> HostChunk | None:
         """A chunk whose first bytes are here, if it is what it should be."""

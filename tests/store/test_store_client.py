@@ -106,6 +106,36 @@ def test_a_first_range_brings_the_token_ids(tmp_path, tier, shm):
         assert eventually(lambda: client.stats()["leases"] == 0)
 
 
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+@pytest.mark.parametrize("shm", [True, False])
+def test_further_layers_of_a_loaded_chunk(tmp_path, tier, shm):
+    config = small_config(tmp_path)
+    made = [make_chunk(i) for i in range(3)]
+    keys = [header.key for header, _ in made]
+    with start(config) as store, connect(store.endpoint, NAMESPACE) as client:
+        client.put(*map(list, zip(*made, strict=True)), durable=True)
+    with start(config) as store, connect(store.endpoint, NAMESPACE, shm=shm) as client:
+        if tier == "memory":
+            client.complete_load(client.prepare_load(keys))
+        with client.load(keys, layers=(0, 1), tokens=True, ahead=[(1, 4)]) as chunks:
+            assert [c.tier for c in chunks] == [tier] * 3
+            for layers in ((1, 3), (3, 4)):
+                assert client.extend_load(chunks, layers) == [shm] * 3
+            for chunk, (_, body) in zip(chunks, made, strict=True):
+                if shm:
+                    np.testing.assert_array_equal(chunk.whole, body)
+                    with pytest.raises(ValueError, match="read-only"):
+                        chunk.whole[0] = 1
+                else:
+                    assert chunk.whole is None
+            assert client.extend_load(chunks, (3, 5)) == [False] * 3
+            with pytest.raises(ProtocolError, match="no range"):
+                client.extend_load(chunks, (2, 2))
+        assert client.extend_load([], (0, 1)) == []
+        assert client.extend_load(chunks, (1, 2)) == [False] * 3, "they were given back"
+        assert eventually(lambda: client.stats()["leases"] == 0)
+
+
 def test_hits_tell_the_neighbours(tmp_path):
     """From inner chunks, found by content, to the edge chunks that content alone cannot name."""
     config = small_config(tmp_path)

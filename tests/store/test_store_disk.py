@@ -16,7 +16,7 @@ import pytest
 from store_testing import make_chunk
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store.chunk import HEADER_ENCODER, LayerRange
+from sgl_blend.store.chunk import HEADER_ENCODER, LayerRange, Layout
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
 from sgl_blend.store.index import Entry
 from sgl_blend.store.serde import SERDES
@@ -102,6 +102,28 @@ def test_a_ranged_read_checks_its_own_layers(tmp_path):
         tier.read(header, first, LayerRange(0, 2, True))
     with pytest.raises(ChunkCorrupt, match="token ids"):
         tier.read(header, first[: header.tokens_bytes], LayerRange(0, 0, True))
+    tier.close()
+
+
+def test_a_head_comes_in_the_same_read_as_what_follows_it(tmp_path, monkeypatch):
+    tier = DiskTier(tmp_path / "d")
+    (header, body), *_ = _fill(tier, 1)
+    reads = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: (reads.append(args[2]), real(*args))[1])
+    whole, first = np.empty_like(body), np.empty(header.layer_range(0, 2)[1], dtype=np.uint8)
+    tier.read(header, whole)
+    np.testing.assert_array_equal(whole, body)
+    tier.read(header, first, LayerRange(0, 2, True))
+    np.testing.assert_array_equal(first, body[: first.nbytes])
+    assert reads == [0, 0]
+    # A head of several blocks (a model of hundreds of layers) takes a second read.
+    layout = Layout(600, 1, 16, 16)
+    header, body = make_chunk(2, layout=layout, n_tokens=8)
+    tier.put([TierItem(header, body)])
+    whole = np.empty_like(body)
+    tier.read(header, whole)
+    np.testing.assert_array_equal(whole, body)
     tier.close()
 
 

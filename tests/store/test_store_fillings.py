@@ -183,3 +183,106 @@ def test_disk_is_not_evicted_under_a_reader(stored):
     assert rest is not None and rest.tier == "disk"
     done(stored, ONE, first, rest)
     assert driver.put(FAR, *others[1], durable=True) == "durable"
+
+
+def extend(stored, client, grant, layers) -> bool:
+    """Whether more of a granted chunk is there, after its bytes have been compared."""
+    driver, header, body = stored
+    request = p.ExtendLoad([grant.lease], layers, 9999)
+    (there,) = driver.ask(client, request)[0].there
+    if there:
+        begin, end = header.layer_range(*layers)
+        at = grant.offset - header.layer_range(*FIRST)[0]
+        np.testing.assert_array_equal(
+            driver.arena.view(at, body.nbytes)[begin:end], body[begin:end]
+        )
+    return there
+
+
+def test_later_layers_come_to_where_the_first_ones_lie(stored):
+    driver, header, body = stored
+    request = p.PrepareLoad(NAMESPACE, [header.key], wait_ms=9999, layers=FIRST)
+    grant = driver.ask(ONE, request)[0].grants[0]
+    assert extend(stored, ONE, grant, LayerRange(1, 3))
+    assert extend(stored, ONE, grant, LayerRange(2, 4))
+    assert len(driver.core.leases) == 1 and ask(stored, FAR).tier == "memory"
+    assert extend(stored, ONE, grant, REST), "of a body that has become the chunk's"
+    assert not extend(stored, ONE, grant, LayerRange(3, 5)), "there is no such layer"
+    assert not extend(stored, TWO, grant, REST), "another client's lease"
+    whole = ask(stored, ONE)
+    assert extend(stored, ONE, whole, REST) and not extend(stored, ONE, whole, LayerRange(3, 5))
+    done(stored, ONE, grant, whole)
+    assert not extend(stored, ONE, grant, REST), "it was given back"
+    driver.core.res.memory.shrink_to(0)
+    assert driver.core.res.memory.used == 0
+
+
+def test_a_store_lease_is_not_extended(stored):
+    driver = stored[0]
+    header, _ = make_chunk(7)
+    grant = driver.ask(ONE, p.PrepareStore([header]))[0].grants[0]
+    reply, _ = driver.ask(ONE, p.ExtendLoad([grant.lease, 12345], LayerRange(0, 1), 9999))
+    assert reply.there == [False, False]
+    driver.ask(ONE, p.AbortStore([grant.lease]))
+
+
+def test_later_layers_that_are_damaged_are_a_miss(stored):
+    driver, header, body = stored
+    first = ask(stored, ONE, FIRST)
+    path = driver.disk.path_of(header.chunk_id)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert extend(stored, ONE, first, LayerRange(1, 2))
+    assert not extend(stored, ONE, first, LayerRange(2, 4))
+    done(stored, ONE, first)
+    assert driver.core.res.memory.used == 0 and len(driver.core.res.fillings) == 0
+
+
+def test_the_disk_goes_on_with_what_comes_next(stored):
+    driver, header, body = stored
+    ahead = [LayerRange(1, 2), LayerRange(2, 4), LayerRange(4, 9)]
+    request = p.PrepareLoad(NAMESPACE, [header.key], wait_ms=9999, layers=FIRST, ahead=ahead)
+    grant = driver.ask(ONE, request)[0].grants[0]
+    driver.settle()
+    assert read_bytes(stored) == body.nbytes and ask(stored, FAR).tier == "memory"
+    assert extend(stored, ONE, grant, REST) and read_bytes(stored) == body.nbytes
+    done(stored, ONE, grant)
+    driver.core.res.memory.shrink_to(0)
+    assert driver.core.res.memory.used == 0
+
+
+@pytest.mark.parametrize("how", ["completed", "gone"])
+def test_reading_ahead_for_a_client_that_has_left(stored, how):
+    """It goes on to the end, and the chunk stays for the next one."""
+    driver, header, body = stored
+    request = p.PrepareLoad(NAMESPACE, [header.key], wait_ms=9999, layers=FIRST, ahead=[REST])
+    grant = driver.ask(ONE, request)[0].grants[0]
+    if how == "completed":
+        done(stored, ONE, grant)
+    else:
+        driver.core.client_gone(ONE.id)
+    driver.settle()
+    assert len(driver.core.res.fillings) == 0 and ask(stored, FAR).tier == "memory"
+    assert read_bytes(stored) == body.nbytes
+
+
+def test_what_is_asked_for_goes_before_what_is_read_ahead(stored, monkeypatch):
+    driver, header, body = stored
+    order = []
+    real = driver.disk.read
+    monkeypatch.setattr(
+        driver.disk,
+        "read",
+        lambda h, dest, layers: (order.append(layers), real(h, dest, layers))[1],
+    )
+    steps = [LayerRange(i, i + 1) for i in (1, 2, 3)]
+    request = p.PrepareLoad(NAMESPACE, [header.key], wait_ms=9999, layers=FIRST, ahead=steps)
+    got = []
+    driver.core.handle(ONE, request, [], lambda m, *_: got.append(m))
+    two = p.PrepareLoad(NAMESPACE, [header.key], wait_ms=9999, layers=steps[2])
+    driver.core.handle(TWO, two, [], lambda m, *_: got.append(m))
+    driver.settle()
+    assert order == [FIRST, steps[2], steps[0], steps[1]]
+    for client, reply in ((ONE, got[0]), (TWO, got[1])):
+        done(stored, client, reply.grants[0])

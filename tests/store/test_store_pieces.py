@@ -96,6 +96,10 @@ def test_chunk_id_tells_copies_apart():
         p.Lookup(NAMESPACE, [digest(1)], [digest(2)]),
         p.PrepareLoad(NAMESPACE, [digest(1)], wait_ms=5, layers=LayerRange(1, 2)),
         p.PrepareLoad(NAMESPACE, [digest(1)], layers=LayerRange(0, 0, True)),
+        p.PrepareLoad(
+            NAMESPACE, [digest(1)], layers=LayerRange(0, 1, True), ahead=[LayerRange(1, 2)] * 3
+        ),
+        p.ExtendLoad([5, 6], LayerRange(1, 2), 7),
         p.PrepareStore([make_chunk(1)[0]]),
         p.CompleteStore([3], [digest(1)], True),
         p.Clear(),
@@ -116,6 +120,9 @@ def test_requests_survive_the_wire(request_):
         p.Lookup(NAMESPACE, [digest(1)] * 2, [digest(1)]),
         p.CompleteStore([1, 2], [digest(1)]),
         p.PrepareLoad(NAMESPACE, [digest(1)], wait_ms=-1),
+        p.PrepareLoad(NAMESPACE, [digest(1)], ahead=[LayerRange(0, 1)] * 1025),
+        p.ExtendLoad([-1], LayerRange(0, 1)),
+        p.ExtendLoad([1] * (p.MAX_BATCH + 1), LayerRange(0, 1)),
         p.PrepareStore([ChunkHeader(NAMESPACE, digest(1), SMALL, "float64", 8)]),
         p.PrepareStore([ChunkHeader(NAMESPACE, digest(1), SMALL, "float16", 0)]),
         p.PrepareStore([ChunkHeader(NAMESPACE, digest(1), Layout(2000, 1, 1, 1), "int8", 1)]),
@@ -143,6 +150,7 @@ def test_messages_from_before_links_and_token_ranges_still_read():
     assert got == make_chunk(1)[0]
     load = p.PrepareLoad(NAMESPACE, [digest(1)], layers=LayerRange(1, 2))
     old = msgspec.msgpack.decode(p.encode(load))
+    assert old.pop() == []  # ahead
     assert old[-1] == [1, 2, False]
     old[-1] = [1, 2]
     assert p.decode_request(msgspec.msgpack.encode(old)) == load

@@ -112,6 +112,8 @@ def _seeds() -> list[list[bytes]]:
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 2)),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 0, True)),
+        p.PrepareLoad(NAMESPACE, [key], layers=LayerRange(0, 1), ahead=[LayerRange(1, 4)] * 2),
+        p.ExtendLoad([1, 2, 3], LayerRange(1, 4), 1),
         p.CompleteLoad([1, 2, 3]),
         p.PrepareStore([ChunkHeader(NAMESPACE, key, SMALL, "float16", 8)]),
         p.PrepareStore([ChunkHeader(NAMESPACE, key, SMALL, "int8", 8, before=key, after=key)]),
