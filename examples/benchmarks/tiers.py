@@ -173,6 +173,8 @@ def main() -> None:
         config = StoreConfig(
             endpoints=(f"ipc://{folder}/store",),
             memory_bytes=int(3.2 * prompt_bytes),
+            # The latest three sets are what it holds: that is how the places are told apart.
+            policy="lru",
             disk_path=f"{folder}/disk",
             disk_bytes=16 << 30,
         )
