@@ -279,22 +279,45 @@ def test_what_is_known_already_is_not_copied_again(client):
     assert first.stored > 3 and second.stored == 0 and second.known == first.stored
 
 
-def test_layer_by_layer_from_disk(client, store):
-    """Early layers can be read while late ones are still on their way."""
-    tokens = tokens_of(140, 3000)
-    put(client, tokens, Pool(3000))
-    client.drain()
+@pytest.mark.parametrize("shm", [True, False])
+def test_layer_by_layer_from_disk(client, store, shm, monkeypatch):
+    """Early layers can be read while late ones are still on their way: in shared memory into their
+    places, elsewhere as frames."""
+    n, lead = 17_000, 40
+    tokens, pool = tokens_of(140, n), Pool(n)
+    for begin in range(0, n, 2000):
+        slots = torch.arange(begin, min(begin + 2000, n))
+        part = tokens[begin : begin + 2000]
+        fresh = [FreshChunk(c, 0) for c in chunks_of(part)]
+        Offloader(pool, LAYOUT, "float32").run(client, Job(SPACE, part, slots, fresh, lambda: True))
+        client.drain(stop=False)
     store[0].stop()
     store[0] = EmbeddedStore(store[0].config, private=False, start_s=120.0)
-    with StoreClient(store[0].endpoint, deadline_s=20.0) as fresh:
-        prompt = np.concatenate([tokens_of(141, 40), tokens])
+    extended = []
+    real = StoreClient.extend_load
+    monkeypatch.setattr(
+        StoreClient, "extend_load", lambda *a, **kw: (extended.append(a[2]), real(*a, **kw))[1]
+    )
+    with StoreClient(store[0].endpoint, deadline_s=20.0, shm=shm) as fresh:
+        prompt = np.concatenate([tokens_of(141, lead), tokens])
         one = load(fresh, prompt, layerwise=True)
+        assert extended == ([(1, 2), (2, 3), (3, 4)] if shm else [])
         spans = one.spans()
-        assert covered(spans) > 2800 and {s.tier for s in spans} == {"disk"}
-        chunks = [p.chunk for s in spans for p in s.parts]
-        assert all(c.layers == LAYERS for c in chunks)
-        _, k, _ = spans[0].parts[-1].chunk.range_of(LAYERS - 1)
-        assert float(k[-1, 0, 0, 0]) >= 3000.0
+        assert covered(spans) > 0.95 * n and {s.tier for s in spans} == {"disk"}
+        for s in spans:
+            at = s.start - lead
+            for part in s.parts:
+                assert part.chunk.layers == LAYERS
+                inside = slice(part.first, part.first + part.length)
+                for layer in range(LAYERS):
+                    first, k, v = part.chunk.range_of(layer)
+                    assert torch.equal(
+                        k[layer - first, inside], pool.k(layer)[at : at + part.length]
+                    )
+                    assert torch.equal(
+                        v[layer - first, inside], pool.v(layer)[at : at + part.length]
+                    )
+                at += part.length
         one.close()
         assert eventually(lambda: fresh.stats()["leases"] == 0)
 

@@ -87,9 +87,6 @@ class Fillings:
 
     def extend(self, filling: Filling, layers: LayerRange, ready: OnRange) -> None:
         """``fetch`` for a filling that the caller has a hold on."""
-        if layers.last > filling.header.layout.n_layers:
-            ready(None, None)
-            return
         filling.holds += 1
         filling.waiting.append((layers, ready))
         self._next(filling)

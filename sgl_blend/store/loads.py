@@ -187,18 +187,22 @@ class ExtendRequest:
         self.done = False
 
     def start(self) -> None:
-        core = self.core
+        core, layers = self.core, self.request.layers
         core.loads[id(self)] = self
         for i, lease_id in enumerate(self.request.leases):
             lease = core.leases.get(lease_id, self.client.id)
             if lease is None or lease.verb not in (LOAD, TRANSIENT):
                 self._settle(i, False)
-            elif lease.verb == LOAD:
-                layout = lease.entry.decoded().layout
-                self._settle(i, self.request.layers.last <= layout.n_layers)
+                continue
+            loaded = lease.verb == LOAD
+            header = lease.entry.decoded() if loaded else lease.entry.header
+            if layers.last > header.layout.n_layers:
+                self._settle(i, False)
+            elif loaded:
+                self._settle(i, True)
             else:
                 core.res.fillings.extend(
-                    lease.entry, self.request.layers, lambda filling, _, i=i: self._came(i, filling)
+                    lease.entry, layers, lambda filling, _, i=i: self._came(i, filling)
                 )
         if self._left == 0:
             self.finish()
