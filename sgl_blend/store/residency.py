@@ -56,6 +56,9 @@ class Residency:
         self.counters: Counter[str] = Counter()
         self._writes: deque[tuple[Entry, OnDurable | None]] = deque()
         self._write_bytes = 0
+        #: chunks that came faster than the disk took them; written as soon as it has caught up, if
+        #: memory still has them then
+        self._later: deque[Entry] = deque(maxlen=1 << 16)
         self._deletes: list[ChunkHeader] = []
         self._writing = False
         self._waiters: dict[bytes, list[OnEntry]] = {}
@@ -137,6 +140,9 @@ class Residency:
         disk tier.
         """
         self.far.offer(entry)
+        self._to_disk(entry, on_durable)
+
+    def _to_disk(self, entry: Entry, on_durable: OnDurable | None = None) -> None:
         if self.disk is None:
             if on_durable:
                 on_durable("stored")
@@ -148,7 +154,8 @@ class Residency:
         if on_durable is None:
             # What nobody waits for must not fill memory with unevictable bytes.
             if self._write_bytes + entry.nbytes > self.config.memory_bytes // 4:
-                self.counters["disk_backlog_skipped"] += 1
+                self.counters["disk_put_off"] += 1
+                self._later.append(entry)
                 return
             if self.sketch.estimate(entry.file_key) < self.config.disk_after:
                 self.counters["disk_not_admitted"] += 1
@@ -186,16 +193,28 @@ class Residency:
             return disk.put(items)
 
         def done(results, error):
-            self._writing = False
             by_id = {} if error else dict(zip((e.chunk_id for e, _ in todo), results, strict=True))
             if error is not None:
                 self.counters["disk_errors"] += 1
             for entry, on_durable in batch:
                 self._written(entry, by_id.get(entry.chunk_id), on_durable)
+            self._catch_up()
+            self._writing = False
             self._pump()
 
         self._writing = True
         self.jobs.submit("disk", work, done)
+
+    def _catch_up(self) -> None:
+        """Queue what was put off, as far as the backlog's bound allows."""
+        while self._later:
+            entry = self._later[0]
+            gone = entry.dead or entry.queued or not entry.tiers & MEMORY
+            if not gone and self._write_bytes + entry.nbytes > self.config.memory_bytes // 4:
+                return
+            self._later.popleft()
+            if not gone:
+                self._to_disk(entry)
 
     def _written(self, entry: Entry, result, on_durable: OnDurable | None) -> None:
         entry.queued = False

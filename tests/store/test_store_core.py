@@ -287,6 +287,31 @@ def test_deleted_while_leased_stays_readable_and_is_then_freed(tmp_path):
     driver.close()
 
 
+def test_what_comes_faster_than_the_disk_takes_it_is_written_later(tmp_path):
+    driver = Driver(small_config(tmp_path))
+    res = driver.core.res
+    made = [make_chunk(i, n_tokens=1500) for i in range(12)]
+    assert made[0][1].nbytes > 700_000
+    for header, body in made:
+        assert driver.put(LOCAL, header, body) == "stored"
+    put_off = res.counters["disk_put_off"]
+    assert put_off > 3 and res.counters["disk_writes"] == 0
+    lost, deleted = made[-1][0], made[-2][0]
+    assert driver.ask(LOCAL, p.Delete(NAMESPACE, [deleted.key]))[0].count == 1
+    entry = res.index.best(NAMESPACE + lost.key, None)
+    res.memory.drop(entry)
+    res.index.remove(entry)
+    entry.dead = True
+    driver.settle()
+    assert res.counters["disk_writes"] == 10 and len(res._later) == 0
+    driver.core.check_integrity()
+    driver.close()
+    driver = Driver(small_config(tmp_path))
+    hits = driver.ask(LOCAL, p.Lookup(NAMESPACE, [h.key for h, _ in made]))[0].hits
+    assert [h is not None for h in hits] == [True] * 10 + [False] * 2
+    driver.close()
+
+
 def test_read_only_and_drain(tmp_path):
     driver = Driver(small_config(tmp_path, disk_after=5))
     header, body = make_chunk(1)
