@@ -50,6 +50,11 @@ class LoadedChunk:
         return BodyView(self.header, self.buf, self.layers)
 
     @property
+    def shared(self) -> bool:
+        """Does it lie in shared memory? Otherwise it came as frames."""
+        return self._mapping is not None
+
+    @property
     def whole(self) -> np.ndarray | None:
         """uint8 [body_bytes]: the whole body's place in shared memory, of which only the loaded layers
         (and those of ``extend_load``) may be read; None for what came as frames."""
@@ -151,6 +156,12 @@ class StoreClient:
     def _until(self, deadline_s: float | None) -> float:
         return time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
 
+    def _waits(self, wait_s: float | None, deadline_s: float | None) -> tuple[float, int]:
+        """When a load is over, and for how many milliseconds the store may gather."""
+        deadline = self.deadline_s if deadline_s is None else deadline_s
+        wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
+        return self._until(deadline), int(wait * 1000)
+
     def call(
         self, request: p.Request, frames: Sequence = (), deadline_s: float | None = None
     ) -> tuple[p.Reply, list]:
@@ -218,17 +229,15 @@ class StoreClient:
             raise ProtocolError(
                 f"{part} is no range of layers (from layer 0 where tokens are asked)"
             )
-        deadline = self.deadline_s if deadline_s is None else deadline_s
-        wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
+        until, wait_ms = self._waits(wait_s, deadline_s)
         request = p.PrepareLoad(
             self._space(namespace),
             list(keys),
             list(contexts),
-            int(wait * 1000),
+            wait_ms,
             part,
             [LayerRange(*more) for more in ahead],
         )
-        until = self._until(deadline)
         with self._wire.turn(until):
             reply, frames = self._wire.call(request, (), until)
             try:
@@ -254,15 +263,13 @@ class StoreClient:
         part = LayerRange(*layers)
         if not part.valid:
             raise ProtocolError(f"{part} is no range of layers")
-        deadline = self.deadline_s if deadline_s is None else deadline_s
-        wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
-        until = self._until(deadline)
+        until, wait_ms = self._waits(wait_s, deadline_s)
         with self._wire.turn(until):
             mine = [c._mapping is not None and c._mapping is self._wire.mapping for c in chunks]
             leases = [c._lease for c, yes in zip(chunks, mine, strict=True) if yes]
             if not leases:
                 return mine
-            reply, _ = self._wire.call(p.ExtendLoad(leases, part, int(wait * 1000)), (), until)
+            reply, _ = self._wire.call(p.ExtendLoad(leases, part, wait_ms), (), until)
             # The store may have come back as another one in between, whose leases are others.
             same = [c._mapping is self._wire.mapping for c in chunks]
         if len(reply.there) != len(leases):

@@ -8,7 +8,7 @@ by then; reads that come later stay as prefetches.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
@@ -21,20 +21,56 @@ if TYPE_CHECKING:
     from sgl_blend.store.core import Client, StoreCore
     from sgl_blend.store.fillings import Filling
 
+Answer = TypeVar("Answer")
 
-class LoadRequest:
-    def __init__(self, core: StoreCore, client: Client, request: p.PrepareLoad, reply):
+
+class _Gathering(Generic[Answer]):
+    """One answer for each of ``count`` things, and one reply: by the last answer, or by the deadline."""
+
+    def __init__(self, core: StoreCore, client: Client, request, reply, count: int, none: Answer):
         self.core, self.client, self.request, self.reply = core, client, request, reply
         self.deadline = core.clock() + request.wait_ms / 1000
-        self.grants: list[p.LoadGrant | None] = [None] * len(request.keys)
-        self.frames: list = []
-        self._sent: list = []
-        self._left = len(request.keys)
+        self.answers = [none] * count
+        self._left = count
         self.done = False
 
     def start(self) -> None:
+        self.core.loads[id(self)] = self
+        self._begin()
+        if self._left == 0:
+            self.finish()
+
+    def _settle(self, i: int, answer: Answer) -> None:
+        if self.done:
+            return
+        self.answers[i] = answer
+        self._left -= 1
+        if self._left == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Reply with what is there."""
+        if self.done:
+            return
+        self.done = True
+        self.core.loads.pop(id(self), None)
+        self._reply()
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+    def _reply(self) -> None:
+        raise NotImplementedError
+
+
+class LoadRequest(_Gathering["p.LoadGrant | None"]):
+    def __init__(self, core: StoreCore, client: Client, request: p.PrepareLoad, reply):
+        super().__init__(core, client, request, reply, len(request.keys), None)
+        self.frames: list = []
+        self._sent: list = []
+
+    def _begin(self) -> None:
         core, request = self.core, self.request
-        core.loads[id(self)] = self
         far: dict[bytes, list[int]] = {}
         for i, key in enumerate(request.keys):
             entry = core.res.index.best(request.namespace + key, self._context(i))
@@ -46,8 +82,6 @@ class LoadRequest:
             core.res.far.heads(
                 request.namespace, list(far), lambda heads: self._found_far(far, heads)
             )
-        if self._left == 0:
-            self.finish()
 
     def _context(self, i: int) -> bytes | None:
         return p.context_of(self.request.contexts, i)
@@ -146,25 +180,12 @@ class LoadRequest:
         self.core.frame_bytes += view.nbytes
         self._settle(i, grant)
 
-    def _settle(self, i: int, grant: p.LoadGrant | None) -> None:
-        if self.done:
-            return
-        self.grants[i] = grant
-        self._left -= 1
-        if self._left == 0:
-            self.finish()
-
-    def finish(self) -> None:
-        """Reply with what is there. Called by the last chunk, or by the deadline."""
-        if self.done:
-            return
-        self.done = True
-        self.core.loads.pop(id(self), None)
+    def _reply(self) -> None:
         counters = self.core.res.counters
-        got = sum(g is not None for g in self.grants)
+        got = sum(g is not None for g in self.answers)
         counters["load_hits"] += got
-        counters["load_misses"] += len(self.grants) - got
-        counters["load_bytes"] += sum(g.nbytes for g in self.grants if g is not None)
+        counters["load_misses"] += len(self.answers) - got
+        counters["load_bytes"] += sum(g.nbytes for g in self.answers if g is not None)
         released, nbytes = self._sent, sum(v.nbytes for v in self.frames)
 
         def sent() -> None:
@@ -172,23 +193,18 @@ class LoadRequest:
             for release in released:
                 release()
 
-        self.reply(p.Loads(self.grants), self.frames, sent if released else None)
+        self.reply(p.Loads(self.answers), self.frames, sent if released else None)
 
 
-class ExtendRequest:
+class ExtendRequest(_Gathering[bool]):
     """More layers of chunks whose first ones a client holds. It knows where they will lie, so each
     costs no more than a yes or no."""
 
     def __init__(self, core: StoreCore, client: Client, request: p.ExtendLoad, reply):
-        self.core, self.client, self.request, self.reply = core, client, request, reply
-        self.deadline = core.clock() + request.wait_ms / 1000
-        self.there = [False] * len(request.leases)
-        self._left = len(request.leases)
-        self.done = False
+        super().__init__(core, client, request, reply, len(request.leases), False)
 
-    def start(self) -> None:
+    def _begin(self) -> None:
         core, layers = self.core, self.request.layers
-        core.loads[id(self)] = self
         for i, lease_id in enumerate(self.request.leases):
             lease = core.leases.get(lease_id, self.client.id)
             if lease is None or lease.verb not in (LOAD, TRANSIENT):
@@ -204,8 +220,6 @@ class ExtendRequest:
                 core.res.fillings.extend(
                     lease.entry, layers, lambda filling, _, i=i: self._came(i, filling)
                 )
-        if self._left == 0:
-            self.finish()
 
     def _came(self, i: int, filling: Filling | None) -> None:
         if filling is not None:
@@ -213,18 +227,5 @@ class ExtendRequest:
             self.core.res.fillings.let_go(filling)
         self._settle(i, filling is not None)
 
-    def _settle(self, i: int, there: bool) -> None:
-        if self.done:
-            return
-        self.there[i] = there
-        self._left -= 1
-        if self._left == 0:
-            self.finish()
-
-    def finish(self) -> None:
-        """Reply with what is there. Called by the last chunk, or by the deadline."""
-        if self.done:
-            return
-        self.done = True
-        self.core.loads.pop(id(self), None)
-        self.reply(p.Extended(self.there))
+    def _reply(self) -> None:
+        self.reply(p.Extended(self.answers))

@@ -59,7 +59,7 @@ class HostChunk:
     @property
     def extends(self) -> bool:
         """Will its later layers come to where the first ones lie?"""
-        return self.parts[0].whole is not None
+        return self.parts[0].shared
 
     def _add(self, first: int, last: int, values: np.ndarray) -> None:
         kind = getattr(torch, self.header.dtype)

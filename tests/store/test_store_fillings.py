@@ -46,6 +46,15 @@ def done(stored, client, *grants):
     stored[0].core.handle(client, p.CompleteLoad([g.lease for g in grants]), [], None)
 
 
+def damage_the_end(stored) -> None:
+    """Flip a bit of the last layer on disk."""
+    driver, header, _ = stored
+    path = driver.disk.path_of(header.chunk_id)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
 def read_bytes(stored) -> int:
     return stored[0].core.res.counters["disk_read_bytes"]
 
@@ -121,10 +130,7 @@ def test_it_counts_as_a_whole_towards_what_a_client_may_hold(stored):
 def test_damage_in_a_later_range_spares_the_earlier_ones(stored):
     driver, header, body = stored
     first = ask(stored, ONE, FIRST)
-    path = driver.disk.path_of(header.chunk_id)
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
+    damage_the_end(stored)
     second = ask(stored, ONE, LayerRange(1, 2))
     assert ask(stored, ONE, LayerRange(2, 4)) is None
     assert driver.core.res.counters["corrupt"] == 1 and len(driver.core.res.index) == 0
@@ -229,10 +235,7 @@ def test_a_store_lease_is_not_extended(stored):
 def test_later_layers_that_are_damaged_are_a_miss(stored):
     driver, header, body = stored
     first = ask(stored, ONE, FIRST)
-    path = driver.disk.path_of(header.chunk_id)
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
+    damage_the_end(stored)
     assert extend(stored, ONE, first, LayerRange(1, 2))
     assert not extend(stored, ONE, first, LayerRange(2, 4))
     done(stored, ONE, first)
