@@ -154,7 +154,7 @@ class BlendPlan:
 
 @dataclass(slots=True)
 class BlendRecord:
-    """What blending did to one request so far; lives on the request as ``req._blend``.
+    """What blending did to one request so far; lives on the request (``attach.RECORD``).
 
     ``labels``: int8, one per position whose KV the prefill has written (see the module's
     docstring). Positions past its end (decoded tokens) carry ``tail_label``.

@@ -23,8 +23,8 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sgl_blend.integrity import tree_nodes
-from sgl_blend.radix import BlendRadixCache, RadixConfig
+from sgl_blend.tree.cache import BlendRadixCache, RadixConfig
+from sgl_blend.tree.integrity import tree_nodes
 
 VOCABULARY = 150_000
 

@@ -33,7 +33,7 @@ from training.reuse import KV, Layout, Subject  # noqa: E402
 
 from sgl_blend.chunking import ChunkingConfig, cut_points, strong_table  # noqa: E402
 from sgl_blend.eval import tasks  # noqa: E402
-from sgl_blend.prefill import question_weights  # noqa: E402
+from sgl_blend.prefill.passes import question_weights  # noqa: E402
 from sgl_blend.selection.query import spread  # noqa: E402
 
 SUFFIX = 16

@@ -23,11 +23,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sgl_blend.bench.server import Server, serve  # noqa: E402
 from sgl_blend.eval import tasks  # noqa: E402
-from sgl_blend.store.client import StoreClient  # noqa: E402
+from sgl_blend.harness.server import Server, serve  # noqa: E402
 from sgl_blend.store.config import StoreConfig  # noqa: E402
 from sgl_blend.store.embedded import EmbeddedStore  # noqa: E402
+from sgl_blend.store.wire.client import StoreClient  # noqa: E402
 
 SERDES = ("raw", "int8", "fp8", "cachegen")
 FIRST_SEED = 40_000

@@ -32,7 +32,6 @@ import zmq
 from page_cache import drop_page_cache
 
 from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout, checksum, make_namespace
-from sgl_blend.store.client import StoreClient
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.embedded import EmbeddedStore
 from sgl_blend.store.serde import SERDES, make_serde
@@ -40,6 +39,7 @@ from sgl_blend.store.serde.floats import from_float32, to_float32
 from sgl_blend.store.tiers.base import TierItem
 from sgl_blend.store.tiers.direct import aligned
 from sgl_blend.store.tiers.disk import _INSERT, DiskTier
+from sgl_blend.store.wire.client import StoreClient
 
 NAMESPACE = make_namespace("bench")
 MIB = 1 << 20

@@ -30,13 +30,13 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from page_cache import drop_page_cache  # noqa: E402
 
-from sgl_blend.bench.client import Answer, ask  # noqa: E402
-from sgl_blend.bench.models import make_model  # noqa: E402
-from sgl_blend.bench.server import Server, serve  # noqa: E402
 from sgl_blend.bench.workload import Workload  # noqa: E402
-from sgl_blend.store.client import StoreClient  # noqa: E402
+from sgl_blend.harness.client import Answer, ask  # noqa: E402
+from sgl_blend.harness.models import make_model  # noqa: E402
+from sgl_blend.harness.server import Server, serve  # noqa: E402
 from sgl_blend.store.config import StoreConfig  # noqa: E402
 from sgl_blend.store.embedded import EmbeddedStore  # noqa: E402
+from sgl_blend.store.wire.client import StoreClient  # noqa: E402
 
 SETS = 5
 

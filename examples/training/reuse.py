@@ -26,7 +26,7 @@ from torch import Tensor
 from sgl_blend.config import BlendConfig
 from sgl_blend.eval import tasks
 from sgl_blend.eval.tasks import Case, Question
-from sgl_blend.prefill import query_depth, question_weights
+from sgl_blend.prefill.passes import query_depth, question_weights
 
 from .model import rotate
 

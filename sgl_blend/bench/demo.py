@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sgl_blend.bench.client import Answer, ask
-from sgl_blend.bench.models import make_model
-from sgl_blend.bench.server import Server, serve
 from sgl_blend.bench.workload import Workload
 from sgl_blend.errors import ConfigError
+from sgl_blend.harness.client import Answer, ask
+from sgl_blend.harness.models import make_model
+from sgl_blend.harness.server import Server, serve
 
 Progress = Callable[[str], None]
 

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sgl_blend.bench.client import Answer, ask, ask_all
-from sgl_blend.bench.models import make_model
-from sgl_blend.bench.server import Server, serve
 from sgl_blend.bench.workload import Workload
+from sgl_blend.harness.client import Answer, ask, ask_all
+from sgl_blend.harness.models import make_model
+from sgl_blend.harness.server import Server, serve
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,9 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
 
 def open_client(args: argparse.Namespace):
     """A ``StoreClient`` as those options say. Raises ConfigError."""
-    from sgl_blend.store.client import StoreClient
     from sgl_blend.store.config import default_endpoint
-    from sgl_blend.store.security import load_client_keys
+    from sgl_blend.store.wire.client import StoreClient
+    from sgl_blend.store.wire.security import load_client_keys
 
     curve = None
     if bool(args.curve_client) != bool(args.curve_server):
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         if args.verb is None:
             return _serve(args)
         if args.verb == "keygen":
-            from sgl_blend.store.security import make_keys
+            from sgl_blend.store.wire.security import make_keys
 
             for path in make_keys(args.folder):
                 print(path)
@@ -186,14 +186,14 @@ def config_from(args: argparse.Namespace):
 def _serve(args: argparse.Namespace) -> int:
     import logging
 
-    from sgl_blend.store.server import StoreServer
+    from sgl_blend.store.service.server import StoreServer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     config = config_from(args)
     server = StoreServer(config, args.parent_fd)
     server.install_signals()
     if config.metrics_port:
-        from sgl_blend.store.metrics import serve_metrics
+        from sgl_blend.store.service.metrics import serve_metrics
 
         serve_metrics(server, config.metrics_host, config.metrics_port)
     print("ready", *server.addresses, flush=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import requests
 
-from sgl_blend.bench.server import ServerError
 from sgl_blend.cli.documents import Document, split_to_fit
+from sgl_blend.harness.server import ServerError
 
 _BUSY = (429, 503)
 _RETRY_S = 0.5

@@ -1,7 +1,16 @@
-"""The only room that knows SGLang's internals.
+"""The plugin: everything that hooks into SGLang.
 
-``plugin.py`` is the entry point; ``seams.py`` lists every SGLang symbol that is touched;
-``flags.py``, ``checks.py`` and ``platform.py`` act at launch; ``backend.py`` builds the tree and
-installs the forward hooks in the scheduler process; ``options.py``, ``planner.py`` and
-``report.py`` follow one request from its body to its response.
+==============  =================================================================
+``plugin.py``   the entry point; ``platform.py`` the one of the CPU platform
+``seams.py``    every SGLang symbol that is hooked or overridden, checked at launch
+``wiring.py``   builds the tree and installs the forward hooks in the scheduler process
+``metrics.py``  Prometheus counters
+``launch/``     the launching process: flags, checks, the server's own store, routes
+``request/``    one request from its body to its response
+``forward/``    the blend prefill inside the model runner
+``gate/``       the correctness gate on the loaded model
+==============  =================================================================
+
+``tree/`` subclasses SGLang's radix cache, and ``store/tiers/hicache.py`` adapts its storage
+backends; no other module imports SGLang.
 """

@@ -18,7 +18,8 @@ def register() -> None:
     )
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sgl_blend.engine import flags, seams
+    from sgl_blend.engine import seams
+    from sgl_blend.engine.launch import flags
     from sgl_blend.errors import ConfigError
 
     HookRegistry.register(seams.SERVER_ARGS_ADD, flags.add_cli_args, HookType.AFTER)
@@ -35,6 +36,6 @@ def register() -> None:
 
 
 def _build_tree(ctx):
-    from sgl_blend.engine.backend import build_tree
+    from sgl_blend.engine.wiring import build_tree
 
     return build_tree(ctx)

@@ -10,9 +10,9 @@ from typing import Any
 
 import requests
 
-from sgl_blend.bench.server import ServerError
 from sgl_blend.eval.cost import Tokens, read_tokens
 from sgl_blend.eval.fidelity import Output
+from sgl_blend.harness.server import ServerError
 
 TIMEOUT = 1800.0
 FLUSH_WAIT = 30.0

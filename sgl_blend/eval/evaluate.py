@@ -134,7 +134,7 @@ def _clients(
     if options.url is not None:
         yield {(): Client(options.url)}
         return
-    from sgl_blend.bench.server import serve
+    from sgl_blend.harness.server import serve
 
     with ExitStack() as stack:
         clients: dict[tuple[tuple[str, str], ...], Client] = {}

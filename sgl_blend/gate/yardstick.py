@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_blend.attention import AttentionSpec, PoolView, RowSegment
+from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowSegment
 
 
 class PlainAttention:

@@ -5,11 +5,11 @@ a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 """
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.registry import Registry
 from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
 from sgl_blend.selection.query import Query
+from sgl_blend.selection.registry import Registry
 from sgl_blend.selection.stored import Stored
 
 POLICIES: Registry[Policy] = Registry("blend policy")

@@ -8,9 +8,9 @@ Names below load on first use.
 from __future__ import annotations
 
 _HOMES = {
-    "StoreClient": "client",
-    "LoadedChunk": "client",
-    "StoreSlot": "client",
+    "StoreClient": "wire.client",
+    "LoadedChunk": "wire.client",
+    "StoreSlot": "wire.client",
     "ChunkHeader": "chunk",
     "Layout": "chunk",
     "BodyView": "chunk",
@@ -19,10 +19,9 @@ _HOMES = {
     "checksum": "chunk",
     "StoreConfig": "config",
     "load_config": "config",
-    "StoreServer": "server",
+    "StoreServer": "service.server",
     "EmbeddedStore": "embedded",
-    "LoadingController": "controller",
-    "CurveClient": "security",
+    "CurveClient": "wire.security",
 }
 
 

@@ -12,7 +12,7 @@ import sys
 
 from sgl_blend.errors import BlendError
 from sgl_blend.store.embedded import decode_config
-from sgl_blend.store.server import StoreServer
+from sgl_blend.store.service.server import StoreServer
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         return 2
     server.install_signals()
     if server.config.metrics_port:
-        from sgl_blend.store.metrics import serve_metrics
+        from sgl_blend.store.service.metrics import serve_metrics
 
         serve_metrics(server, server.config.metrics_host, server.config.metrics_port)
     print("ready", *server.addresses, flush=True)

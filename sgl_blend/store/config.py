@@ -82,7 +82,7 @@ class StoreConfig:
     drain_s: float = 30.0
 
     def __post_init__(self):
-        from sgl_blend.store.policy import POLICIES
+        from sgl_blend.store.placement.eviction import POLICIES
         from sgl_blend.store.serde import SERDES
 
         for name in ("policy", "disk_policy"):

@@ -13,7 +13,7 @@ from sgl_blend.errors import BlendError
 
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import ChunkHeader
-    from sgl_blend.store.client import LoadedChunk
+    from sgl_blend.store.wire.client import LoadedChunk
 
 
 class LoadFailed(BlendError):

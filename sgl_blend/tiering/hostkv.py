@@ -9,15 +9,15 @@ import torch
 from sgl_blend import ops
 
 if TYPE_CHECKING:
-    from sgl_blend.attention import PoolView
     from sgl_blend.plan import HostPart
+    from sgl_blend.prefill.rows import PoolView
     from sgl_blend.tiering.loader import Load
 
 
 class HostKV:
     """``n`` tokens in host memory, on their way into a request's own slots.
 
-    Takes a :class:`~sgl_blend.attention.KvCopy`'s place. load: whom to wait for. parts: the
+    Takes a :class:`~sgl_blend.prefill.attention.KvCopy`'s place. load: whom to wait for. parts: the
     tokens, in order. src_pos, dst_pos, dst_slots: int64 [n] on the pool's device.
     """
 

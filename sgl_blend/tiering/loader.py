@@ -31,7 +31,7 @@ from sgl_blend.tiering.keys import NO_CONTEXT, PromptChunk, context_at
 from sgl_blend.tiering.wish import DISK, Advice, Rules, Wish
 
 if TYPE_CHECKING:
-    from sgl_blend.store.client import StoreClient
+    from sgl_blend.store.wire.client import StoreClient
 
 #: neighbours that are asked for on either side of a gap
 _HOPS = 3

@@ -20,7 +20,7 @@ from sgl_blend.tiering.keys import PromptChunk
 if TYPE_CHECKING:
     import numpy as np
 
-    from sgl_blend.store.client import StoreClient, StoreSlot
+    from sgl_blend.store.wire.client import StoreClient, StoreSlot
 
 #: chunks asked room for in one round trip, and held in leases at once
 BATCH = 64

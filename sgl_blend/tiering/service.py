@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sgl_blend.errors import StoreError
-from sgl_blend.store.client import StoreClient
-from sgl_blend.store.controller import (
+from sgl_blend.store.wire.client import StoreClient
+from sgl_blend.tiering.controller import (
     ChunkCost,
     LoadingController,
     PrefillMeter,
@@ -26,7 +26,7 @@ from sgl_blend.tiering.wish import MEMORY, Allowance, Decision, Rules, Wish
 
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import Layout
-    from sgl_blend.store.security import CurveClient
+    from sgl_blend.store.wire.security import CurveClient
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,7 @@ That unbroken builds pass is among the checks of ``test_blend_models.py``.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import CAUGHT_BY, FAULTS
 
 CHECKS = "model_support.checks_gate:"

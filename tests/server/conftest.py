@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sgl_blend.bench import server as launcher
-from sgl_blend.bench.models import make_model
-from sgl_blend.bench.server import Server
+from sgl_blend.harness import server as launcher
+from sgl_blend.harness.models import make_model
+from sgl_blend.harness.server import Server
 
 START_TIMEOUT = 600.0
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
-from pathlib import Path
 
+import faults
 import probe
 import pytest
 import requests
 from polling import eventually
 from talk import SEP, Docs, ask, check_report
 
-from sgl_blend.bench import server as launcher
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import faults
+from sgl_blend.harness import server as launcher
 
 pytestmark = pytest.mark.server
 

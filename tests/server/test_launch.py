@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from talk import Docs, ask
 
-from sgl_blend.bench import server as launcher
-from sgl_blend.bench.models import make_model
+from sgl_blend.harness import server as launcher
+from sgl_blend.harness.models import make_model
 
 pytestmark = pytest.mark.server
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 ON = ["--enable-blend"]
 
 
@@ -141,7 +141,7 @@ def outcomes(model, tmp_path_factory, child_env):
         )
     (tmp / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
-        [sys.executable, str(HERE / "launches.py"), str(tmp / "cases.json")],
+        [sys.executable, str(SUPPORT / "launches.py"), str(tmp / "cases.json")],
         env=child_env,
         stdout=subprocess.PIPE,
         check=True,

@@ -19,10 +19,10 @@ import pytest
 from polling import eventually
 from talk import TOLERANCE, Answer, Docs, ask, check_report
 
-from sgl_blend.bench.server import Server
-from sgl_blend.store.client import StoreClient
+from sgl_blend.harness.server import Server
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.embedded import EmbeddedStore
+from sgl_blend.store.wire.client import StoreClient
 
 pytestmark = pytest.mark.server
 

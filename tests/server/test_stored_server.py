@@ -8,7 +8,7 @@ import time
 import pytest
 from talk import Docs, ask, check_report, check_same
 
-from sgl_blend.bench.server import Server
+from sgl_blend.harness.server import Server
 
 pytestmark = pytest.mark.server
 

@@ -9,10 +9,10 @@ from store_testing import NAMESPACE, connect, make_chunk, small_config, start
 
 from sgl_blend.cli.main import main
 from sgl_blend.errors import ConfigError
-from sgl_blend.store import protocol as p
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.errors import StoreRefused, StoreTimeout
-from sgl_blend.store.security import load_client_keys, load_public_keys, make_keys
+from sgl_blend.store.wire import protocol as p
+from sgl_blend.store.wire.security import load_client_keys, load_public_keys, make_keys
 
 ADMINISTRATIVE = {
     "pin": lambda c, key: c.pin([key]),

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from store_testing import NAMESPACE, Driver, digest, make_chunk, small_config
 
-from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import LayerRange, checksum
-from sgl_blend.store.core import Client
 from sgl_blend.store.errors import ProtocolError
+from sgl_blend.store.service.core import Client
+from sgl_blend.store.wire import protocol as p
 
 LOCAL, FAR = Client(b"local", True, True), Client(b"far", False, True)
 

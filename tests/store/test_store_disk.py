@@ -18,7 +18,7 @@ from store_testing import make_chunk
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.chunk import HEADER_ENCODER, LayerRange, Layout
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
-from sgl_blend.store.index import Entry
+from sgl_blend.store.placement.index import Entry
 from sgl_blend.store.serde import SERDES
 from sgl_blend.store.tiers.base import TierItem
 from sgl_blend.store.tiers.disk import BLOCK, DiskTier

@@ -19,9 +19,9 @@ from polling import eventually
 from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, start
 
 from sgl_blend.errors import StoreError
-from sgl_blend.store import protocol as p
 from sgl_blend.store.embedded import encode_config
 from sgl_blend.store.errors import ProtocolError
+from sgl_blend.store.wire import protocol as p
 
 
 def _fixed(tmp_path, **changes):

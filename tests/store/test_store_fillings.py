@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from store_testing import NAMESPACE, Driver, make_chunk, small_config
 
-from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import LayerRange
-from sgl_blend.store.core import Client
+from sgl_blend.store.service.core import Client
+from sgl_blend.store.wire import protocol as p
 
 ONE, TWO, FAR = Client(b"one", True, True), Client(b"two", True, True), Client(b"far", False, True)
 FIRST, REST = LayerRange(0, 1, True), LayerRange(1, 4)

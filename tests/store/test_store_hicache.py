@@ -18,8 +18,8 @@ from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss
 from sgl_blend.store.tiers.base import TierItem
+from sgl_blend.store.tiers.factory import make_shared_tier
 from sgl_blend.store.tiers.hicache import HiCacheObjects
-from sgl_blend.store.tiers.shared import make_shared_tier
 
 
 def _dynamic(folder, cls="FolderStorage") -> dict:
@@ -117,7 +117,7 @@ def test_a_backend_is_a_tier_of_a_store(options, monkeypatch):
     """What another server put there is found, loaded and added to, through a real store."""
     chosen, _ = options
     chosen = {**chosen, "page_bytes": "64KiB"}
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
     config = small_config(
         remote="hicache", remote_options=tuple(sorted(chosen.items())), remote_deadline_s=20.0
     )
@@ -141,7 +141,7 @@ def test_a_backend_is_a_tier_of_a_store(options, monkeypatch):
 def test_a_failing_backend_is_a_miss_in_time(tmp_path, monkeypatch):
     """It hangs, raises, damages or refuses: each load is answered, and it is used again after."""
     folder = tmp_path / "hicache"
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
     chosen = {**_dynamic(folder), "page_bytes": "16KiB"}
     config = small_config(
         remote="hicache", remote_options=tuple(sorted(chosen.items())), remote_deadline_s=2.0

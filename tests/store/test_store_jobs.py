@@ -9,7 +9,7 @@ import threading
 import pytest
 from polling import eventually
 
-from sgl_blend.store.jobs import Jobs
+from sgl_blend.store.placement.jobs import Jobs
 
 
 @pytest.fixture

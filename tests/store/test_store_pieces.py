@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_testing import NAMESPACE, SMALL, digest, make_chunk
 
-from sgl_blend.store import protocol as p
-from sgl_blend.store.alloc import GRANULE, PAGE, Allocator
 from sgl_blend.store.chunk import BodyView, ChunkHeader, LayerRange, Layout, make_namespace
 from sgl_blend.store.errors import ArenaExhausted, ProtocolError, StoreError
-from sgl_blend.store.index import MEMORY, ChunkIndex, Entry
-from sgl_blend.store.leases import LOAD, LeaseTable
-from sgl_blend.store.memory import MemoryTier
-from sgl_blend.store.shm import Arena, ArenaMapping, SideSocket
-from sgl_blend.store.sketch import FrequencySketch
+from sgl_blend.store.placement.alloc import GRANULE, PAGE, Allocator
+from sgl_blend.store.placement.index import MEMORY, ChunkIndex, Entry
+from sgl_blend.store.placement.memory import MemoryTier
+from sgl_blend.store.placement.sketch import FrequencySketch
+from sgl_blend.store.service.leases import LOAD, LeaseTable
+from sgl_blend.store.wire import protocol as p
+from sgl_blend.store.wire.shm import Arena, ArenaMapping, SideSocket
 
 
 def test_body_is_layer_major_and_ranges_are_contiguous():

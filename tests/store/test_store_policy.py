@@ -8,15 +8,15 @@ import pytest
 from store_testing import digest, make_chunk, small_config
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import Layout
-from sgl_blend.store.core import Client, StoreCore
-from sgl_blend.store.index import Entry
-from sgl_blend.store.jobs import Jobs
-from sgl_blend.store.policy import POLICIES, make_policy
-from sgl_blend.store.residency import Residency
-from sgl_blend.store.shm import Arena
-from sgl_blend.store.sketch import FrequencySketch
+from sgl_blend.store.placement.eviction import POLICIES, make_policy
+from sgl_blend.store.placement.index import Entry
+from sgl_blend.store.placement.jobs import Jobs
+from sgl_blend.store.placement.residency import Residency
+from sgl_blend.store.placement.sketch import FrequencySketch
+from sgl_blend.store.service.core import Client, StoreCore
+from sgl_blend.store.wire import protocol as p
+from sgl_blend.store.wire.shm import Arena
 
 SIZE = 100
 

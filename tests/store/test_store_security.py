@@ -22,16 +22,16 @@ from store_testing import (
 )
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import ChunkHeader, LayerRange, Layout
 from sgl_blend.store.errors import StoreTimeout
-from sgl_blend.store.security import (
+from sgl_blend.store.wire import protocol as p
+from sgl_blend.store.wire.security import (
     check_endpoints,
     is_loopback,
     load_client_keys,
     make_keys,
 )
-from sgl_blend.store.shm import ArenaMapping
+from sgl_blend.store.wire.shm import ArenaMapping
 
 
 def test_addresses_beyond_loopback_need_keys_or_a_flag():

@@ -19,12 +19,14 @@ from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, 
 from test_store_core import FAR, LOCAL, Driver
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store import protocol as p
 from sgl_blend.store.chunk import LayerRange, Layout
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierFull, TierMiss
 from sgl_blend.store.tiers.base import TierItem
+from sgl_blend.store.tiers.factory import make_shared_tier
 from sgl_blend.store.tiers.guard import Guard
-from sgl_blend.store.tiers.shared import ObjectStore, SharedTier, make_shared_tier
+from sgl_blend.store.tiers.objects import ObjectStore
+from sgl_blend.store.tiers.shared import SharedTier
+from sgl_blend.store.wire import protocol as p
 
 
 class ScriptedObjects(ObjectStore):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sgl_blend.store.alloc import PAGE
+from sgl_blend.store.placement.alloc import PAGE
 
 _local = threading.local()
 

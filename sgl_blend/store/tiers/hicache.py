@@ -22,7 +22,7 @@ import numpy as np
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.config import parse_size
 from sgl_blend.store.errors import TierFull
-from sgl_blend.store.tiers.shared import ObjectStore
+from sgl_blend.store.tiers.objects import ObjectStore
 
 _PREFIX = struct.Struct("<8sQ")
 _MAGIC = b"SGLBHIC1"

@@ -14,7 +14,7 @@ import numpy as np
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.config import parse_size
 from sgl_blend.store.errors import TierDown, TierFull
-from sgl_blend.store.tiers.shared import ObjectStore
+from sgl_blend.store.tiers.objects import ObjectStore
 
 # mooncake's ErrorCode values that mean "no space", and the one that means "is there already".
 _NO_SPACE = (-200, -10)

@@ -8,7 +8,6 @@ any time; that is a miss. What arrives damaged is a miss too, and is removed if 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierFull, TierMiss
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.tiers.base import PutResult, Tier, TierItem
 from sgl_blend.store.tiers.guard import Guard
+from sgl_blend.store.tiers.objects import ObjectStore
 from sgl_blend.store.tiers.record import (
     head_size,
     make_record,
@@ -25,28 +25,6 @@ from sgl_blend.store.tiers.record import (
     pack_head,
     unpack_head,
 )
-
-
-class ObjectStore(ABC):
-    """What a cluster's store must do. Calls may block for ever (a Guard bounds them), may come from
-    several threads, and return buffers of their own. Failures are any exception."""
-
-    name: str
-
-    @abstractmethod
-    def put(self, name: str, data: np.ndarray) -> None:
-        """Store uint8 bytes; an object of that name is left as it is. Raises TierFull."""
-
-    @abstractmethod
-    def get_many(self, names: Sequence[str]) -> list[np.ndarray | None]:
-        """uint8 arrays, None for what is not there."""
-
-    @abstractmethod
-    def remove(self, names: Sequence[str]) -> None:
-        """Best effort: a store that cannot remove does nothing."""
-
-    @abstractmethod
-    def close(self) -> None: ...
 
 
 class SharedTier(Tier):
@@ -138,26 +116,3 @@ class SharedTier(Tier):
             self.guard.call(self._objects.close, deadline_s=5.0)
         except TierDown:
             return
-
-
-def make_shared_tier(kind: str, options: dict, serde: str, deadline_s: float) -> SharedTier:
-    """``mooncake`` or ``hicache``. Raises ConfigError for wrong options or a store out of reach."""
-    if kind == "mooncake":
-        from sgl_blend.store.tiers.mooncake import MooncakeObjects
-
-        return SharedTier(MooncakeObjects(**_checked(MooncakeObjects, options)), serde, deadline_s)
-    from sgl_blend.store.tiers.hicache import HiCacheObjects
-
-    return SharedTier(HiCacheObjects(**_checked(HiCacheObjects, options)), serde, deadline_s)
-
-
-def _checked(kind: type, options: dict) -> dict:
-    import inspect
-
-    from sgl_blend.errors import ConfigError, unknown_name
-
-    known = list(inspect.signature(kind).parameters)
-    for name in options:
-        if name not in known:
-            raise ConfigError(unknown_name(f"option of {kind.__name__}", str(name), known))
-    return options

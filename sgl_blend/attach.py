@@ -1,0 +1,53 @@
+"""Every attribute that sgl-blend puts on SGLang's objects, and the one way to read and write it.
+
+SGLang's objects carry what belongs to a request or a batch from one hook to the next. Their
+classes have no room for it, so it is set as an attribute. The names begin with an underscore:
+``ServerArgs`` is sealed against new public names, and pickles private ones to its child processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Attachment:
+    """One attribute. ``get`` gives None where it was never set."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get(self, owner: Any) -> Any:
+        return getattr(owner, self.name, None)
+
+    def set(self, owner: Any, value: Any) -> None:
+        setattr(owner, self.name, value)
+
+
+# On ``ServerArgs``; they travel to the scheduler processes.
+#: ``config.BlendConfig``: blending is switched on
+CONFIG = Attachment("_blend_config")
+#: bool: a command line is behind the arguments. An error is then one line and an exit status;
+#: where a program called, it is an exception
+COMMAND_LINE = Attachment("_blend_command_line")
+#: str: address of the store that this server started for itself
+STORE = Attachment("_blend_store")
+
+# On ``Req``, in the scheduler process.
+#: ``plan.BlendRecord``: which of its KV is exact
+RECORD = Attachment("_blend")
+#: ``engine.request.state.RequestState``
+STATE = Attachment("_blend_state")
+#: (start, length) of the approximate prefix that the last match gave, in tokens
+PREFIX = Attachment("_blend_prefix")
+#: ``tiering.loader.Load``: what the chunk store is bringing
+LOAD = Attachment("_blend_load")
+
+# On ``ForwardBatch``.
+#: ``engine.request.planner.PlannedBatch``
+PIECES = Attachment("_blend_pieces")
+
+# On ``ReqState``, in the HTTP process.
+#: dict: the report of ``engine.request.report``
+REPORT = Attachment("_blend_report")

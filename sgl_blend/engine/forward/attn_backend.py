@@ -1,0 +1,110 @@
+"""The attention backends published for the scope of a prefill: a blended one's, a scored one's.
+
+Seams (SGLang 0.5.23): ``forward_context(replace(get_forward_context(), attn_backend=...))``;
+``RadixAttention.forward`` calls ``get_attn_backend().forward(q, k, v,
+layer, forward_batch, save_kv_cache)``; ``pool.set_kv_buffer(layer, KVWriteLoc(loc), k, v)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
+
+from sgl_blend.prefill.pieces import Piece
+from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowSegment
+from sgl_blend.prefill.scores import ScoreTable
+
+
+class BlendAttnBackend:
+    """Runs ``core`` in place of attention; everything else is the wrapped backend's.
+
+    ``core``: :class:`~sgl_blend.prefill.attention.BatchAttention` (rows whose KV is written to the pool)
+    or :class:`~sgl_blend.prefill.attention.QuestionAttention` (scratch rows; nothing is written).
+    """
+
+    def __init__(self, base: Any, core: Any) -> None:
+        self._base = base
+        self._core = core
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def forward(
+        self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs: Any
+    ) -> Any:
+        core = self._core
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
+            raise RuntimeError(
+                f"layer {layer.layer_id} passes {', '.join(unknown)} to attention, which blending "
+                "does not know"
+            )
+        heads, kv_heads = layer.tp_q_head_num, layer.tp_k_head_num
+        q = q.reshape(-1, heads, layer.qk_head_dim)
+        if k is not None:
+            k = k.reshape(-1, kv_heads, layer.qk_head_dim)
+            v = v.reshape(-1, kv_heads, layer.v_head_dim)
+        core.bring_in(layer.layer_id)
+        if not core.scratch and save_kv_cache and k is not None:
+            self._base.token_to_kv_pool.set_kv_buffer(
+                layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
+            )
+        return core(_spec(layer), q, k, v).reshape(q.shape[0], heads * layer.v_head_dim)
+
+
+class ScoringAttnBackend:
+    """The wrapped backend's attention, and the rows' scores at the layer where they are measured."""
+
+    def __init__(
+        self, base: Any, scores: ScoreTable, pool: PoolView, segments: list[RowSegment]
+    ) -> None:
+        self._base = base
+        self._scores = scores
+        self._pool = pool
+        self._segments = segments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def forward(self, q, k, v, layer, *args: Any, **kwargs: Any) -> Any:
+        out = self._base.forward(q, k, v, layer, *args, **kwargs)
+        if layer.layer_id == self._scores.layer:
+            # The rows' K lies in the pool by now.
+            rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+            with torch.no_grad():
+                self._scores.measure(_spec(layer), rows, self._pool, self._segments)
+        return out
+
+
+@contextlib.contextmanager
+def scoring(
+    scores: ScoreTable, pool: PoolView, pieces: list[Piece], forward_batch: Any
+) -> Iterator[None]:
+    """The model's own forward of ``pieces``, none of them blended, is scored meanwhile."""
+    segments = [
+        p.segment(p.row0, torch.arange(p.rows, device=p.kv_slots.device))
+        for p in pieces
+        if p.starts is not None
+    ]
+    context = get_forward_context()
+    backend = ScoringAttnBackend(context.attn_backend, scores, pool, segments)
+    with forward_context(
+        dataclasses.replace(context, attn_backend=backend), forward_batch=forward_batch
+    ):
+        yield
+
+
+def _spec(layer: Any) -> AttentionSpec:
+    window = layer.sliding_window_size
+    return AttentionSpec(
+        layer.layer_id,
+        layer.scaling,
+        -1 if window is None else int(window),
+        float(layer.logit_cap or 0.0),
+    )

@@ -1,0 +1,65 @@
+"""The KV pool and the model's rotations, layer by layer (fills ``attention.PoolView``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sgl_blend.engine.launch.checks import VERIFIED_ROPES
+from sgl_blend.errors import UnsupportedError
+from sgl_blend.ops import Rope
+
+
+class ModelPool:
+    """K and V buffers of an ``MHATokenToKVPool`` and each layer's rope.
+
+    Layers are found by structure: a module that holds ``attn`` (a ``RadixAttention``) and
+    ``rotary_emb`` (SGLang 0.5.23). Raises :class:`UnsupportedError` when a layer has no known
+    rope: K of an unknown encoding must not be moved to another position.
+    """
+
+    def __init__(self, model: Any, pool: Any, num_layers: int) -> None:
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        self._pool = pool
+        self._ropes: list[Rope | None] = [None] * num_layers
+        seen: set[int] = set()
+        shared: dict[int, Rope] = {}
+        for name, module in model.named_modules():
+            attn = getattr(module, "attn", None)
+            if not isinstance(attn, RadixAttention):
+                continue
+            if attn.layer_id in seen or not 0 <= attn.layer_id < num_layers:
+                raise UnsupportedError(
+                    f"{name}: layer id {attn.layer_id} is not one of a plain stack"
+                )
+            seen.add(attn.layer_id)
+            rotary = getattr(module, "rotary_emb", None)
+            kind = type(rotary).__name__
+            if kind not in VERIFIED_ROPES:
+                raise UnsupportedError(
+                    f"{name}: cannot move keys encoded by {kind} "
+                    f"(known: {', '.join(sorted(VERIFIED_ROPES))}). Launch without --enable-blend."
+                )
+            if id(rotary) not in shared:
+                shared[id(rotary)] = Rope.from_module(rotary)
+            self._ropes[attn.layer_id] = shared[id(rotary)]
+        if len(seen) != num_layers:
+            raise UnsupportedError(
+                f"found attention in {len(seen)} of {num_layers} layers of {type(model).__name__}"
+            )
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that every layer's rotation table covers."""
+        return min(r.max_positions for r in self._ropes)
+
+    def k(self, layer: int) -> torch.Tensor:
+        return self._pool.get_key_buffer(layer)
+
+    def v(self, layer: int) -> torch.Tensor:
+        return self._pool.get_value_buffer(layer)
+
+    def rope(self, layer: int) -> Rope | None:
+        return self._ropes[layer]

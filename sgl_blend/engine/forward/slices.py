@@ -1,0 +1,115 @@
+"""The model as slices of layers over a set of rows: ``forward_split_prefill`` and its state.
+
+Seams (SGLang 0.5.23): ``Model.forward_split_prefill(input_ids, positions, forward_batch,
+(first, last))``; the hidden state between slices in ``forward_batch.hidden_states`` and
+``forward_batch.residual_stream`` (``layers/layer_boundary/residual/``), Gemma's in
+``forward_batch.residual``; ``forward_context(replace(get_forward_context(), attn_backend=...))``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
+from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
+
+from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
+
+
+class ModelSlices:
+    """Implements :class:`sgl_blend.prefill.passes.Layers` over one SGLang model and forward batch.
+
+    The batch given stays whole, for the sampler; rows are pruned on copies. Not thread-safe;
+    one instance serves one forward.
+    """
+
+    def __init__(self, model: Any, forward_batch: Any, num_layers: int) -> None:
+        self.model = model
+        self.whole = forward_batch
+        self.num_layers = num_layers
+        self.fb: Any = None
+
+    def start(self, rows: torch.Tensor | None, counts: list[int]) -> None:
+        self.fb = copy.copy(self.whole)
+        if rows is not None:
+            self._take(rows, counts)
+
+    def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        n = ids.numel()
+        fb = self.fb = copy.copy(self.whole)
+        fb.input_ids = ids
+        fb.positions = positions
+        # Slot 0 is the pool's padding slot: models that write KV in a fused kernel hit it only.
+        fb.out_cache_loc = torch.zeros(n, dtype=torch.int64, device=ids.device)
+        self._set_counts([n])
+
+    def run(self, first: int, last: int, attention: Any) -> Any:
+        fb = self.fb
+        context = get_forward_context()
+        backend = BlendAttnBackend(context.attn_backend, attention)
+        with forward_context(dataclasses.replace(context, attn_backend=backend), forward_batch=fb):
+            return self.model.forward_split_prefill(fb.input_ids, fb.positions, fb, (first, last))
+
+    def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
+        old = self.fb
+        if old.residual_stream is None:
+            hidden, residual = old.hidden_states[keep], old.residual
+            self.start(rows, counts)
+            self.fb.hidden_states = hidden
+            self.fb.residual = None if residual is None else residual[keep]
+            return
+        # Completing first pays the tensor-parallel sum that the last layer still owes.
+        hidden = residual_batch.complete_output(old.hidden_states, old)
+        handoff = residual_batch.export_replay_handoff(hidden, old)
+        handoff = handoff._replace(
+            value=handoff.value[keep],
+            residual=None if handoff.residual is None else handoff.residual[keep],
+        )
+        self.start(rows, counts)
+        self.fb.hidden_states = residual_batch.import_replay_handoff(handoff, self.fb)
+
+    def stop(self) -> None:
+        if self.fb is not None:
+            residual_batch.clear(self.fb)
+            self.fb.hidden_states = self.fb.residual = None
+            self.fb = None
+
+    def _take(self, rows: torch.Tensor, counts: list[int]) -> None:
+        """Narrow the batch copy to ``rows`` of the whole batch, ``counts`` per request."""
+        fb, whole = self.fb, self.whole
+        fb.input_ids = whole.input_ids[rows]
+        fb.positions = whole.positions[rows]
+        fb.out_cache_loc = whole.out_cache_loc[rows]
+        if whole.mrope_positions is not None:
+            fb.mrope_positions = whole.mrope_positions[:, rows]
+        self._set_counts(counts)
+
+    def _set_counts(self, counts: list[int]) -> None:
+        fb, whole = self.fb, self.whole
+        n = sum(counts)
+        fb.extend_num_tokens = n
+        fb.extend_seq_lens_cpu = list(counts)
+        fb.extend_seq_lens = torch.tensor(counts, dtype=torch.int32).to(
+            whole.extend_seq_lens.device, non_blocking=True
+        )
+        fb.extend_start_loc = torch.cumsum(fb.extend_seq_lens, 0) - fb.extend_seq_lens
+        if whole.extend_logprob_start_lens_cpu is not None and len(counts) == whole.batch_size:
+            # Starts count from the piece's first row; what lies behind a start always runs.
+            fb.extend_logprob_start_lens_cpu = [
+                max(0, count - (old - start))
+                for count, old, start in zip(
+                    counts,
+                    whole.extend_seq_lens_cpu,
+                    whole.extend_logprob_start_lens_cpu,
+                    strict=True,
+                )
+            ]
+        if whole.global_num_token_non_padded_cpu is not None:
+            fb.global_num_token_non_padded_cpu = n
+        for name in ("global_num_token_non_padded", "num_token_non_padded"):
+            value = getattr(whole, name, None)
+            if value is not None:
+                setattr(fb, name, torch.full_like(value, n))

@@ -1,0 +1,311 @@
+"""Prefills for the correctness gate, through SGLang's own batches and our own hooks.
+
+Fills :class:`sgl_blend.gate.model.GateModel`. The order of calls is ``Scheduler``'s (SGLang
+0.5.23): ``Req.init_next_round_input``, ``RadixCache.lock``, ``ScheduleBatch.prepare_for_extend``,
+``ForwardBatch.init_new``, ``ModelRunner.forward``, ``checkpoint_kv_cache``, ``release_kv_cache``.
+No token is sampled and no request reaches the scheduler. A run matches no prefix and enters the
+tree only where it is to be kept. Not for use beside a running batch: at launch, or while idle.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
+from sgl_blend.engine.forward.pool import ModelPool
+from sgl_blend.engine.request.options import RequestOptions
+from sgl_blend.engine.request.state import Probe, RequestState, recomputes_all
+from sgl_blend.gate.model import Ask, Sizes
+from sgl_blend.gate.state import GateState
+from sgl_blend.gate.yardstick import PlainAttention
+from sgl_blend.plan import ReuseSpan
+from sgl_blend.prefill.rows import RowSegment
+from sgl_blend.selection import POLICIES, Policy
+
+_RIDS = count()
+
+
+class _Scattered(Policy):
+    """Recomputes the positions it is given: what a policy might choose, whatever its score."""
+
+    name = "scattered"
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._positions = positions
+
+    def budget(self, count: int, ratio: float) -> int:
+        return len(self._positions)
+
+    def select(self, reused, score, config):
+        return torch.searchsorted(reused.positions, torch.tensor(self._positions))
+
+
+@dataclass
+class Run:
+    """Fills ``gate.model.Ran``. slots: int64 [tokens], the prompt's slots."""
+
+    req: Any
+    logits: torch.Tensor
+    reused: torch.Tensor
+    slots: torch.Tensor
+
+
+class SglangModel:
+    """See the module's docstring. ``build``: SGLang's ``TreeCacheBuildContext``."""
+
+    def __init__(
+        self,
+        build: Any,
+        tree: Any,
+        pool: ModelPool,
+        ranks: Any,
+        config: BlendConfig,
+        gate: GateState,
+        special: Sequence[int],
+    ) -> None:
+        self.runner = build.tp_worker.model_runner
+        self.tree = tree
+        self.pool = pool
+        self.config = config
+        self.num_layers = build.model_config.num_hidden_layers
+        self._vocab = build.model_config.vocab_size
+        self._special = special
+        self._ranks = ranks
+        self._gate = gate
+        self._rows = build.params.req_to_token_pool
+        self._allocator = build.params.token_to_kv_pool_allocator
+        dtypes = (self.runner.dtype, pool.k(0).dtype)
+        self.roundoff = max(torch.finfo(d).eps / 2 for d in dtypes)
+        policy = POLICIES.get(config.policy)
+        self.full_policy = config.policy if recomputes_all(policy, 1.0, config) else "all"
+        self._in_use: list[Run] = []
+        self._uncapped = _leaves_out_the_cap(self.runner)
+
+    def sizes(self) -> Sizes:
+        from sglang.srt.runtime_context import get_schedule
+
+        # Special tokens lie at one end of the vocabulary: probes take the middle of it.
+        first, last = _plain_ids(self._special, self._vocab)
+        room = self._allocator.available_size()
+        requests = min(self.runner.max_running_requests, self._rows.available_size())
+        positions = self.pool.max_positions
+        piece = get_schedule().chunked_prefill_size or 0
+        if piece <= 0:  # chunked prefill is off
+            piece = positions
+        return Sizes(room, requests, positions, self.tree.page_size, (first, last), piece)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV pool holds."""
+        return self._allocator.size
+
+    def has_room(self, tokens: int) -> bool:
+        """Are so many slots free, or cached and in nobody's use?"""
+        page = self.tree.page_size
+        room = self._allocator.available_size() + self.tree.evictable_size()
+        return tokens + 2 * page <= room and self._rows.available_size() > 0
+
+    def run(self, *asks: Ask) -> list[Run]:
+        return self._run(asks, lambda: False)
+
+    def run_unless(self, ask: Ask, stop: Callable[[], bool]) -> Run | None:
+        """As ``run``, of one prompt; None where ``stop``, asked before each piece, says so."""
+        runs = self._run((ask,), stop)
+        return runs[0] if runs else None
+
+    def _run(self, asks: Sequence[Ask], stop: Callable[[], bool]) -> list[Run]:
+        waiting = [(ask, self._request(ask), list(ask.pieces)) for ask in asks]
+        reqs = [req for _, req, _ in waiting]
+        logits: dict[int, torch.Tensor] = {}
+        reused: dict[int, list[torch.Tensor]] = {id(r): [] for r in reqs}
+        try:
+            while waiting:
+                if stop():
+                    self._abandon(reqs)
+                    return []
+                waiting = self._step(waiting, logits, reused)
+        except BaseException:
+            self._abandon(reqs)
+            raise
+        runs = []
+        for ask, req in zip(asks, reqs, strict=True):
+            n = len(ask.tokens)
+            slots = self._rows.req_to_token[req.kv.req_pool_idx, :n].to(torch.int64)
+            positions = torch.cat([torch.zeros(0, dtype=torch.int64), *reused[id(req)]])
+            runs.append(Run(req, logits[id(req)], positions, slots))
+        self._in_use += runs
+        return runs
+
+    def kv(self, ran: Run, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pool.k(layer)[ran.slots], self.pool.v(layer)[ran.slots]
+
+    def release(self, *ran: Run) -> None:
+        for one in ran:
+            self._in_use.remove(one)
+            self._release(one.req, keep=not one.req.skip_radix_cache_insert)
+
+    def flush(self) -> None:
+        """As ``Scheduler.flush_cache``. At launch only: the tree holds nobody else's KV."""
+        self.release(*self._in_use)
+        self.tree.reset()
+        self._rows.clear()
+        self._allocator.clear()
+
+    def worst(self, values: Sequence[float]) -> list[float]:
+        return self._ranks.sum(self._tensor(values)).tolist()
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        return self._ranks.agree(self._tensor(values)).tolist()
+
+    # -- one prefill ---------------------------------------------------------------------
+
+    def _tensor(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=self.pool.k(0).device)
+
+    def _request(self, ask: Ask) -> Any:
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        params = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
+        params.normalize(None)
+        req = Req(
+            rid=f"sgl-blend-gate-{next(_RIDS)}",
+            origin_input_text="",
+            origin_input_ids=array("q", ask.tokens),
+            sampling_params=params,
+            vocab_size=self._vocab,
+        )
+        req.skip_radix_cache_insert = not ask.keep
+        attach.STATE.set(req, self._state(ask))
+        return req
+
+    def _state(self, ask: Ask) -> RequestState:
+        enabled = ask.policy is not None
+        options = RequestOptions(enabled=enabled)
+        if ask.recompute is not None:
+            policy: Policy = _Scattered(ask.recompute)
+        else:
+            policy = POLICIES.get(ask.policy or self.config.policy)
+        spans = None
+        if ask.source is not None:
+            spans = [ReuseSpan(0, ask.suffix, 0, ask.source.slots[: ask.suffix])]
+        exact = recomputes_all(policy, ask.ratio, self.config)
+        return RequestState(
+            options,
+            policy,
+            ask.ratio,
+            exact,
+            self._gate,
+            fallback=None if enabled else "disabled by the request",
+            probe=Probe(spans),
+        )
+
+    def _step(self, waiting: list, logits: dict, reused: dict) -> list:
+        """One batch; returns who is not done yet."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+        from sglang.srt.mem_cache.common import checkpoint_kv_cache
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        page = self.tree.page_size
+        for _, req, pieces in waiting:
+            req.init_next_round_input()
+            if req.lock is None:
+                req.last_node = self.tree.root_node
+                req.lock = self.tree.lock(req.last_node)
+            left = len(req.full_untruncated_fill_ids) - req.prefix_len
+            take = min(pieces.pop(0) if pieces else left, left)
+            if take < left:
+                take = min(left, max(page, take // page * page))
+            req.extend_end = req.prefix_len + take
+        batch = ScheduleBatch.init_new(
+            reqs=[req for _, req, _ in waiting],
+            req_to_token_pool=self._rows,
+            token_to_kv_pool_allocator=self._allocator,
+            tree_cache=self.tree,
+            model_config=self.runner.model_config,
+            enable_overlap=False,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
+        )
+        batch.prepare_for_extend()
+        exact = all(ask.policy is None for ask, _, _ in waiting)
+        with self._meant(batch) if exact else nullcontext():
+            out, plan = self._forward(batch)
+        more = []
+        for i, (ask, req, pieces) in enumerate(waiting):
+            blend = None if plan is None else plan.pieces[i].blend
+            if blend is not None:
+                reused[id(req)].append(blend.tokens.positions)
+            if req.extend_end == len(ask.tokens):
+                logits[id(req)] = out[i].float().clone()
+            else:
+                checkpoint_kv_cache(req, self.tree)
+                more.append((ask, req, pieces))
+        return more
+
+    @contextmanager
+    def _meant(self, batch: Any) -> Iterator[None]:
+        """Attention as the model means it, where the server's own is not (``gate/yardstick.py``):
+        blended rows are held against what is right, and that has the soft cap."""
+        if not self._uncapped:
+            yield
+            return
+        segments, row = [], 0
+        for req in batch.reqs:
+            slots = self._rows.req_to_token[req.kv.req_pool_idx, : req.extend_end]
+            at = torch.arange(req.prefix_len, req.extend_end, device=slots.device)
+            segments.append(RowSegment(row, row + at.numel(), at, slots.to(torch.int64)))
+            row += at.numel()
+        base = self.runner.attn_backend
+        self.runner.attn_backend = BlendAttnBackend(base, PlainAttention(self.pool, segments))
+        try:
+            yield
+        finally:
+            self.runner.attn_backend = base
+
+    def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        if batch.input_ids is None:
+            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+            batch.prefill_input_ids_cpu = None
+        with torch.no_grad():
+            forward = ForwardBatch.init_new(
+                batch, self.runner, return_hidden_states_before_norm=False
+            )
+            plan = attach.PIECES.get(forward)
+            return self.runner.forward(forward).logits_output.next_token_logits, plan
+
+    def _abandon(self, reqs: list[Any]) -> None:
+        for req in reqs:
+            if req.kv.holds_kv:
+                self._release(req, keep=False)
+
+    def _release(self, req: Any, keep: bool) -> None:
+        from sglang.srt.mem_cache.common import release_kv_cache
+
+        release_kv_cache(req, self.tree, checkpoint=keep)
+
+
+def _leaves_out_the_cap(runner: Any) -> bool:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+    capped = any((layer.logit_cap or 0.0) > 0 for layer in layers)
+    return capped and isinstance(runner.attn_backend, TorchNativeAttnBackend)
+
+
+def _plain_ids(special: Sequence[int], vocab: int) -> tuple[int, int]:
+    """The longest run of ids without a special one, [first, last)."""
+    marks = [-1, *sorted(i for i in special if 0 <= i < vocab), vocab]
+    gap, first = max((b - a - 1, a + 1) for a, b in zip(marks, marks[1:], strict=False))
+    return first, first + gap

@@ -1,0 +1,1 @@
+"""What happens in the launching process: flags, checks, the server's own store, HTTP routes."""

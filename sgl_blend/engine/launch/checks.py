@@ -1,0 +1,144 @@
+"""Launch checks: which server configurations and models blending serves.
+
+A configuration that cannot work ends the launch with one line; one under which requests fall
+back is warned about once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.errors import ConfigError, UnsupportedError
+
+#: Model classes whose blended KV and logits are verified against full prefill by the tests.
+VERIFIED_MODELS = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Gemma2ForCausalLM",
+    }
+)
+
+#: Rotary classes that are one fixed rotation per position (``layers/rotary_embedding/``, 0.5.23).
+#: Position-dependent frequencies (dynamic NTK, longrope, dual chunk) and multimodal positions
+#: cannot be re-rotated by a position difference.
+VERIFIED_ROPES = frozenset(
+    {
+        "RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "Llama3RotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+    }
+)
+
+
+def config_problems(view: Any) -> list[str]:
+    """What in the resolved server arguments blending cannot serve; empty when all fits."""
+
+    def get(name: str, default: Any = None) -> Any:
+        return getattr(view, name, default)
+
+    rules = (
+        (
+            get("speculative_algorithm") is not None,
+            "speculative decoding (--speculative-algorithm)",
+        ),
+        ((get("pp_size") or 1) > 1, "pipeline parallelism (--pp-size > 1)"),
+        ((get("attn_dp_size") or 1) > 1 or bool(get("enable_dp_attention")), "DP attention"),
+        ((get("attn_cp_size") or 1) > 1, "context parallelism (--attn-cp-size > 1)"),
+        ((get("dcp_size") or 1) > 1, "decode context parallelism (--dcp-size > 1)"),
+        (bool(get("enable_two_batch_overlap")), "two-batch overlap"),
+        (bool(get("enable_single_batch_overlap")), "single-batch overlap"),
+        (bool(get("enable_pdmux")), "PD multiplexing (--enable-pdmux)"),
+        (
+            str(get("disaggregation_mode") or "null") != "null",
+            "prefill/decode disaggregation (--disaggregation-mode)",
+        ),
+        (bool(get("disable_radix_cache")), "--disable-radix-cache"),
+        (bool(get("enable_hierarchical_cache")), "HiCache (--enable-hierarchical-cache)"),
+        (bool(get("enable_lmcache")), "--enable-lmcache"),
+        (bool(get("enable_flexkv")), "--enable-flexkv"),
+        (bool(get("enable_streaming_session")), "streaming sessions"),
+        (bool(get("enable_session_radix_cache")), "--enable-session-radix-cache"),
+        (get("radix_eviction_policy") == "tlru", "--radix-eviction-policy tlru"),
+        (bool(get("is_embedding")), "embedding models (--is-embedding)"),
+        (get("dllm_algorithm") is not None, "diffusion language models"),
+        (
+            str(get("kv_cache_dtype") or "auto") not in ("auto", "bfloat16", "bf16", "float16"),
+            f"--kv-cache-dtype {get('kv_cache_dtype')}",
+        ),
+    )
+    return [what for hit, what in rules if hit]
+
+
+def check_arguments(server_args: Any) -> None:
+    """Refuse, in the launching process, what cannot work. Call after resolution.
+
+    Raises :class:`UnsupportedError` for a server configuration or a model class that is not
+    served, :class:`ConfigError` for an option that does not fit the model. What only the loaded
+    model shows is left to :func:`check_model`.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    problems = config_problems(resolving_view(server_args))
+    if problems:
+        raise UnsupportedError(
+            "--enable-blend cannot be combined with "
+            + "; ".join(problems)
+            + ". Drop the option or launch without --enable-blend."
+        )
+    model_config = model_config_of(server_args)
+    architectures = getattr(model_config.hf_config, "architectures", None) or ["?"]
+    if architectures[0] not in VERIFIED_MODELS:
+        raise unverified(architectures[0])
+    check_depth(attach.CONFIG.get(server_args), model_config.num_hidden_layers)
+
+
+def unverified(name: str) -> UnsupportedError:
+    """The error for a model class that no test has verified."""
+    return UnsupportedError(
+        f"{name} is not verified for blending (verified: {', '.join(sorted(VERIFIED_MODELS))}). "
+        "Launch without --enable-blend."
+    )
+
+
+def check_depth(config: BlendConfig, num_layers: int) -> None:
+    """Raise :class:`ConfigError` when a check layer leaves no layer to save work in."""
+    if config.check_layers[-1] >= num_layers - 1:
+        raise ConfigError(
+            f"blend option check_layers is {config.check_layers}: the model has {num_layers} "
+            f"layers, so a check layer must be below {num_layers - 1}"
+        )
+
+
+def check_model(model: Any, ctx: Any) -> None:
+    """Raise :class:`UnsupportedError` when the loaded model or its KV pool is not served.
+
+    ``ctx``: SGLang's ``TreeCacheBuildContext``.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    name = type(model).__name__
+    if not hasattr(model, "forward_split_prefill") or name not in VERIFIED_MODELS:
+        raise unverified(name)
+    if ctx.is_hybrid_ssm or ctx.is_hybrid_swa:
+        raise UnsupportedError(
+            f"{name} uses a hybrid KV pool (state-space or sliding-window sub-pools), which "
+            "blending does not serve. For sliding-window models, --disable-hybrid-swa-memory "
+            "keeps one full pool."
+        )
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    if type(pool) is not MHATokenToKVPool:
+        raise UnsupportedError(
+            f"the KV pool is a {type(pool).__name__}; blending serves MHATokenToKVPool only"
+        )
+    if pool.dtype != pool.store_dtype:
+        raise UnsupportedError(
+            f"KV cache dtype {pool.dtype} is quantised; blending needs a plain one"
+        )

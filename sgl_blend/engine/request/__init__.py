@@ -1,0 +1,1 @@
+"""One request from its body to its response: options, admission, plan, store, report."""

@@ -1,0 +1,39 @@
+"""Which waiting request may run now, and where its prompt may be cut into prefill pieces.
+
+A request whose chunks are still on their way from a store tier stays in the queue, and the ones
+behind it go ahead.
+
+Rows to recompute are selected piece by piece, so a cut changes the choice, and with it the answer.
+SGLang cuts the last request of a prefill batch wherever the others have left room
+(``--chunked-prefill-size`` counts the batch's tokens), and the answer would depend on company. A
+request that is to be blended is therefore not cut behind others: it waits for the next batch,
+where it is first, and is cut at the full piece size if it has to be.
+
+With ``--enable-mixed-chunk`` running requests take their token each out of the piece size; there
+a long prompt's cuts still depend on how many run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.state import state_of
+from sgl_blend.gate.state import GateState
+
+
+def admit(config: BlendConfig, gate: GateState, tiers: Any | None):
+    """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
+        if tiers is not None and not tiers.admits(req):
+            return AddReqResult.CONTINUE
+        room = adder.rem_chunk_tokens
+        if room is not None and adder.can_run_list and state_of(req, config, gate).wants_blend:
+            rows = len(req.full_untruncated_fill_ids) - req.prefix_len
+            if adder.ceil_paged_tokens(rows) > room:
+                return AddReqResult.OTHER
+        return original(adder, req, *args, **kw)
+
+    return add_one_req

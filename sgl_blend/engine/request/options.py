@@ -1,0 +1,122 @@
+"""What a request may say about blending, in ``sampling_params.custom_params``.
+
+``blend`` (bool), ``blend_ratio`` and ``blend_coverage`` (numbers, 0 to 1), ``blend_policy`` (a
+policy's name), ``blend_boundaries`` (flat ascending list of token offsets into the prompt).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.errors import RequestError, unknown_name
+
+KEYS = ("blend", "blend_ratio", "blend_coverage", "blend_policy", "blend_boundaries")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """One request's wishes; ``None`` leaves a choice to the configuration."""
+
+    enabled: bool = True
+    ratio: float | None = None
+    policy: str | None = None
+    boundaries: tuple[int, ...] | None = None
+    coverage: float | None = None
+
+
+def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptions:
+    """Read the blend keys of ``custom_params``; other keys belong to others and are ignored,
+    but a misspelt ``blend...`` key is refused.
+
+    ``prompt_tokens``: length of the prompt, to check the boundaries against; None skips that.
+    Raises :class:`RequestError`.
+    """
+    if custom_params is None:
+        return RequestOptions()
+    if not isinstance(custom_params, dict):
+        raise RequestError(f"custom_params is a {type(custom_params).__name__}: expected a mapping")
+    for key in custom_params:
+        if isinstance(key, str) and key.startswith("blend") and key not in KEYS:
+            raise RequestError("custom_params: " + unknown_name("key", key, KEYS))
+
+    enabled = custom_params.get("blend", True)
+    if not isinstance(enabled, bool):
+        raise RequestError(f"custom_params.blend is {enabled!r}: expected true or false")
+
+    ratio = _share(custom_params, "blend_ratio")
+    coverage = _share(custom_params, "blend_coverage")
+
+    policy = custom_params.get("blend_policy")
+    if policy is not None:
+        from sgl_blend.selection import POLICIES, Need
+
+        if not isinstance(policy, str) or policy not in POLICIES:
+            raise RequestError(
+                "custom_params.blend_policy: "
+                + unknown_name("policy", str(policy), POLICIES.names())
+            )
+        if coverage and POLICIES.get(policy).need is Need.NOTHING:
+            raise RequestError(
+                f"custom_params.blend_coverage is {coverage}: policy {policy!r} has no score to cover"
+            )
+
+    boundaries = _boundaries(custom_params, prompt_tokens)
+    return RequestOptions(enabled, ratio, policy, boundaries, coverage)
+
+
+def check_scores(options: RequestOptions, config: BlendConfig) -> None:
+    """Raise :class:`RequestError` for a policy whose scores this server does not keep."""
+    from sgl_blend.selection import POLICIES, Need, keeps_scores
+
+    if options.policy is None or POLICIES.get(options.policy).need is not Need.STORED:
+        return
+    if not keeps_scores(config):
+        raise RequestError(
+            f"custom_params.blend_policy is {options.policy!r}: this server keeps no scores; "
+            "launch it with --blend-stored-scores true"
+        )
+
+
+def _share(custom_params: dict, key: str) -> float | None:
+    value = custom_params.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RequestError(f"custom_params.{key} is {value!r}: expected a number from 0 to 1")
+    return float(value)
+
+
+def _boundaries(custom_params: dict, prompt_tokens: int | None) -> tuple[int, ...] | None:
+    value = custom_params.get("blend_boundaries")
+    if value is None:
+        return None
+    where = "custom_params.blend_boundaries"
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{where} is a {type(value).__name__}: expected a flat list of offsets")
+    last = -1
+    for i, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise RequestError(f"{where}[{i}] is {item!r}: expected an integer token offset")
+        if item < 0:
+            raise RequestError(f"{where}[{i}] is {item}: offsets start at 0")
+        if item <= last:
+            raise RequestError(f"{where}[{i}] is {item} after {last}: offsets must ascend")
+        if prompt_tokens is not None and item > prompt_tokens:
+            raise RequestError(
+                f"{where}[{i}] is {item}, past the prompt's end ({prompt_tokens} tokens)"
+            )
+        last = item
+    return tuple(value)
+
+
+def validate_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
+    """AFTER ``TokenizerManager._validate_one_request`` (SGLang 0.5.23): a malformed request is
+    refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one)."""
+    params = getattr(obj, "sampling_params", None)
+    if isinstance(params, dict):
+        n = None if input_ids is None else len(input_ids)
+        options = parse_options(params.get("custom_params"), n)
+        check_scores(options, attach.CONFIG.get(manager.server_args))

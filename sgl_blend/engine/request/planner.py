@@ -1,0 +1,423 @@
+"""From an SGLang batch to pieces: which tokens of each request are reused, and from where.
+
+Seam (SGLang 0.5.23): AFTER ``ForwardBatch.init_new``. There, slots are allocated and evictions
+are over, so KV that the tree still owns cannot be an output of this batch; a later batch that
+evicts and overwrites it runs behind this one on the same stream. ``req_to_token`` is read here,
+because overlap scheduling may give the row to another request before the forward runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.report import put_report
+from sgl_blend.engine.request.state import (
+    RequestState,
+    StateMark,
+    namespace_of,
+    state_of,
+    unservable,
+)
+from sgl_blend.gate.state import TURNED_OFF, GateState
+from sgl_blend.plan import (
+    BLENDED,
+    EXACT,
+    MAX_GENERATION,
+    BlendPlan,
+    BlendRecord,
+    ReuseSpan,
+    exact_head,
+    ranges,
+)
+from sgl_blend.prefill.passes import token_layers
+from sgl_blend.prefill.pieces import Piece, PieceBlend
+from sgl_blend.prefill.scores import ScoreTable
+from sgl_blend.selection import POLICIES, Need, ReusedTokens
+
+logger = logging.getLogger(__name__)
+
+#: attribute of a forward batch: its ``PlannedBatch``
+
+
+@dataclass(frozen=True)
+class PlannerContext:
+    """What planning needs beside the batch. max_positions: what the rotation tables cover.
+    tiers: an ``engine.tiers.StoreTier``, or None where nothing but the device holds chunks.
+    scores: of the pool's slots, or None where they are not kept."""
+
+    tree: Any
+    config: BlendConfig
+    num_layers: int
+    max_positions: int
+    metrics: Any
+    gate: GateState
+    tiers: Any = None
+    scores: ScoreTable | None = None
+
+
+@dataclass(eq=False)
+class _Planned:
+    """One request's piece as it was planned, so that it can be planned again with less."""
+
+    req: Any
+    state: RequestState
+    piece: Piece
+    before: StateMark
+
+
+class Planner:
+    """Builds the pieces of a prefill batch and keeps each request's record and counts."""
+
+    def __init__(self, context: PlannerContext) -> None:
+        self.c = context
+        #: picks requests whose answers are checked later (``gate_live.LiveGate``); None: nobody
+        self.live: Any = None
+
+    def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
+        """AFTER ``ForwardBatch.init_new``: attach the pieces when any request is blended."""
+        scores = self.c.scores
+        if scores is not None and forward_batch.out_cache_loc is not None:
+            scores.forget(forward_batch.out_cache_loc)
+        mode = forward_batch.forward_mode
+        if not mode.is_extend() or mode.is_target_verify() or batch.tree_cache is not self.c.tree:
+            return
+        decoding = {id(r) for r in (batch.decoding_reqs or ())}
+        full_capture = _captures_all(forward_batch)
+        row, pieces, mine, samples = 0, [], [], []
+        no_slots = forward_batch.out_cache_loc[:0]
+        for i, req in enumerate(batch.reqs):
+            begin, rows = int(batch.prefix_lens[i]), int(batch.extend_lens[i])
+            piece = Piece(row, rows, begin, no_slots)
+            if id(req) not in decoding:
+                state = self._begin(req, piece)
+                if scores is not None:
+                    piece.starts = self._starts(req, state, piece).to(no_slots.device)
+                mine.append(_Planned(req, state, piece, state.mark()))
+                spans = self._spans(req, state, piece, full_capture)
+                state.decided = True
+                self._set(mine[-1], spans, forward_batch.input_ids.device)
+                # A sampled prompt may end in a piece that reuses nothing.
+                sample = self._sample(req, begin + rows)
+                if sample is not None:
+                    samples.append((i, sample))
+            pieces.append(piece)
+            row += rows
+        blended = bool(samples) or any(piece.blend is not None for piece in pieces)
+        if not blended:
+            self.finish(mine)
+        if blended or scores is not None:
+            # An ordinary batch that is not scored pays for no copy of its rows.
+            table = batch.req_to_token_pool.req_to_token
+            for req, piece in zip(batch.reqs, pieces, strict=True):
+                row_slots = table[req.kv.req_pool_idx, : piece.begin + piece.rows]
+                piece.kv_slots = row_slots.to(torch.int64)
+                if piece.blend is not None and self.c.tiers is not None:
+                    self.c.tiers.attach(req, piece)
+            attach.PIECES.set(forward_batch, PlannedBatch(pieces, mine, samples, blended))
+
+    def finish(self, planned: list[_Planned]) -> None:
+        """Count what has been prefilled, and let go of what was loaded for it."""
+        for p in planned:
+            self._count(p.req, p.piece)
+            if self.c.tiers is not None and p.piece.begin + p.piece.rows >= p.state.prompt_tokens:
+                self.c.tiers.release(p.req)
+
+    def without(self, planned: list[_Planned], chunks: list[Any]) -> None:
+        """Plan again without ``chunks``, which did not arrive: their tokens are computed."""
+        lost = set(map(id, chunks))
+        for p in planned:
+            blend = p.piece.blend
+            if blend is None or not any(
+                id(part.chunk) in lost for s in blend.plan.spans for part in s.parts
+            ):
+                continue
+            p.state.reset_to(p.before, p.req)
+            spans = [t for s in blend.plan.spans for t in _remaining(s, lost)]
+            self._set(p, spans, p.piece.kv_slots.device)
+            if p.piece.blend is not None:
+                self.c.tiers.attach(p.req, p.piece)
+
+    def _begin(self, req: Any, piece: Piece) -> RequestState:
+        """The request's state at the beginning of ``piece``."""
+        state = state_of(req, self.c.config, self.c.gate)
+        begin = piece.begin
+        stale = state.record is not None and attach.RECORD.get(req) is not state.record
+        if state.next_begin != begin or stale:
+            self._restart(req, state, begin, _tokens(req))
+        state.next_begin = begin + piece.rows
+        return state
+
+    def _starts(self, req: Any, state: RequestState, piece: Piece) -> torch.Tensor:
+        """int64 [rows]: where each row's document begins."""
+        starts = self.c.tree.document_starts(_tokens(req), state.options.boundaries)
+        rows = np.arange(piece.begin, piece.begin + piece.rows)
+        return torch.from_numpy(starts[np.searchsorted(starts, rows, side="right") - 1])
+
+    def _set(self, p: _Planned, spans: list[ReuseSpan], device: torch.device) -> None:
+        """Give a piece its plan, and the request the labels that follow from it."""
+        piece, end = p.piece, p.piece.begin + p.piece.rows
+        piece.blend = (
+            self._piece(p.state, piece.begin, end, _tokens(p.req), spans, device) if spans else None
+        )
+        self._label(p.req, p.state, piece.begin, end, spans)
+
+    def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
+        """First piece of a prefill (again, after a retraction)."""
+        n_prompt = state.prompt_tokens = len(req.origin_input_ids)
+        state.decided = False
+        state.generation = 0
+        state.record = None
+        attach.RECORD.set(req, None)
+        state.suffix_start = self.c.tree.suffix_start(
+            tokens[:n_prompt], n_prompt, state.options.boundaries
+        )
+        if state.counts.prefix + state.counts.computed + state.counts.recomputed > 0:
+            state.counts_closed = True  # the report tells of the first prefill
+        else:
+            state.counts.prefix = begin
+        matched = attach.PREFIX.get(req)
+        if matched is not None and matched[0] < begin:
+            record = self._record(req, state)
+            record.labels = np.full(begin, BLENDED, dtype=np.int8)
+            record.labels[: matched[0]] = EXACT
+            record.tail_label = state.generation = MAX_GENERATION
+
+    def _spans(
+        self,
+        req: Any,
+        state: RequestState,
+        piece: Piece,
+        full_capture: bool,
+    ) -> list[ReuseSpan]:
+        """What of the piece is reused; empty when the request falls back."""
+        begin, end, n_tokens = piece.begin, piece.begin + piece.rows, len(_tokens(req))
+        if state.fallback is not None:
+            if not (state.decided or state.counts_closed or state.probe):
+                self.c.metrics.fallback(state.fallback)
+            return []
+        if state.probe is not None and state.probe.spans is not None:
+            return state.probe.spans
+        reason = unservable(req)
+        if reason is None and not self.c.gate.on and state.probe is None:
+            reason = TURNED_OFF
+        if reason is None and full_capture:
+            reason = "hidden states captured"
+        if (
+            reason is None
+            and req.return_logprob
+            and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
+        ):
+            reason = "input logprobs"
+        if reason is None and n_tokens > self.c.max_positions:
+            reason = "longer than the rotation table"
+        if reason is not None:
+            self._fall_back(state, reason)
+            return []
+        limit = min(end - 1, state.suffix_start)
+        # Whether to blend at all is decided once, on the whole prompt; each piece then finds
+        # its spans anew, since sources may have come or gone in between.
+        reach = limit if state.decided else state.suffix_start
+        if reach - begin < self.c.config.min_span_tokens:
+            return []
+        spans = self.c.tree.find_spans(
+            req.full_untruncated_fill_ids,
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            begin=begin,
+            end=reach,
+            boundaries=state.options.boundaries,
+        )
+        if self.c.tiers is not None:
+            spans = self.c.tiers.fill(req, begin, reach, spans)
+            state.free_ratio = self.c.tiers.free_ratio(req)
+        if not state.decided and state.probe is None:
+            found = sum(s.length for s in spans)
+            if found < self.c.config.min_reused_tokens:
+                if found:
+                    self._fall_back(state, "fewer reusable tokens than min_reused_tokens")
+                return []
+        return [s for s in (s.within(begin, limit) for s in spans) if s is not None]
+
+    def _fall_back(self, state: RequestState, reason: str) -> None:
+        state.fallback = reason
+        self.c.metrics.fallback(reason)
+
+    def _piece(
+        self,
+        state: RequestState,
+        begin: int,
+        end: int,
+        tokens: np.ndarray,
+        spans: list[ReuseSpan],
+        device: torch.device,
+    ) -> PieceBlend:
+        cfg = self.c.config
+        scored = [s for s in spans if not s.exact]
+        positions = ranges([(s.start, s.length) for s in scored])
+        ratio = self._ratio(state, spans)
+        # Where all that is reused is exact, nothing is left to choose.
+        policy = state.policy if scored else POLICIES.get("none")
+        budget = policy.budget(len(positions), ratio)
+        reused = ReusedTokens(
+            torch.from_numpy(positions),
+            torch.from_numpy(ranges([(0, s.length) for s in scored])),
+            torch.from_numpy(np.repeat([s.length for s in scored], [s.length for s in scored])),
+            budget,
+            seed=_seed(tokens, state.prompt_tokens),
+            coverage=state.coverage,
+            floor=min(budget, policy.budget(len(positions), cfg.min_ratio)),
+        )
+        pooled = [s for s in scored if s.slots is not None]
+        no_slots = torch.zeros(0, dtype=torch.int64, device=device)
+        blend = PieceBlend(
+            BlendPlan(begin, end, state.suffix_start, tuple(spans), policy.name, ratio),
+            policy,
+            reused,
+            reused=torch.from_numpy(positions - begin).to(device, non_blocking=True),
+            src_slots=torch.cat([no_slots, *(s.slots for s in pooled)]).to(torch.int64),
+            src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])).to(
+                device, non_blocking=True
+            ),
+        )
+        if policy.need is Need.NOTHING:
+            blend.fixed = policy.select(reused, None, cfg)
+        elif policy.need is Need.QUERY:
+            # The question may lie in a later piece; its rows are scratch rows, so every piece
+            # asks the same question. Output that a retraction put behind it does not belong to
+            # it: the choice must be the one made before.
+            stop = min(state.prompt_tokens, state.suffix_start + cfg.max_suffix_tokens)
+            ask = np.arange(state.suffix_start, stop)
+            # Tokens before the first reused one are asked along while they are exact: whether a
+            # system prompt is cached as prefix must not change what is selected.
+            first, head = scored[0].start, exact_head(spans, begin)
+            plain = not any(s.exact and head <= s.start < first for s in spans)
+            if state.generation == EXACT and plain and first - head <= cfg.max_suffix_tokens:
+                blend.lead = first - head
+                ask = np.concatenate([np.arange(head, first), ask])
+            blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
+            blend.question_pos = torch.from_numpy(ask).to(device)
+        return blend
+
+    def _ratio(self, state: RequestState, spans: list[ReuseSpan]) -> float:
+        """The request's ratio, or a higher one that costs nothing while slow chunks are loading."""
+        loading = any(s.parts and not s.exact for s in spans)
+        if loading and state.options.ratio is None:
+            state.used_ratio = max(state.used_ratio, state.free_ratio)
+        return state.used_ratio
+
+    def _label(
+        self, req: Any, state: RequestState, begin: int, end: int, spans: list[ReuseSpan]
+    ) -> None:
+        """Record how each token of [begin, end) comes to be (see ``plan.py``)."""
+        scored = [s for s in spans if not s.exact]
+        blended = bool(scored) and not state.exact
+        if not blended and state.record is None:
+            return
+        record = state.record or self._record(req, state)
+        labels = np.full(end, state.generation, dtype=np.int8)
+        known = record.labels
+        if state.generation == EXACT:
+            labels[: len(known)] = known
+        else:
+            labels[: min(begin, len(known))] = known[:begin]
+        if blended:
+            state.generation = min(
+                MAX_GENERATION, max([state.generation, *(s.generation + 1 for s in scored)])
+            )
+            labels[scored[0].start : end] = state.generation
+            for s in scored:
+                labels[s.start : s.end] = BLENDED
+        for s in spans:
+            if s.exact:
+                labels[s.start : s.end] = EXACT
+        if state.generation != EXACT and end >= state.prompt_tokens:
+            # What follows the last reused token is the question, and nobody's document.
+            last = int(np.flatnonzero(labels == BLENDED)[-1]) + 1
+            if state.prompt_tokens - last <= self.c.config.max_suffix_tokens:
+                labels[last : state.prompt_tokens] = BLENDED
+        record.labels = labels
+        record.tail_label = state.generation
+
+    def _sample(self, req: Any, end: int) -> Any:
+        if self.live is None or end != len(req.origin_input_ids):
+            return None
+        state = state_of(req, self.c.config, self.c.gate)
+        tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)
+        return self.live.pick(req, state, end, _seed(tokens, end)) if state.record else None
+
+    def _record(self, req: Any, state: RequestState) -> BlendRecord:
+        name = namespace_of(req, len(req.origin_input_ids), self.c.config, self.c.gate)
+        record = BlendRecord(namespace=name or "")
+        state.record = record
+        attach.RECORD.set(req, record)
+        return record
+
+    def _count(self, req: Any, piece: Piece) -> None:
+        state = state_of(req, self.c.config, self.c.gate)
+        if state.counts_closed or state.probe is not None:
+            return
+        c, b = state.counts, piece.blend
+        n = 0 if b is None else b.tokens.count + b.given
+        again = 0 if b is None else b.recomputed()
+        c.reused += n - again
+        c.recomputed += again
+        c.computed += piece.rows - n
+        c.token_layers += token_layers(piece, self.c.num_layers, self.c.config)
+        c.full_token_layers += piece.rows * self.c.num_layers
+        if b is not None:
+            for s in b.plan.spans:
+                c.sources[s.tier] += s.length
+            hosted = sum(s.length for s in b.plan.spans if s.parts)
+            if hosted:
+                self.c.metrics.store("loaded", hosted)
+        self.c.metrics.piece(piece.rows - n, n - again, again)
+        if self.c.config.report:
+            put_report(req, state)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedBatch:
+    """What travels on a ``ForwardBatch``: the pieces to run, how to plan them again, and which
+    rows of its output the correctness gate wants to see: (row, sample). blended: False for a batch
+    that runs as SGLang has it, and is scored."""
+
+    pieces: list[Piece]
+    planned: list[_Planned]
+    samples: list[tuple[int, Any]]
+    blended: bool = True
+
+
+def _remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:
+    """The parts of ``span`` that do not come from ``lost`` chunks (ids)."""
+    if not span.parts:
+        return [span]
+    out, at = [], span.start
+    for part in span.parts:
+        if id(part.chunk) not in lost:
+            out.append(span.within(at, at + part.length))
+        at += part.length
+    return out
+
+
+def _tokens(req: Any) -> np.ndarray:
+    return np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
+
+
+def _seed(tokens: np.ndarray, n_prompt: int) -> int:
+    """Of the prompt alone: neither what was in the cache nor a retraction changes it."""
+    import hashlib
+
+    digest = hashlib.blake2b(tokens[:n_prompt].tobytes(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _captures_all(forward_batch: Any) -> bool:
+    mode = forward_batch.capture_hidden_mode
+    return mode is not None and mode.is_full()

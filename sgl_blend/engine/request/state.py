@@ -1,0 +1,180 @@
+"""What one request carries about blending, from its first prefill piece to its response."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.options import RequestOptions, check_scores, parse_options
+from sgl_blend.errors import RequestError
+from sgl_blend.gate.state import GateState
+from sgl_blend.plan import BlendRecord, ReuseSpan
+from sgl_blend.selection import POLICIES, Need, Policy
+
+
+@dataclass
+class Counts:
+    """Prompt tokens by how their KV came to be. ``prefix + reused + recomputed + computed`` is
+    the prompt's length; ``reused`` are those not recomputed."""
+
+    prefix: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    computed: int = 0
+    token_layers: int = 0
+    full_token_layers: int = 0
+    sources: Counter = field(default_factory=Counter)
+
+
+class StateMark(NamedTuple):
+    """A request's state before a piece was planned (``RequestState.reset_to``)."""
+
+    generation: int
+    record: BlendRecord | None
+    labels: np.ndarray | None
+    tail_label: int
+
+
+@dataclass
+class Probe:
+    """Marks a request of the gate's own: blended whatever the gate's state and the thresholds
+    are, and not counted. spans: reuse these and look nothing up."""
+
+    spans: list[ReuseSpan] | None = None
+
+
+@dataclass
+class RequestState:
+    """Lives on SGLang's ``Req`` as ``_blend_state``; ``record`` also as ``_blend``."""
+
+    options: RequestOptions
+    policy: Policy
+    ratio: float
+    #: every reused token will be recomputed: nothing approximate comes of it
+    exact: bool
+    gate: GateState
+    #: share of the summed score to cover (0: a fixed number of tokens)
+    coverage: float = 0.0
+    fallback: str | None = None
+    next_begin: int | None = None
+    generation: int = 0
+    decided: bool = False
+    counts: Counts = field(default_factory=Counts)
+    counts_closed: bool = False
+    record: BlendRecord | None = None
+    prompt_tokens: int = 0
+    suffix_start: int = 0
+    probe: Probe | None = None
+    #: the ratio that was applied: ``ratio``, or more where loading left time for it
+    used_ratio: float = -1.0
+    #: how much may be recomputed while chunks are loading without taking longer
+    free_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.used_ratio = self.ratio
+
+    @property
+    def wants_blend(self) -> bool:
+        return self.options.enabled and not self.exact and (self.gate.on or self.probe is not None)
+
+    @property
+    def by_default(self) -> bool:
+        """Blended as the server is set, with no policy or ratio of its own."""
+        return self.options.policy is None and self.options.ratio is None
+
+    def mark(self) -> StateMark:
+        record = self.record
+        if record is None:
+            return StateMark(self.generation, None, None, 0)
+        return StateMark(self.generation, record, record.labels, record.tail_label)
+
+    def reset_to(self, mark: StateMark, req: Any) -> None:
+        """Forget the labels given since ``mark``. Labels are replaced, never written into."""
+        self.generation = mark.generation
+        self.record = mark.record
+        attach.RECORD.set(req, mark.record)
+        if mark.record is not None:
+            mark.record.labels, mark.record.tail_label = mark.labels, mark.tail_label
+
+
+def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
+    """The request's state, made at first sight. Never raises: what the HTTP process let
+    through and is malformed all the same falls back to full prefill."""
+    state = attach.STATE.get(req)
+    if state is None:
+        fallback = None
+        try:
+            options = parse_options(req.sampling_params.custom_params, len(req.origin_input_ids))
+            check_scores(options, config)
+        except RequestError:
+            options, fallback = RequestOptions(enabled=False), "malformed blend options"
+        policy = POLICIES.get(options.policy or config.policy)
+        ratio = gate.ratio if options.ratio is None else options.ratio
+        coverage = config.coverage if options.coverage is None else options.coverage
+        if policy.need is Need.NOTHING:
+            coverage = 0.0  # there is no score to cover
+        exact = recomputes_all(policy, min(ratio, config.min_ratio) if coverage else ratio, config)
+        state = RequestState(options, policy, ratio, exact, gate, coverage, fallback)
+        attach.STATE.set(req, state)
+        if fallback is None and not options.enabled:
+            state.fallback = "disabled by the request"
+    return state
+
+
+def recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
+    """Certain before any score: KV that is called exact by mistake would spread."""
+    if policy.exact or ratio < 1.0:
+        return policy.exact
+    if policy.need is Need.NOTHING and config.leading_tokens:
+        return False  # a fixed number of tokens, whatever the ratio
+    return policy.budget(1, ratio) == 1
+
+
+def namespace_of(req: Any, upto: int, config: BlendConfig, gate: GateState) -> str | None:
+    """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
+    the request must never see approximate KV.
+
+    A digest over tenant, policy, ratio, coverage and tokens: KV repaired for another question, by another
+    policy or for another tenant has another name.
+    """
+    state = state_of(req, config, gate)
+    if not state.wants_blend or unservable(req) is not None:
+        return None
+    tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
+    h = hashlib.blake2b(digest_size=16)
+    budget = (round(state.ratio, 9), round(state.coverage, 9))
+    head = (req.extra_key, req.cache_salt, state.policy.name, *budget, upto)
+    h.update(repr(head).encode())
+    h.update(tokens.tobytes())
+    return h.hexdigest()
+
+
+def unservable(req: Any) -> str | None:
+    """Why this request needs full prefill, or None. Attributes are ``Req``'s (SGLang 0.5.23)."""
+    if req.multimodal_inputs is not None:
+        return "multimodal input"
+    if req.input_embeds is not None or req.positional_embed_overrides is not None:
+        return "input embeddings"
+    if req.lora_id is not None:
+        return "LoRA adapter"
+    if req.session is not None:
+        return "session"
+    if req.return_hidden_states:
+        return "hidden states requested"
+    if getattr(req, "return_routed_experts", False):
+        return "routed experts requested"
+    if (
+        req.sampling_params.max_new_tokens == 0
+        and req.return_logprob
+        and req.logprob_start_len < len(req.origin_input_ids)
+    ):
+        # One that asks for no input logprobs is what n > 1 sends first to fill the cache: it is
+        # blended like its siblings.
+        return "scoring request"
+    return None

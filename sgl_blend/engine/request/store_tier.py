@@ -1,0 +1,421 @@
+"""The chunk store in the scheduler's life: arrival, admission, planning, new chunks, idle moments.
+
+Seams (SGLang 0.5.23): BEFORE ``Scheduler._add_request_to_queue`` a load begins; AROUND
+``PrefillAdder.add_one_req`` a request waits for it; behind ``Scheduler.on_idle`` the loop, which
+spins, leaves the interpreter to the loads' threads for a moment. New chunks are offered when the
+tree takes them in.
+
+Tensor-parallel ranks each load their own heads from the same store. They must plan alike: they
+agree on when a load is ready and on every token that it brings, and bring chunks in whole, so that
+no rank finds out within a forward pass that something is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.forward.clock import ForwardClock
+from sgl_blend.engine.request.state import RequestState, state_of, unservable
+from sgl_blend.gate.state import GateState
+from sgl_blend.plan import ReuseSpan, exact_head, fill_holes, ranges
+from sgl_blend.prefill.passes import query_depth
+from sgl_blend.prefill.pieces import HostSources, Piece
+from sgl_blend.selection import Need
+from sgl_blend.store.chunk import Layout, make_namespace
+from sgl_blend.tiering.hostkv import HostKV
+from sgl_blend.tiering.keys import prompt_chunks, store_chunking
+from sgl_blend.tiering.loader import Load
+from sgl_blend.tiering.offload import FreshChunk, Job
+from sgl_blend.tiering.service import ServiceConfig, StoreService
+from sgl_blend.tiering.wish import Wish
+
+logger = logging.getLogger(__name__)
+
+#: changes when stored KV is laid out or labelled in another way
+NAMESPACE_VERSION = "sgl-blend/1"
+_YIELD_S = 5e-5
+_SWEEP_S = 0.5
+
+
+def connect(
+    ctx: Any,
+    config: BlendConfig,
+    gate: GateState,
+    tree: Any,
+    pool: Any,
+    num_layers: int,
+    ranks: Any,
+    metrics: Any,
+) -> StoreTier | None:
+    """The store tier of this rank; None where the configuration names none.
+
+    ``ctx``: SGLang's ``TreeCacheBuildContext``.
+    """
+    endpoint = config.store_endpoint or attach.STORE.get(ctx.server_args)
+    if "store" not in config.tiers or not endpoint:
+        return None
+    k, v = pool.k(0), pool.v(0)
+    layout = Layout(num_layers, k.shape[1], k.shape[2], v.shape[2], tree.page_size)
+    dtype = str(k.dtype).removeprefix("torch.")
+    curve = None
+    if config.store_keys:
+        from sgl_blend.store.wire.security import load_client_keys
+
+        folder = Path(config.store_keys)
+        curve = load_client_keys(folder / "client.key_secret", folder / "server.key")
+    service = StoreService(
+        ServiceConfig(
+            endpoint=endpoint,
+            deadline_s=config.store_deadline,
+            wait_s=config.prefetch_timeout,
+            layerwise=ctx.tp_size == 1,
+            offload=config.offload,
+            adaptive=config.adaptive_ratio,
+            max_generation=config.max_generation,
+            max_positions=pool.max_positions,
+            curve=curve,
+        ),
+        layout,
+        dtype,
+        pool,
+        _page_lock if k.is_cuda else lambda client: None,
+    )
+    rank = (ctx.tp_rank, ctx.tp_size)
+    if ctx.tp_rank == 0:
+        logger.info("sgl-blend: chunks are stored at %s", endpoint)
+    return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics)
+
+
+def _page_lock(client: Any) -> None:
+    if client.mapping is not None:
+        client.mapping.register_cuda()
+
+
+class StoreTier:
+    """See the module's docstring. Its methods are called by the scheduler's thread alone."""
+
+    def __init__(
+        self,
+        config: BlendConfig,
+        gate: GateState,
+        tree: Any,
+        service: StoreService,
+        ranks: Any,
+        rank: tuple[int, int],
+        device: torch.device,
+        metrics: Any,
+    ) -> None:
+        self.config, self.gate, self.tree = config, gate, tree
+        self.service, self.ranks = service, ranks
+        self.rank, self.device, self.metrics = rank, device, metrics
+        self.chunking = store_chunking(config.store_chunk_tokens)
+        self.clock = ForwardClock(service.speeds, device)
+        self._namespaces: dict[tuple[bytes, int], bytes] = {}
+        #: after the server's weights were replaced: what tells its KV from that of the old ones
+        self._weights = b""
+        # A store that lives and dies with this server is a cache of its own: /flush_cache empties
+        # it, too. What is on disk, or others', stays.
+        self._own = not (config.store_endpoint or config.store_disk_path or config.store_config)
+        #: loads whose bytes the device may still be reading: (event behind the last copy, load)
+        self._closing: deque[tuple[Any, Load]] = deque()
+        #: loads of requests that may be aborted while they wait, or between two pieces
+        self._open: list[tuple[weakref.ref, Load]] = []
+        self._swept = 0.0
+
+    def listen(self) -> None:
+        """From now on store what the tree takes in (not what the correctness gate tried before)."""
+        self.tree.on_fresh = self.offer
+
+    def namespace(self, tenant: bytes) -> bytes:
+        """What this rank's chunks of a tenant are filed under."""
+        life = self.tree.lives if self._own else 0
+        found = self._namespaces.get((tenant, life))
+        if found is None:
+            if len(self._namespaces) >= 4096:
+                self._namespaces.clear()
+            found = self._namespaces[tenant, life] = make_namespace(
+                NAMESPACE_VERSION, tenant, *self.rank, life, self._weights
+            )
+        return found
+
+    def before_new_weights(self, *args: Any, **kw: Any) -> None:
+        """BEFORE the cache is flushed because the weights have been replaced: no stored KV is this
+        model's any more, nor this model's KV that of whoever loads the files."""
+        self._weights = secrets.token_bytes(16)
+        self._namespaces.clear()
+
+    # -- arrival and admission -----------------------------------------------------------
+
+    def before_queue(self, scheduler: Any, req: Any, *args: Any, **kw: Any) -> None:
+        """BEFORE ``Scheduler._add_request_to_queue``: start to load what the device lacks."""
+        self.drop(req)
+        state = state_of(req, self.config, self.gate)
+        n, gate_on = len(req.origin_input_ids), self.gate.on
+        if (
+            state.fallback is not None
+            or not (state.options.enabled and gate_on)
+            or n < self.config.min_reused_tokens
+            or unservable(req) is not None
+        ):
+            return
+        # As SGLang's own storage prefetch does on arrival: it tells the device's prefix.
+        req.init_next_round_input(self.tree)
+        # A copy: a view would forbid SGLang to append to the request's own array.
+        tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64).copy()
+        begin = req.prefix_len
+        boundaries = state.options.boundaries
+        end = self.tree.suffix_start(tokens, n, boundaries)
+        if end - begin < self.chunking.min_len:
+            return
+        here = self.tree.find_spans(
+            req.origin_input_ids,
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            begin=begin,
+            end=end,
+            boundaries=boundaries,
+        )
+        if end - begin - sum(s.length for s in here) < self.config.min_span_tokens:
+            return
+        tenant = self.tree.tenant(req.extra_key, req.cache_salt)
+        chunks = prompt_chunks(
+            tokens, tenant, self.chunking, self.tree.strong, boundaries, begin, end
+        )
+        missing = np.ones(n + 1, dtype=np.int64)
+        for span in here:
+            missing[span.start : span.end] = 0
+        before = np.cumsum(missing) - missing
+        least = min(self.config.min_span_tokens, self.chunking.min_len)
+        chunks = [c for c in chunks if before[c.end] - before[c.start] >= least]
+        if not chunks:
+            return
+        wanted = sum(c.end - c.start for c in chunks)
+        wish = Wish(
+            tokens,
+            chunks,
+            end,
+            n - begin - wanted,
+            tenant,
+            self.namespace(tenant),
+            state.exact,
+            0.0 if state.exact else state.ratio,
+            self._ahead(state),
+        )
+        load = self.service.request(wish)
+        attach.LOAD.set(req, load)
+        self._open.append((weakref.ref(req), load))
+        self._sweep()
+
+    def _ahead(self, state: RequestState) -> float:
+        """The question pass reads its layers' KV before the first row is blended."""
+        if state.exact or state.policy.need is not Need.QUERY:
+            return 0.0
+        n = self.service.rules.layout.n_layers
+        return query_depth(n, self.config) / n
+
+    def _sweep(self) -> None:
+        """Let go of what was loaded for requests that are gone."""
+        now = time.monotonic()
+        if now - self._swept < _SWEEP_S:
+            return
+        self._swept = now
+        held = []
+        for ref, load in self._open:
+            if ref() is None:
+                load.close()
+            elif not load.closed:
+                held.append((ref, load))
+        self._open = held
+
+    def admits(self, req: Any) -> bool:
+        """May the request be scheduled now? Not while what it loads is worth waiting for."""
+        load: Load | None = attach.LOAD.get(req)
+        if load is None or load.settled:
+            return True
+        waited = time.monotonic() - load.born
+        patience = {
+            "best_effort": 0.0,
+            "timeout": self.config.prefetch_timeout,
+            "wait": 60.0,
+        }[self.config.prefetch]
+        # Whole chunks only where ranks must agree (see the module's docstring).
+        there = load.done if self.rank[1] > 1 else load.ready
+        there, late = self.ranks.least([int(there), int(waited >= patience)])
+        if not there and not late:
+            return False
+        if not there:
+            self.metrics.store("late", load.found)
+            self.drop(req)
+            return True
+        if self.rank[1] > 1:
+            self._agree(load)
+        load.settled = True
+        return True
+
+    def _agree(self, load: Load) -> None:
+        """Of the tokens that were loaded, keep those that every rank has from the same copy."""
+        marks = load.signature()
+        least = np.array(self.ranks.least(marks.tolist()), dtype=np.int64)
+        most = -np.array(self.ranks.least((-marks).tolist()), dtype=np.int64)
+        load.keep((least == most) & (least != 0))
+
+    # -- planning ------------------------------------------------------------------------
+
+    def fill(self, req: Any, begin: int, end: int, here: list[ReuseSpan]) -> list[ReuseSpan]:
+        """The device's spans ``here`` within [begin, end), and what a store tier has besides.
+
+        Exact tokens come first: they need no recompute. Then the device's, then the rest.
+        """
+        load: Load | None = attach.LOAD.get(req)
+        if load is None or not load.ready:
+            return here
+        loaded = [s for s in (s.within(begin, end) for s in load.spans()) if s is not None]
+        shortest = self.config.min_span_tokens
+        exact = [s for s in loaded if s.exact and s.length >= shortest]
+        spans = fill_holes(exact, here, shortest) if exact else here
+        return fill_holes(spans, [s for s in loaded if not s.exact], shortest)
+
+    def free_ratio(self, req: Any) -> float:
+        """The recompute ratio under which computing hides this request's loading."""
+        load: Load | None = attach.LOAD.get(req)
+        return 0.0 if load is None else load.ratio
+
+    def attach(self, req: Any, piece: Piece) -> None:
+        """Give a planned piece what its host tokens need; its slots are known by now."""
+        blend = piece.blend
+        spans = blend.plan.spans
+        hosted = [s for s in spans if s.parts]
+        if not hosted:
+            return
+        load: Load = attach.LOAD.get(req)
+
+        def index(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+        at = index(ranges([(s.start, s.length) for s in hosted]))
+        kv = HostKV(
+            load,
+            [part for s in hosted for part in s.parts],
+            index(ranges([(s.source_start, s.length) for s in hosted])),
+            at,
+            piece.kv_slots[at],
+        )
+        given = ranges([(s.start - piece.begin, s.length) for s in hosted if s.exact])
+        blend.host = HostSources(
+            kv,
+            index(given),
+            exact_head(spans, piece.begin) - piece.begin,
+            *map(index, _split([s for s in spans if not s.exact])),
+            index(_which(hosted)),
+        )
+
+    def release(self, req: Any) -> None:
+        """The prompt is prefilled: its load is not needed any more once the device is done."""
+        load: Load | None = attach.LOAD.get(req)
+        if load is None:
+            return
+        attach.LOAD.set(req, None)
+        if self.device.type != "cuda":
+            load.close()
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._closing.append((event, load))
+        self._close_finished()
+
+    def drop(self, req: Any) -> None:
+        """Forget a load that nothing has read from."""
+        load: Load | None = attach.LOAD.get(req)
+        if load is not None:
+            attach.LOAD.set(req, None)
+            load.close()
+
+    def _close_finished(self) -> None:
+        while self._closing and self._closing[0][0].query():
+            self._closing.popleft()[1].close()
+
+    # -- new chunks ----------------------------------------------------------------------
+
+    def offer(
+        self,
+        node: Any,
+        tokens: np.ndarray,
+        matched: int,
+        tenant: bytes,
+        usable: Callable[[int, int], int | None],
+        boundaries: Any,
+    ) -> None:
+        """The tree has taken in ``tokens``, of which it held ``matched``; offer what is new.
+
+        usable: ``(start, end) -> generation``, or None for tokens that are no source.
+        """
+        n, ahead = len(tokens), self.chunking.lookahead
+        settled = matched - ahead
+        chunks = prompt_chunks(
+            tokens,
+            tenant,
+            self.chunking,
+            self.tree.strong,
+            boundaries,
+            max(0, settled - self.chunking.max_len),
+        )
+        fresh = []
+        for chunk in chunks:
+            if chunk.end <= settled:
+                continue
+            if chunk.end > n - ahead and not self.tree.is_forced(tokens, chunk.end):
+                continue
+            generation = usable(chunk.start, chunk.end)
+            if generation is not None:
+                fresh.append(FreshChunk(chunk, generation))
+        if not fresh:
+            return
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self.service.offer(
+            Job(
+                self.namespace(tenant),
+                tokens.copy(),
+                self.tree.path_device_indices(node)[:n].to(torch.int64),
+                fresh,
+                self.tree.lifeline(node),
+                event,
+            )
+        )
+
+    # -- idle ----------------------------------------------------------------------------
+
+    def after_idle(self) -> None:
+        """Behind ``Scheduler.on_idle``."""
+        if self._closing:
+            self._close_finished()
+        if self._open:
+            self._sweep()
+        if self.service.busy:
+            time.sleep(_YIELD_S)
+
+
+def _split(scored: list[ReuseSpan]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the scored tokens whose source is the pool, and of those from the host."""
+    from_host = np.repeat([bool(s.parts) for s in scored], [s.length for s in scored]).astype(bool)
+    return np.flatnonzero(~from_host), np.flatnonzero(from_host)
+
+
+def _which(hosted: list[ReuseSpan]) -> np.ndarray:
+    """Which of the host's tokens are scored."""
+    scored = np.repeat([not s.exact for s in hosted], [s.length for s in hosted])
+    return np.flatnonzero(scored.astype(bool))

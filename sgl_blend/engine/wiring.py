@@ -1,0 +1,243 @@
+"""Builds the tree in a scheduler process and installs the forward hooks there.
+
+Called through ``register_radix_cache_backend`` after the model is loaded and graphs are captured
+(``managers/scheduler.py:568,575``, SGLang 0.5.23); hooks registered at plugin load would import
+the model runner in every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine import seams
+from sgl_blend.engine.forward.fingerprint import model_fingerprint
+from sgl_blend.engine.forward.pool import ModelPool
+from sgl_blend.engine.forward.separators import load_tokenizer, strong_tokens
+from sgl_blend.engine.gate.launch import LaunchGate, ratio_matters
+from sgl_blend.engine.gate.live import LiveGate
+from sgl_blend.engine.gate.model import SglangModel
+from sgl_blend.engine.launch.checks import check_depth, check_model
+from sgl_blend.engine.metrics import Metrics
+from sgl_blend.engine.request import admission, report
+from sgl_blend.engine.request.planner import Planner, PlannerContext
+from sgl_blend.engine.request.state import namespace_of, state_of
+from sgl_blend.engine.request.store_tier import connect
+from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.gate.state import GateState
+from sgl_blend.gate.window import LiveWindow
+from sgl_blend.ops.build import cpu_module
+from sgl_blend.prefill import passes as prefill
+from sgl_blend.prefill.scores import ScoreTable, score_layer
+from sgl_blend.selection import keeps_scores
+from sgl_blend.tiering.chunks import LoadFailed
+
+logger = logging.getLogger(__name__)
+
+
+class TensorRanks:
+    """Fills ``prefill.Ranks`` with SGLang's tensor-parallel group (``GroupCoordinator``)."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def sum(self, score: torch.Tensor) -> torch.Tensor:
+        return self._group.all_reduce(score)
+
+    def agree(self, index: torch.Tensor) -> torch.Tensor:
+        return self._group.broadcast(index, 0)
+
+    def least(self, values: list[int]) -> list[int]:
+        """On the host: schedulers agree here, off the device's stream."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        torch.distributed.all_reduce(
+            tensor, op=torch.distributed.ReduceOp.MIN, group=self._group.cpu_group
+        )
+        return tensor.tolist()
+
+
+class OneRank:
+    """A single rank agrees with itself."""
+
+    def least(self, values: list[int]) -> list[int]:
+        return values
+
+    def sum(self, score: torch.Tensor) -> torch.Tensor:
+        return score
+
+    def agree(self, index: torch.Tensor) -> torch.Tensor:
+        return index
+
+
+def build_tree(ctx: Any) -> Any:
+    """Factory of the radix cache backend ``blend``. Raises a :class:`BlendError` subclass when
+    the model or its configuration is not served; SGLang then ends the launch."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from sgl_blend.chunking import ChunkingConfig
+    from sgl_blend.tree.cache import BlendRadixCache, RadixConfig
+
+    config = attach.CONFIG.get(ctx.server_args)
+    if config is None:
+        raise ConfigError("radix cache backend 'blend' needs --enable-blend")
+    model_runner = ctx.tp_worker.model_runner
+    model = model_runner.model
+    check_model(model, ctx)
+    num_layers = ctx.model_config.num_hidden_layers
+    check_depth(config, num_layers)
+    pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
+    gate = GateState(config.recompute_ratio)
+    tokenizer = load_tokenizer(ctx.server_args)
+    strong = strong_tokens(tokenizer, config)
+    tree = BlendRadixCache(
+        ctx.params,
+        RadixConfig(
+            chunking=ChunkingConfig(
+                config.chunk_min_tokens, config.chunk_mean_tokens, config.chunk_max_tokens
+            ),
+            min_span=config.min_span_tokens,
+            max_copies=config.max_copies,
+            max_generation=config.max_generation,
+            continuation=config.continuation,
+            min_suffix=config.min_suffix_tokens,
+            max_suffix=config.max_suffix_tokens,
+        ),
+        strong=strong,
+        namespace_of=lambda req, upto: namespace_of(req, upto, config, gate),
+        fingerprint=model_fingerprint(model_runner, ctx.model_config),
+        boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
+    )
+    ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
+    metrics = Metrics(_metric_labels(ctx))
+    tiers = connect(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
+    planner = Planner(
+        PlannerContext(
+            tree=tree,
+            config=config,
+            num_layers=num_layers,
+            max_positions=pool.max_positions,
+            metrics=metrics,
+            tiers=tiers,
+            gate=gate,
+            scores=_score_table(config, pool, num_layers),
+        )
+    )
+    # Kernels are built at launch, not in the first blended request.
+    cpu_module(pool.k(0).device)
+    _install(model, planner, pool, ranks, num_layers, config, gate)
+    probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
+    metrics.gate_state(gate)
+    LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0).run()
+    if ctx.tp_rank == 0 and gate.on:
+        logger.info("sgl-blend is on: %s", config.describe())
+    if config.gate != "off" and config.gate_sample > 0 and gate.on:
+        window = LiveWindow(gate, config, ratio_matters(config))
+        planner.live = LiveGate(probes, config, gate, metrics, window, ctx.tp_rank == 0)
+    _install_idle(planner)
+    if tiers is not None:
+        tiers.listen()
+    return tree
+
+
+def _score_table(config: BlendConfig, pool: ModelPool, num_layers: int) -> ScoreTable | None:
+    if not keeps_scores(config):
+        return None
+    k = pool.k(0)
+    return ScoreTable(k.shape[0], score_layer(num_layers, config.stored_depth), k.device)
+
+
+def _install_idle(planner: Planner) -> None:
+    """What is done when no batch runs."""
+    live, tiers = planner.live, planner.c.tiers
+
+    def on_idle(original: Any, scheduler: Any, *args: Any, **kw: Any) -> Any:
+        if live is not None:
+            live.before_idle(scheduler)
+        result = original(scheduler, *args, **kw)
+        if tiers is not None:
+            tiers.after_idle()
+        return result
+
+    if live is not None or tiers is not None:
+        seams.install(seams.SCHEDULER_IDLE, on_idle, "around")
+
+
+def _metric_labels(ctx: Any) -> dict[str, str] | None:
+    from sglang.srt.runtime_context import get_observability
+
+    if not get_observability().enable_metrics:
+        return None
+    name = getattr(ctx.server_args, "served_model_name", None) or ctx.server_args.model_path
+    return {"model_name": str(name), "tp_rank": str(ctx.tp_rank)}
+
+
+def _install(
+    model: Any,
+    planner: Planner,
+    pool: ModelPool,
+    ranks: Any,
+    num_layers: int,
+    config: BlendConfig,
+    gate: GateState,
+) -> None:
+    from sgl_blend.engine.forward.attn_backend import scoring
+    from sgl_blend.engine.forward.slices import ModelSlices
+
+    # Mistral inherits Llama's: the hook goes where forward is defined, and serves this model alone.
+    kind = next(c for c in type(model).__mro__ if "forward" in vars(c))
+    if not hasattr(kind, "forward_split_prefill"):
+        raise UnsupportedError(f"{kind.__name__}.forward is not a model's; it cannot be hooked")
+    forward = f"{kind.__module__}.{kind.__qualname__}.forward"
+
+    tiers, scores = planner.c.tiers, planner.c.scores
+
+    def blended_forward(original, self, input_ids, positions, forward_batch, *args, **kwargs):
+        batch = attach.PIECES.get(forward_batch)
+        if self is not model:
+            return original(self, input_ids, positions, forward_batch, *args, **kwargs)
+        if batch is None or not batch.blended:
+            with contextlib.ExitStack() as around:
+                if tiers is not None:
+                    around.enter_context(tiers.clock.ordinary(forward_batch))
+                if batch is not None:
+                    around.enter_context(scoring(scores, pool, batch.pieces, forward_batch))
+                return original(self, input_ids, positions, forward_batch, *args, **kwargs)
+        with torch.no_grad():
+            while True:
+                slices = ModelSlices(self, forward_batch, num_layers)
+                try:
+                    result = prefill.run(batch.pieces, slices, pool, ranks, config, scores)
+                    break
+                except LoadFailed as e:
+                    # Each turn loses at least one chunk, so this ends.
+                    logger.warning("sgl-blend: %s; they are computed instead", e)
+                    planner.without(batch.planned, e.chunks)
+        planner.finish(batch.planned)
+        if batch.samples:
+            planner.live.collect(batch.samples, result)
+        return result
+
+    def keep_pieces(result, runner, forward_batch, *args, **kwargs):
+        batch = attach.PIECES.get(forward_batch)
+        if batch is not None:
+            attach.PIECES.set(result, batch)
+        return result
+
+    def no_graph(result, runner, forward_batch, *args, **kwargs):
+        return False if attach.PIECES.get(forward_batch) is not None else result
+
+    seams.install(forward, blended_forward, "around")
+    seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
+    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers), "around")
+    if tiers is not None:
+        seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
+        seams.install(seams.NEW_WEIGHTS, tiers.before_new_weights, "before")
+    seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
+    seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
+    if config.report:
+        seams.install(seams.REQUEST_LEVEL_INFO, report.is_request_level, "after")

@@ -1,0 +1,11 @@
+"""The blend prefill: row sets through the model's own layers. Tensors only; no SGLang.
+
+=====================  ==========================================================
+``passes.py``          the passes over a batch, by policy
+``pieces.py``          what a batch for it is made of
+``rows.py``            types that the attention files share
+``attention.py``       attention of gapped rows by true token position
+``attention_cuda.py``  the same on CUDA, by FlashInfer
+``scores.py``          a score for each slot of the KV pool (policy ``stored``)
+=====================  ==========================================================
+"""

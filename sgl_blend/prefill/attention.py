@@ -1,0 +1,236 @@
+"""Attention of gapped rows by true token position, over KV that is partly reused.
+
+Two objects take the place of the model's attention during a blend prefill. ``BatchAttention``
+serves the batch's rows and, layer by layer, first writes the reused tokens' re-rotated KV into
+the request's own slots. ``QuestionAttention`` serves scratch rows (the question) whose KV never
+enters the pool, and sums how much they attend to each reused token. Tensors only; no SGLang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sgl_blend import ops
+from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
+from sgl_blend.prefill.scores import ScoreTable
+
+
+@dataclass
+class KvCopy:
+    """Reused tokens to bring into a request's slots: int64 [n] each, on the pool's device."""
+
+    src_slots: torch.Tensor
+    dst_slots: torch.Tensor
+    src_pos: torch.Tensor
+    dst_pos: torch.Tensor
+    _rotations: dict[int, ops.Rotation] = field(default_factory=dict)
+
+    @classmethod
+    def cat(cls, parts: list[KvCopy]) -> KvCopy | None:
+        parts = [p for p in parts if p.src_slots.numel()]
+        if not parts:
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([p.src_slots for p in parts]),
+            torch.cat([p.dst_slots for p in parts]),
+            torch.cat([p.src_pos for p in parts]),
+            torch.cat([p.dst_pos for p in parts]),
+        )
+
+    def take(self, index: torch.Tensor) -> KvCopy:
+        return KvCopy(
+            self.src_slots[index], self.dst_slots[index], self.src_pos[index], self.dst_pos[index]
+        )
+
+    def run(self, pool: PoolView, layer: int) -> None:
+        """Copy V, and K rotated by the position difference, within ``layer``'s pool."""
+        rope = pool.rope(layer)
+        k, v = pool.k(layer), pool.v(layer)
+        if rope is None:
+            k[self.dst_slots] = k[self.src_slots]
+            v[self.dst_slots] = v[self.src_slots]
+            return
+        turn = self._rotations.get(id(rope))
+        if turn is None:
+            turn = self._rotations[id(rope)] = rope.delta(self.src_pos, self.dst_pos)
+        ops.rotate_copy(
+            k, v, self.src_slots, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
+        )
+
+
+class BatchAttention:
+    """Attention for the rows of the batch. ``stage`` is called whenever the rows change.
+
+    scores: where the rows' stored scores go; None: they are not measured.
+    """
+
+    scratch = False
+
+    def __init__(self, pool: PoolView, scores: ScoreTable | None = None) -> None:
+        self.pool = pool
+        self.scores = scores
+        self.segments: list[RowSegment] = []
+        self.copies: list[tuple[int, Incoming]] = []
+        self._device_rows = None
+
+    def stage(self, segments: list[RowSegment], copies: list[tuple[int, Incoming]]) -> None:
+        """``copies``: (first layer, tokens): each is brought in at that layer and all later ones."""
+        self.segments = segments
+        self.copies = copies
+        self._device_rows = None
+        # FlashInfer has no fp32 kernels.
+        if segments and segments[0].kv_slots.is_cuda and self.pool.k(0).dtype != torch.float32:
+            from sgl_blend.prefill.attention_cuda import FlashInferRows
+
+            self._device_rows = FlashInferRows(segments)
+
+    def bring_in(self, layer: int) -> None:
+        for first, copy in self.copies:
+            if layer >= first:
+                copy.run(self.pool, layer)
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q [R, Hq, D] -> [R, Hq, Dv]. The rows' own K and V lie in the pool already."""
+        if self.scores is not None and spec.layer == self.scores.layer:
+            self.scores.measure(spec, q, self.pool, self.segments)
+        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        if self._device_rows is not None:
+            return self._device_rows.run(spec, q, k_cache, v_cache)
+        parts = [
+            ops.row_attention(
+                q[s.first : s.last],
+                k_cache,
+                v_cache,
+                s.kv_slots,
+                s.positions,
+                scale=spec.scale,
+                window=spec.window,
+                logit_cap=spec.logit_cap,
+            )
+            for s in self.segments
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass
+class Scratch:
+    """One request's scratch rows: rows [first, last) of the scratch pass.
+
+    The first ``lead`` of them are what is computed before the first reused token (they see the
+    prefix and each other), the rest is the question (it sees all). positions: int64 [R], of all
+    rows; the leading ones begin where the prefix ends. key_slots / key_pos (int64 [S]): the cached
+    keys, first the prefix's, then the reused tokens'. weights: fp32, of each question row in the
+    mass. reused: slice of the keys that are reused tokens; mass: fp32, one per reused token,
+    filled by the pass.
+    """
+
+    first: int
+    last: int
+    lead: int
+    positions: torch.Tensor
+    key_slots: torch.Tensor
+    key_pos: torch.Tensor
+    weights: torch.Tensor
+    reused: slice
+    mass: torch.Tensor
+
+
+class QuestionAttention:
+    """Scratch rows over cached keys and over themselves; sums attention mass per reused token."""
+
+    scratch = True
+
+    def __init__(self, pool: PoolView, rows: list[Scratch], copies: list[Incoming]) -> None:
+        self.pool = pool
+        self.rows = rows
+        self.copies = copies
+
+    def bring_in(self, layer: int) -> None:
+        for copy in self.copies:
+            copy.run(self.pool, layer)
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q [R, Hq, D], k [R, Hk, D], v [R, Hk, Dv] -> [R, Hq, Dv]."""
+        parts = []
+        for s in self.rows:
+            mine = slice(s.first, s.last)
+            if spec.window >= 0:
+                parts.append(self._windowed(spec, s, q[mine], k[mine], v[mine]))
+                continue
+            if s.lead:
+                parts.append(self._leading(spec, s, q[mine], k[mine], v[mine]))
+            parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _leading(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+        """Exact rows: everything before them is in the prefix or among themselves."""
+        return ops.row_attention(
+            q[: s.lead],
+            self.pool.k(spec.layer),
+            self.pool.v(spec.layer),
+            s.key_slots[: s.reused.start],
+            s.positions[: s.lead],
+            scale=spec.scale,
+            window=spec.window,
+            logit_cap=spec.logit_cap,
+            k_extra=k[: s.lead],
+            v_extra=v[: s.lead],
+            extra_pos=s.positions[: s.lead],
+        )
+
+    def _question(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+        # All keys and leading rows precede the question: number them in this order.
+        turn = torch.arange(s.key_slots.numel(), s.key_slots.numel() + len(k), device=q.device)
+        out = ops.row_attention_with_mass(
+            q[s.lead :],
+            self.pool.k(spec.layer),
+            self.pool.v(spec.layer),
+            s.key_slots,
+            turn[s.lead :],
+            scale=spec.scale,
+            logit_cap=spec.logit_cap,
+            k_extra=k,
+            v_extra=v,
+            extra_pos=turn,
+            row_weights=s.weights,
+        )
+        s.mass += out.mass[s.reused]
+        return out.out
+
+    def _windowed(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+        """All scratch rows in a sliding-window layer.
+
+        In plain torch: where each row's window begins among keys with holes between them is no
+        single distance, and what a few rows see through a window is little.
+        """
+        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read
+        slots = s.key_slots[near]
+        pos = torch.cat([s.key_pos[near], s.positions])
+        hidden = (pos > s.positions[:, None]) | (pos < s.positions[:, None] - spec.window)
+        rows, heads, _ = q.shape
+        group = heads // k.shape[1]
+        hidden = hidden.repeat_interleave(group, dim=0)
+        weights = torch.cat([s.weights.new_zeros(s.lead), s.weights]).repeat_interleave(group)
+        out = q.new_empty(rows, heads, v.shape[2])
+        mass = s.mass.new_zeros(s.key_slots.numel())
+        for head in range(k.shape[1]):
+            part = slice(head * group, (head + 1) * group)
+            keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
+            values = torch.cat([v_cache[slots, head], v[:, head]]).float()
+            scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.scale
+            if spec.logit_cap > 0:
+                scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
+            probs = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+            out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
+            mass[near] += (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
+        s.mass += mass[s.reused]
+        return out

@@ -1,0 +1,367 @@
+"""The blend prefill: which rows run through which layers, over the model's own layers.
+
+One batch may mix blended and ordinary pieces. Ordinary pieces keep all their rows in every
+layer; blended ones run
+
+* all rows through the check layers, then the selected ones (``Need.DEVIATION``; CacheBlend,
+  arXiv:2405.16444, section 4.3), or
+* the selected rows only, from layer 0 on (other needs); for ``Need.QUERY`` the question's rows
+  run first, as scratch rows that leave nothing in the KV pool; for ``Need.STORED`` what was
+  measured when the tokens were first computed is read.
+
+Rows that must be computed (holes, the suffix, each piece's last row) always run. Knows no
+SGLang: layers, the pool and collectives come in through protocols.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from sgl_blend import ops
+from sgl_blend.config import BlendConfig
+from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
+from sgl_blend.prefill.pieces import HostTokens, Piece, PieceBlend
+from sgl_blend.prefill.rows import PoolView
+from sgl_blend.prefill.scores import ScoreTable
+from sgl_blend.selection import Need, ReusedTokens, budget_of
+
+
+class Layers(Protocol):
+    """The model as slices of layers over a set of rows (``engine/slices.py`` fills it)."""
+
+    num_layers: int
+
+    def start(self, rows: torch.Tensor | None, counts: list[int]) -> None:
+        """Begin a pass over batch rows ``rows`` (ascending; None: all), ``counts`` per piece."""
+
+    def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """Begin a pass over rows that are not the batch's and must leave no KV behind."""
+
+    def run(self, first: int, last: int, attention: Any) -> Any:
+        """Run layers [first, last); returns the logits when ``last == num_layers``."""
+
+    def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
+        """Keep ``keep`` (indices into the current rows); ``rows`` are the batch rows left."""
+
+    def stop(self) -> None:
+        """Drop the state of an unfinished pass."""
+
+
+class Ranks(Protocol):
+    """Agreement among tensor-parallel ranks; each sees its own heads only."""
+
+    def sum(self, score: torch.Tensor) -> torch.Tensor:
+        """Sum ``score`` over ranks."""
+
+    def agree(self, index: torch.Tensor) -> torch.Tensor:
+        """Rank 0's ``index`` on every rank (the same shape everywhere)."""
+
+
+def query_depth(num_layers: int, config: BlendConfig) -> int:
+    """Layers that the question pass runs. The last layer is never needed: running it would
+    end in the model's head, and its attention adds one term of many."""
+    return max(1, min(num_layers - 1, math.ceil(config.query_layers * num_layers)))
+
+
+def question_weights(rows: int) -> torch.Tensor:
+    """fp32 [rows], sum 1: how much each question row's attention counts.
+
+    A third each on the last row, whose output decides the first token; on the rows near the end,
+    halving every four; and on all alike. The rows searched for the question often begin inside a
+    document, whose tokens look elsewhere than the question does.
+    """
+    back = torch.arange(rows - 1, -1, -1, dtype=torch.float32)
+    near = torch.exp2(-back / 4)
+    return ((back == 0).float() + near / near.sum() + 1.0 / rows) / 3
+
+
+def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
+    """Token-layers that prefilling ``piece`` computes, check layers and question pass included.
+
+    Full prefill of the piece is ``piece.rows * num_layers``.
+    """
+    b = piece.blend
+    if b is None:
+        return piece.rows * num_layers
+    n = b.tokens.count
+    must = piece.rows - n - b.given
+    if b.policy.need is not Need.DEVIATION:
+        asked = 0
+        if b.question_ids is not None:
+            asked = int(b.question_ids.numel()) * query_depth(num_layers, config)
+        return (must + b.recomputed()) * num_layers + asked
+    total, rows, done = 0, piece.rows - b.given, 0
+    for layer, k in _filters(b, config):
+        total += rows * (layer + 1 - done)
+        rows, done = must + k, layer + 1
+    return total + rows * (num_layers - done)
+
+
+def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
+    """(check layer, tokens kept after it) for a ``Need.DEVIATION`` piece; the last is the budget."""
+    n, ratio = b.tokens.count, b.plan.ratio
+    kept = [budget_of(n, min(1.0, ratio * m)) for m in config.multipliers()]
+    kept[-1] = b.recomputed()
+    return list(zip(config.check_layers, kept, strict=True))
+
+
+def run(
+    pieces: list[Piece],
+    layers: Layers,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
+    scores: ScoreTable | None = None,
+) -> Any:
+    """Prefill the batch; returns what the model's last slice returns (the logits).
+
+    scores: of the pool's slots; needed for ``Need.STORED``. Rows that run are scored anew.
+    """
+    passes = [_PiecePass(p, config) for p in pieces]
+    asking = [s for s in passes if s.need is Need.QUERY]
+    if asking:
+        _question_pass(asking, layers, pool, ranks, config)
+    scored = [s for s in passes if s.need is Need.STORED]
+    if scored:
+        _choose(scored, [s.stored(scores) for s in scored], ranks, config)
+    return _main_pass(passes, layers, pool, ranks, config, scores)
+
+
+class _PiecePass:
+    """A piece while it is being prefilled: its current rows and what is still to be copied."""
+
+    def __init__(self, piece: Piece, config: BlendConfig) -> None:
+        self.piece = piece
+        self.blend = piece.blend
+        self.config = config
+        self.need = self.blend.policy.need if self.blend else None
+        self.device = piece.kv_slots.device
+        self.copy_from = 0  # first layer whose reused KV the question pass has not brought in
+        #: local rows that run now, ascending; None: all of them
+        self.rows: torch.Tensor | None = None
+        #: indices into ``reused`` that are (still) computed; None: all
+        self.alive: torch.Tensor | None = None
+        if self.blend is not None:
+            is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
+            is_reused[self.blend.reused] = True
+            if self.blend.host is not None:
+                is_reused[self.blend.host.given] = True
+            # A stable sort instead of nonzero(): the count is known, the device is not awaited.
+            self.must = torch.sort(is_reused.int(), stable=True).indices[
+                : piece.rows - self.blend.tokens.count - self.blend.given
+            ]
+            if self.need is Need.NOTHING:
+                self.keep(self.blend.fixed.to(self.device))
+            elif self.blend.given:
+                self.rows = torch.sort(torch.cat([self.must, self.blend.reused])).values
+
+    @property
+    def count(self) -> int:
+        return self.piece.rows if self.rows is None else self.rows.numel()
+
+    def keep(self, chosen: torch.Tensor) -> None:
+        """From now on only ``chosen`` (ascending indices into ``reused``) and ``must`` run."""
+        self.alive = chosen
+        self.blend.chosen = chosen.numel()
+        self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
+
+    def local_rows(self) -> torch.Tensor:
+        if self.rows is None:
+            return torch.arange(self.piece.rows, device=self.device)
+        return self.rows
+
+    def batch_rows(self) -> torch.Tensor:
+        return self.local_rows() + self.piece.row0
+
+    def copy_all(self) -> list[KvCopy | HostTokens]:
+        """Every reused token, from its source into the request's own slots."""
+        b = self.blend
+        rows = b.reused if b.host is None else b.reused[b.host.pool_index]
+        dst_pos = rows + self.piece.begin
+        copies: list[KvCopy | HostTokens] = []
+        if rows.numel():
+            copies.append(KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos))
+        if b.host is not None:
+            copies.append(b.host.kv)
+        return copies
+
+    def copy_rest(self) -> list[KvCopy | HostTokens]:
+        """The reused tokens that do not run; none while all of them do.
+
+        With sources of both kinds all are copied: which of either kind run is known on the device
+        alone, and those that do overwrite their copies in the same layer.
+        """
+        if self.blend is None:
+            return []
+        if self.alive is None:
+            return [self.blend.host.kv] if self.blend.given else []
+        if self.blend.host is not None:
+            return self.copy_all()
+        n = self.blend.tokens.count
+        runs = torch.zeros(n, dtype=torch.bool, device=self.device)
+        runs[self.alive] = True
+        rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
+        return [copy.take(rest) for copy in self.copy_all()] if rest.numel() else []
+
+    def stored(self, scores: ScoreTable) -> torch.Tensor:
+        """fp32 [n]: the reused tokens' scores at their sources, NaN where those have none."""
+        found = scores.read(self.blend.src_slots)
+        if self.blend.host is None:
+            return found
+        out = found.new_full((self.blend.tokens.count,), float("nan"))
+        out[self.blend.host.pool_index] = found
+        return out
+
+    def cached_v(self, pool: PoolView, layer: int) -> torch.Tensor:
+        """V [n, Hk, Dv] of the reused tokens at their sources."""
+        b, host = self.blend, self.blend.host
+        cache = pool.v(layer)
+        out = cache.new_empty((b.tokens.count, *cache.shape[1:]))
+        out[host.pool_index] = cache[b.src_slots]
+        out[host.host_index] = host.kv.values(pool, layer)[host.host_tokens]
+        return out
+
+
+def _question_pass(
+    asking: list[_PiecePass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+) -> None:
+    """Run the questions over the cached KV and choose each piece's rows by attention mass."""
+    depth = query_depth(layers.num_layers, config)
+    scratch, ids, positions, row = [], [], [], 0
+    for s in asking:
+        b, begin = s.blend, s.piece.begin
+        m = b.question_ids.numel()
+        # Exact tokens that begin the piece are one with the prefix; others stand behind the reused
+        # ones, where their attention mass is nobody's.
+        head = begin + (0 if b.host is None else b.host.head)
+        positions_of = [torch.arange(head, device=s.device), b.reused + begin]
+        if b.host is not None:
+            positions_of.append(b.host.given[b.host.head :] + begin)
+        keys = torch.cat(positions_of)
+        scratch.append(
+            Scratch(
+                row,
+                row + m,
+                b.lead,
+                b.question_pos,
+                s.piece.kv_slots[keys],
+                keys,
+                question_weights(m - b.lead).to(s.device),
+                slice(head, head + b.tokens.count),
+                torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
+            )
+        )
+        ids.append(b.question_ids)
+        positions.append(b.question_pos)
+        row += m
+    copies = _together([copy for s in asking for copy in s.copy_all()])
+    layers.start_scratch(torch.cat(ids), torch.cat(positions))
+    try:
+        layers.run(0, depth, QuestionAttention(pool, scratch, copies))
+    finally:
+        layers.stop()
+    _choose(asking, [q.mass for q in scratch], ranks, config)
+    for s in asking:
+        s.copy_from = depth
+
+
+def _choose(
+    passes: list[_PiecePass], scores: list[torch.Tensor], ranks: Ranks, config: BlendConfig
+) -> None:
+    """Each piece keeps the tokens that its policy selects by ``scores``, summed over ranks."""
+    total = ranks.sum(torch.cat(scores))
+    for s, score in zip(passes, total.split([x.numel() for x in scores]), strict=True):
+        s.keep(_agree(ranks, s.blend.tokens, s.blend.policy.select(s.blend.tokens, score, config)))
+
+
+def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Tensor:
+    """Rank 0's choice among ``tokens`` on every rank, also where ranks chose differently many."""
+    if not tokens.coverage:
+        return ranks.agree(chosen)
+    picked = torch.zeros(tokens.count, dtype=torch.uint8, device=chosen.device)
+    picked[chosen] = 1
+    return torch.nonzero(ranks.agree(picked)).flatten()
+
+
+def _main_pass(
+    passes: list[_PiecePass],
+    layers: Layers,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
+    scores: ScoreTable | None,
+) -> Any:
+    attention = BatchAttention(pool, scores)
+    checking = [s for s in passes if s.need is Need.DEVIATION]
+    filters = {id(s): _filters(s.blend, config) for s in checking}
+
+    pruned = any(s.rows is not None for s in passes)
+    counts = [s.count for s in passes]
+    layers.start(torch.cat([s.batch_rows() for s in passes]) if pruned else None, counts)
+    _stage(attention, passes)
+    done = 0
+    try:
+        for step, layer in enumerate(config.check_layers if checking else ()):
+            layers.run(done, layer + 1, attention)
+            done = layer + 1
+            before = torch.cat([s.batch_rows() for s in passes])
+            last = layer == config.check_layers[-1]
+            for s in checking:
+                kept = filters[id(s)][step][1]
+                tokens = s.blend.tokens
+                tokens = replace(tokens, budget=kept, coverage=tokens.coverage if last else 0.0)
+                _check(s, layer, tokens, pool, ranks, config)
+                s.copy_from = done
+            after = torch.cat([s.batch_rows() for s in passes])
+            counts = [s.count for s in passes]
+            layers.prune(torch.searchsorted(before, after), after, counts)
+            _stage(attention, passes)
+        return layers.run(done, layers.num_layers, attention)
+    except BaseException:
+        layers.stop()
+        raise
+
+
+def _check(
+    s: _PiecePass,
+    layer: int,
+    tokens: ReusedTokens,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
+) -> None:
+    """Keep the tokens whose fresh V at ``layer`` is farthest from the cached V; ``tokens`` says
+    how many."""
+    b = s.blend
+    alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
+    fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]
+    if b.host is None:
+        score = ops.v_deviation(pool.v(layer), fresh, b.src_slots[alive])
+    else:
+        apart = pool.v(layer)[fresh].float() - s.cached_v(pool, layer)[alive].float()
+        score = apart.square().sum(dim=(1, 2))
+    score = ranks.sum(score)
+    s.keep(alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))])
+
+
+def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
+    segments, row = [], 0
+    groups: dict[int, list[KvCopy | HostTokens]] = {}
+    for s in passes:
+        segments.append(s.piece.segment(row, s.local_rows()))
+        row += s.count
+        rest = s.copy_rest()
+        if rest:
+            groups.setdefault(s.copy_from, []).extend(rest)
+    copies = [(first, c) for first, parts in sorted(groups.items()) for c in _together(parts)]
+    attention.stage(segments, copies)
+
+
+def _together(copies: list[KvCopy | HostTokens]) -> list[KvCopy | HostTokens]:
+    """Copies within the pool as one; what comes from the host stays apart."""
+    inside = KvCopy.cat([c for c in copies if isinstance(c, KvCopy)])
+    return ([] if inside is None else [inside]) + [c for c in copies if not isinstance(c, KvCopy)]

@@ -1,0 +1,105 @@
+"""What a prefill batch is made of: one request's rows, and what of them is blended from where.
+
+The planner makes them, the blend prefill runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sgl_blend.plan import BlendPlan
+from sgl_blend.prefill.rows import PoolView, RowSegment
+from sgl_blend.selection import Policy, ReusedTokens
+
+
+@dataclass
+class Piece:
+    """One request's rows in a prefill batch.
+
+    row0, rows: its segment of the batch's rows. begin: position of its first row.
+    kv_slots: int64 [begin + rows], pool slots of all its tokens so far, own rows included.
+    blend: None for an ordinary request. starts: int64 [rows], where each row's document begins, for
+    the scores that are stored; None where none are kept.
+    """
+
+    row0: int
+    rows: int
+    begin: int
+    kv_slots: torch.Tensor
+    blend: PieceBlend | None = None
+    starts: torch.Tensor | None = None
+
+    def segment(self, first: int, rows: torch.Tensor) -> RowSegment:
+        """Its local ``rows`` (int64, ascending) as rows ``first``.. of a pass."""
+        last = first + rows.numel()
+        starts = None if self.starts is None else self.starts[rows]
+        return RowSegment(first, last, rows + self.begin, self.kv_slots, starts)
+
+
+@dataclass
+class PieceBlend:
+    """What is blended in one piece. All tensors lie on the pool's device.
+
+    reused: int64 [n], ascending local rows of the reused tokens; never the piece's last row, so
+    that row counts are known without reading the device. src_slots, src_pos: int64 [n], of those
+    among them whose source lies in the pool: all, unless ``host`` is given.
+    question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
+    piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
+    ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it.
+    """
+
+    plan: BlendPlan
+    policy: Policy
+    tokens: ReusedTokens
+    reused: torch.Tensor
+    src_slots: torch.Tensor
+    src_pos: torch.Tensor
+    question_ids: torch.Tensor | None = None
+    question_pos: torch.Tensor | None = None
+    lead: int = 0
+    fixed: torch.Tensor | None = None
+    chosen: int | None = None
+    host: HostSources | None = None
+
+    @property
+    def given(self) -> int:
+        """How many tokens come in exact, and never run."""
+        return 0 if self.host is None else int(self.host.given.numel())
+
+    def recomputed(self) -> int:
+        """How many of the reused tokens are recomputed through all layers. With coverage this is
+        the upper bound until the pass is over."""
+        if self.fixed is not None:
+            return int(self.fixed.numel())
+        return self.tokens.budget if self.chosen is None else self.chosen
+
+
+class HostTokens(Protocol):
+    """Tokens whose KV comes from host memory (``tiering/hostkv.py`` fills it)."""
+
+    def run(self, pool: PoolView, layer: int) -> None:
+        """Bring ``layer``'s K (rotated) and V into the request's slots."""
+
+    def values(self, pool: PoolView, layer: int) -> torch.Tensor:
+        """V [m, heads, dim] of all ``m`` tokens in ``layer``, on the pool's device."""
+
+
+@dataclass
+class HostSources:
+    """The part of a piece that a store tier brings in. Index tensors: int64, on the pool's device.
+
+    kv: its ``m`` tokens. given: ascending local rows of those that are exact; they are neither
+    scored nor run. head: how many of them begin the piece, without a gap. pool_index, host_index:
+    which of the ``n`` reused tokens come from the pool and from the host. host_tokens: which of the
+    ``m`` tokens the latter are.
+    """
+
+    kv: HostTokens
+    given: torch.Tensor
+    head: int
+    pool_index: torch.Tensor
+    host_index: torch.Tensor
+    host_tokens: torch.Tensor

@@ -1,0 +1,59 @@
+"""What the attention of a blend prefill is asked for: rows, the KV pool, tokens on their way in.
+
+Types alone, below ``attention.py``, ``attention_cuda.py`` and ``scores.py``, which share them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sgl_blend.ops import Rope
+
+
+class AttentionSpec(NamedTuple):
+    """What a layer's attention needs beside q, k and v.
+
+    window: sliding window in tokens, a row sees keys at positions >= its own - window (-1: none).
+    logit_cap: tanh soft cap (0: none).
+    """
+
+    layer: int
+    scale: float
+    window: int = -1
+    logit_cap: float = 0.0
+
+
+class Incoming(Protocol):
+    """Tokens on their way into a request's slots: a ``KvCopy``, or loaded chunks."""
+
+    def run(self, pool: PoolView, layer: int) -> None:
+        """Write ``layer``'s V, and K rotated to the new positions, into the pool."""
+
+
+class PoolView(Protocol):
+    """The KV pool, layer by layer."""
+
+    def k(self, layer: int) -> torch.Tensor:
+        """[num_slots, Hk, D]"""
+
+    def v(self, layer: int) -> torch.Tensor:
+        """[num_slots, Hk, Dv]"""
+
+    def rope(self, layer: int) -> Rope | None:
+        """The layer's rotation; None for a layer without positions in its keys."""
+
+
+@dataclass(frozen=True)
+class RowSegment:
+    """One request's rows in the current pass: rows [first, last), their positions (int64,
+    ascending), the slots of its tokens at positions 0.. (int64 [S]), and where each row's document
+    begins (int64; None: it is not scored)."""
+
+    first: int
+    last: int
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    starts: torch.Tensor | None = None

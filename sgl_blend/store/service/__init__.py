@@ -1,0 +1,1 @@
+"""The store's process: its loop, its verbs, loads and leases."""

@@ -1,0 +1,1 @@
+"""Between a client and the store: messages, sockets, keys, shared memory."""

@@ -1,0 +1,264 @@
+"""One engine, its reference and its prompts: what every check gets, and how checks are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from model_support.engine import Ask, Engine, Outcome
+from model_support.prompts import Desk
+from model_support.reference import Blended, Kv, Reference, RefPiece, highest
+from sgl_blend.harness.models import ARCHITECTURES, make_model
+from sgl_blend.prefill import passes as prefill
+
+#: architectures beside those of ``bench.models``
+ARCHITECTURES.setdefault(
+    "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
+)
+ARCHITECTURES.setdefault("granite", ("GraniteConfig", {"_kv_heads": 2}))
+#: Gemma 2: keys that published checkpoints carry, SGLang reads, and transformers no longer
+#: writes. The cap on the logits is left out: SGLang 0.5.23 has it as a GPU kernel only.
+PUBLISHED = {
+    "gemma2": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_theta": 10000.0,
+        "final_logit_softcapping": None,
+    }
+}
+SIZE = {"layers": 4, "hidden": 64, "heads": 4, "vocab": 512}
+
+#: name -> check; filled by the ``@check`` functions of the ``checks_*`` modules
+CHECKS: dict[str, Callable[[World], dict[str, Any]]] = {}
+
+
+def check(function: Callable[[World], dict[str, Any]]) -> Callable[[World], dict[str, Any]]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+class World:
+    """``library``: prompts whose exact KV the tree holds after ``stock``: each document once,
+    except the first, which lies there twice at different positions."""
+
+    def __init__(self, engine: Engine, model: Path) -> None:
+        self.engine = engine
+        self.model = model
+        self.desk = Desk()
+        self.library = [self.desk.prompt(order, head)[0] for order, head in LIBRARY]
+        self._reference: Reference | None = None
+        self._full: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def reference(self) -> Reference:
+        if self._reference is None:
+            self._reference = Reference(self.model)
+        return self._reference
+
+    def stock(self) -> None:
+        """Empty the tree, then prefill the library."""
+        self.engine.flush()
+        for tokens in self.library:
+            self.engine.run(Ask(tokens, blend=False))
+
+    def full(self, tokens: list[int], new_tokens: int = 1) -> Outcome:
+        """Plain full prefill of ``tokens`` on an empty tree (kept; empties the tree)."""
+        key = (new_tokens, *tokens)
+        if key not in self._full:
+            [self._full[key]] = self.engine.exact(Ask(tokens, new_tokens=new_tokens))
+        return self._full[key]
+
+    def reference_full(self, tokens: list[int], capped: bool = True) -> Kv:
+        key = (-1 - capped, *tokens)
+        if key not in self._full:
+            self._full[key] = self.reference.full(tokens, capped)
+        return self._full[key]
+
+    def blended_reference(self, ask: Ask, ours: Outcome, chosen: Chosen) -> Blended:
+        """What the reference makes of the plan that ``ours`` ran by. The sources are looked up
+        by their tokens in the library; choices are the reference's own (``random``: ours)."""
+        plans = []
+        at = ours.prefix
+        for piece, end in zip(ours.pieces, ours.ends, strict=True):
+            plans.append(self._ref_piece(ask, piece, at, end, chosen))
+            at = end
+        head = None
+        if ours.prefix:
+            full = self.reference_full(ask.tokens, capped=False)
+            pos = torch.arange(len(ask.tokens))
+            head = Blended([self.reference.rotate(k, pos) for k in full.raw], full.v, None, [])
+        return self.reference.blend(ask.tokens, plans, self.engine.config.check_layers, head)
+
+    def _ref_piece(
+        self, ask: Ask, piece: prefill.Piece | None, begin: int, end: int, chosen: Chosen
+    ) -> RefPiece:
+        depth = self.engine.layers
+        blend = None if piece is None else piece.blend
+        if blend is None:
+            none = torch.zeros(0, dtype=torch.int64)
+            return RefPiece(begin, end, none, [none] * depth, [none] * depth, "none", none)
+        plan = blend.plan
+        assert (plan.begin, plan.end) == (piece.begin, piece.begin + piece.rows) == (begin, end)
+        raw: list[list[torch.Tensor]] = [[] for _ in range(depth)]
+        values: list[list[torch.Tensor]] = [[] for _ in range(depth)]
+        for span in plan.spans:
+            source = self._source(ask.tokens, span)
+            part = slice(span.source_start, span.source_start + span.length)
+            for layer in range(depth):
+                raw[layer].append(source.raw[layer][part])
+                values[layer].append(source.v[layer][part])
+        reused = torch.cat([torch.arange(s.start, s.end) for s in plan.spans])
+        n, name = reused.numel(), plan.policy
+        fixed = None
+        if name == "random":
+            fixed = chosen.of(piece)[-1]
+        elif name == "leading":
+            fixed = leading(plan.spans, budget(n, plan.ratio))
+        elif name == "none":
+            fixed = reused[:0]
+        elif name == "stored":
+            cover = (
+                (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None
+            )
+            score = torch.cat([self._stored(ask.tokens, span) for span in plan.spans])
+            fixed = highest(reused, score, budget(n, plan.ratio), cover)
+        multipliers = self.engine.config.multipliers() if name == "hkvd" else (1.0,)
+        return RefPiece(
+            begin,
+            end,
+            reused,
+            [torch.cat(r) for r in raw],
+            [torch.cat(v) for v in values],
+            name,
+            fixed,
+            [budget(n, min(1.0, plan.ratio * m)) for m in multipliers],
+            torch.arange(plan.suffix_start, len(ask.tokens)),
+            self.engine.config.query_smoothing,
+            (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None,
+        )
+
+    def _stored(self, tokens: list[int], span: Any) -> torch.Tensor:
+        """The reference's scores of a span's tokens, at their source."""
+        source = self._source_prompt(tokens, span)
+        layer = self.engine.scores.layer
+        key = (-3, *source)
+        if key not in self._full:
+            starts = self.engine.tree.cuts(source)[:-1].tolist()
+            self._full[key] = self.reference.outward(source, starts, layer)
+        return self._full[key][span.source_start : span.source_start + span.length]
+
+    def _source(self, tokens: list[int], span: Any) -> Kv:
+        return self.reference_full(self._source_prompt(tokens, span), capped=False)
+
+    def _source_prompt(self, tokens: list[int], span: Any) -> list[int]:
+        """The library's prompt that holds a span's source."""
+        a, b = span.source_start, span.source_start + span.length
+        here = tokens[span.start : span.end]
+        found = {tuple(t[:b]): t for t in self.library if t[a:b] == here}
+        assert len(found) == 1, f"{len(found)} prompts hold the source of {span.start}:{span.end}"
+        return next(iter(found.values()))
+
+
+#: (documents, length of fresh text before them) of each prompt in the library
+LIBRARY = (((0, 1), 25), ((2, 3), 0), ((4, 0, 5), 11))
+
+
+def budget(count: int, ratio: float) -> int:
+    """ceil(ratio * count), said once more."""
+    whole = round(ratio * count, 6)
+    return min(count, int(whole) + (whole > int(whole)))
+
+
+def leading(spans: Any, total: int) -> torch.Tensor:
+    """The ``total`` reused positions with the smallest relative depth in their span."""
+    by_depth = sorted(((i / s.length), s.start + i) for s in spans for i in range(s.length))
+    return torch.tensor(sorted(p for _, p in by_depth[:total]), dtype=torch.int64)
+
+
+class Chosen:
+    """The recomputed positions of each piece, as the prefill set them, one entry a filter."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, blend: Any, index: torch.Tensor) -> None:
+        self._of.setdefault(id(blend), []).append(blend.tokens.positions[index.cpu()])
+
+    def of(self, piece: prefill.Piece) -> list[torch.Tensor]:
+        return self._of[id(piece.blend)]
+
+
+@contextmanager
+def watch():
+    """Yields a :class:`Chosen` that the prefills inside fill."""
+    chosen = Chosen()
+    keep = prefill._PiecePass.keep
+
+    def watched(self, index):
+        chosen.add(self.blend, index)
+        return keep(self, index)
+
+    with mock.patch.object(prefill._PiecePass, "keep", watched):
+        yield chosen
+
+
+def must_fail(what: str, run: Callable[[], Any]) -> None:
+    """A negative control: ``run`` has to raise AssertionError under the fault it is given."""
+    try:
+        run()
+    except AssertionError:
+        return
+    raise RuntimeError(f"the check passes although {what}: it proves nothing")
+
+
+def run_checks(
+    models: str, arch: str, names: list[str], engine_options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """In a child: build the engine for ``arch`` and run the checks. Per check: figures, or the
+    error's traceback."""
+    from model_support import (  # noqa: F401
+        checks_blend,
+        checks_exact,
+        checks_gate,
+        checks_hkvd,
+        checks_random,
+        checks_special,
+        checks_stored,
+    )
+
+    model = model_for(Path(models), arch)
+    world = World(Engine(model, **engine_options), model)
+    out = {}
+    for name in names:
+        try:
+            start = time.perf_counter()
+            out[name] = {"error": None, "figures": CHECKS[name](world) or {}}
+            out[name]["seconds"] = round(time.perf_counter() - start, 2)
+        except Exception:
+            out[name] = {"error": traceback.format_exc(), "figures": {}}
+    return out
+
+
+def model_for(models: Path, arch: str) -> Path:
+    """The random-weight model of ``arch``, made at first use."""
+    path = models / arch
+    if not (path / "config.json").exists():
+        # Ranks start side by side: make it elsewhere, then move it into place.
+        made = make_model(models / f".{arch}-{os.getpid()}", arch, **SIZE)
+        config = json.loads((made / "config.json").read_text())
+        config.update(PUBLISHED.get(arch, {}))
+        (made / "config.json").write_text(json.dumps(config))
+        try:
+            made.rename(path)
+        except OSError:
+            shutil.rmtree(made)
+    return path

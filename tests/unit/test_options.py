@@ -1,0 +1,117 @@
+"""A request's blend options: what is read, what is refused and how. Needs: CPU."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.options import RequestOptions, parse_options, validate_request
+from sgl_blend.errors import RequestError
+
+
+def manager(**options) -> types.SimpleNamespace:
+    """What a request is checked against: the HTTP process of a server with these options."""
+    return types.SimpleNamespace(
+        server_args=types.SimpleNamespace(**{attach.CONFIG.name: BlendConfig(**options)})
+    )
+
+
+def test_nothing_said_leaves_all_to_the_configuration():
+    for nothing in (None, {}, {"other": 1}, {"x": [1]}):
+        assert parse_options(nothing, 10) == RequestOptions(True, None, None, None)
+
+
+def test_all_options_are_read():
+    said = {
+        "blend": True,
+        "blend_ratio": 0.2,
+        "blend_coverage": 0.9,
+        "blend_policy": "hkvd",
+        "blend_boundaries": [0, 4, 10],
+        "someone_elses": {"a": 1},
+    }
+    assert parse_options(said, 10) == RequestOptions(True, 0.2, "hkvd", (0, 4, 10), 0.9)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 0.0, 1.0])
+def test_ratio_may_be_a_whole_number_at_either_end(ratio):
+    got = parse_options({"blend_ratio": ratio}, None).ratio
+    assert got == ratio and isinstance(got, float)
+
+
+def test_a_policy_without_a_score_may_be_told_that_coverage_is_off():
+    assert parse_options({"blend_coverage": 0, "blend_policy": "random"}, None).coverage == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([], r"custom_params is a list: expected a mapping"),
+        ("blend", r"custom_params is a str: expected a mapping"),
+        ({"blend": "no"}, r"custom_params\.blend is 'no': expected true or false"),
+        ({"blend": 1}, r"custom_params\.blend is 1: expected true or false"),
+        ({"blend": None}, r"custom_params\.blend is None"),
+        ({"blend_ratio": 1.5}, r"custom_params\.blend_ratio is 1\.5"),
+        ({"blend_ratio": -0.1}, r"custom_params\.blend_ratio is -0\.1"),
+        ({"blend_ratio": True}, r"custom_params\.blend_ratio is True"),
+        ({"blend_ratio": "0.2"}, r"custom_params\.blend_ratio is '0\.2'"),
+        ({"blend_ratio": float("nan")}, r"custom_params\.blend_ratio is nan"),
+        ({"blend_coverage": 1.5}, r"custom_params\.blend_coverage is 1\.5: expected a number"),
+        ({"blend_coverage": False}, r"custom_params\.blend_coverage is False"),
+        (
+            {"blend_coverage": 0.5, "blend_policy": "leading"},
+            r"blend_coverage is 0\.5: policy 'leading' has no score to cover",
+        ),
+        ({"blend_policy": "hkvdd"}, r"blend_policy: unknown policy 'hkvdd'; did you mean 'hkvd'"),
+        ({"blend_policy": 3}, r"blend_policy: unknown policy '3'"),
+        ({"blend_polcy": "hkvd"}, r"unknown key 'blend_polcy'; did you mean 'blend_policy'"),
+        ({"blending": True}, r"unknown key 'blending'; did you mean 'blend'"),
+        ({"blend_boundaries": 5}, r"blend_boundaries is a int: expected a flat list"),
+        ({"blend_boundaries": {"a": 1}}, r"blend_boundaries is a dict: expected a flat list"),
+        ({"blend_boundaries": [0, "4"]}, r"blend_boundaries\[1\] is '4': expected an integer"),
+        ({"blend_boundaries": [0, 4.0]}, r"blend_boundaries\[1\] is 4\.0: expected an integer"),
+        ({"blend_boundaries": [0, True]}, r"blend_boundaries\[1\] is True: expected an integer"),
+        ({"blend_boundaries": [-1, 4]}, r"blend_boundaries\[0\] is -1: offsets start at 0"),
+        ({"blend_boundaries": [4, 4]}, r"blend_boundaries\[1\] is 4 after 4: offsets must ascend"),
+        ({"blend_boundaries": [6, 4]}, r"blend_boundaries\[1\] is 4 after 6: offsets must ascend"),
+        ({"blend_boundaries": [0, 11]}, r"blend_boundaries\[1\] is 11, past the prompt's end \(10"),
+    ],
+)
+def test_malformed_options_are_refused_with_what_and_where(said, message):
+    with pytest.raises(RequestError, match=message):
+        parse_options(said, 10)
+
+
+def test_a_boundary_at_the_very_end_is_a_boundary():
+    assert parse_options({"blend_boundaries": [10]}, 10).boundaries == (10,)
+
+
+def test_without_a_known_prompt_length_the_end_is_not_checked():
+    assert parse_options({"blend_boundaries": [10_000]}, None).boundaries == (10_000,)
+
+
+def test_a_request_error_is_a_value_error_so_that_it_becomes_a_400():
+    assert issubclass(RequestError, ValueError)
+
+
+def test_validation_sees_sampling_params_of_the_request():
+    def request(custom):
+        return types.SimpleNamespace(sampling_params={"custom_params": custom})
+
+    server = manager()
+    validate_request(None, server, request({"blend": False}), [1, 2, 3])
+    validate_request(None, server, types.SimpleNamespace(), [1, 2, 3])
+    validate_request(None, server, request(None), None)
+    with pytest.raises(RequestError, match="past the prompt's end"):
+        validate_request(None, server, request({"blend_boundaries": [4]}), [1, 2, 3])
+
+
+def test_a_policy_whose_scores_are_not_kept_is_refused_with_what_to_do():
+    stored = types.SimpleNamespace(sampling_params={"custom_params": {"blend_policy": "stored"}})
+    for kept in ({"stored_scores": True}, {"policy": "stored"}):
+        validate_request(None, manager(**kept), stored, [1, 2, 3])
+    with pytest.raises(RequestError, match="keeps no scores; launch it with --blend-stored-scores"):
+        validate_request(None, manager(), stored, [1, 2, 3])
