@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("selection", "store"),
     ("plan", "ops", "chunking"),
     ("config", "attach"),
-    ("errors",),
+    ("errors", "host_memory"),
 )
 
 

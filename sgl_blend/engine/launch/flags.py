@@ -123,9 +123,9 @@ def start_store(server_args: Any) -> None:
         return
     if attach.STORE.get(server_args) is not None:
         return
+    from sgl_blend.host_memory import available_memory
     from sgl_blend.store.config import load_config
     from sgl_blend.store.embedded import EmbeddedStore
-    from sgl_blend.store.wire.shm import available_memory
 
     memory: str | int = config.store_memory
     if memory == "auto":

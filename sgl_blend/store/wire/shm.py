@@ -30,6 +30,7 @@ import weakref
 
 import numpy as np
 
+from sgl_blend.host_memory import available_memory
 from sgl_blend.store.errors import ArenaExhausted, StoreError
 
 _MADV_HUGEPAGE = 14
@@ -84,15 +85,6 @@ def _advise(array: np.ndarray, advice: int) -> bool:
     raise OSError(code, os.strerror(code))
 
 
-def available_memory() -> int:
-    """Bytes that the kernel thinks can be had without swapping."""
-    with open("/proc/meminfo") as f:
-        for line in f:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
-
-
 class Arena:
     """Server side. ``capacity`` bytes of address space, backed step by step as it fills.
 
@@ -132,7 +124,8 @@ class Arena:
         # Ask first: overcommitted tmpfs pages summon the OOM killer instead of an error.
         if step > available_memory() - (64 << 20):
             raise ArenaExhausted(
-                f"{step} more bytes of shared memory would leave the machine without memory"
+                f"{step} more bytes of shared memory would leave the machine, or the control "
+                "group that this process runs in, without memory"
             )
         try:
             os.ftruncate(self.fd, target)
