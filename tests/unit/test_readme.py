@@ -1,4 +1,4 @@
-"""The README against the code: what it lists is what there is. Runs on CPU."""
+"""README and docs against the code: what they list is what there is. Runs on CPU."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,20 @@ from sgl_blend.cli.main import COMMANDS
 from sgl_blend.config import option_fields
 from sgl_blend.engine.launch.checks import VERIFIED_MODELS
 from sgl_blend.engine.request.options import KEYS
+from sgl_blend.gate.state import TURNED_OFF
 from sgl_blend.selection import POLICIES
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
+FIDELITY = (ROOT / "docs" / "fidelity.md").read_text()
 
 
 def rows(section: str) -> dict[str, str]:
-    """First column (in back quotes) to the rest of the row, of all tables in ``## section``."""
-    part = README.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    """First column (in back quotes) to the rest of the row, of all tables in the reference's
+    ``## section``."""
+    part = REFERENCE.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
     return dict(re.findall(r"^\| `([^`]+)`[^|]*\|(.*)$", part, re.M))
 
 
@@ -30,11 +36,35 @@ def test_every_option_is_listed_with_its_default():
 
 def test_request_keys_policies_and_commands_are_listed():
     assert set(rows("Per request")) == set(KEYS)
-    assert {name for name in POLICIES if f"`{name}`" not in README} == set()
-    assert {c for c in COMMANDS if f"sgl-blend {c}`" not in README} == set()
+    assert {name for name in POLICIES if f"`{name}`" not in FIDELITY} == set()
+    assert {c for c in COMMANDS if f"sgl-blend {c}`" not in REFERENCE} == set()
+
+
+def test_every_metric_is_listed():
+    source = (ROOT / "sgl_blend" / "engine" / "metrics.py").read_text()
+    exported = set(re.findall(r'"sgl_blend:(\w+)"', source))
+    listed = {name.partition("{")[0] for name in rows("Metrics")}
+    assert exported and listed == {f"sgl_blend:{name}" for name in exported}
 
 
 def test_every_verified_model_is_named():
     names = {"Qwen3MoeForCausalLM": "Qwen3-MoE", "Gemma2ForCausalLM": "Gemma 2"}
     for cls in VERIFIED_MODELS:
-        assert names.get(cls, cls.removesuffix("ForCausalLM")) in README, cls
+        name = names.get(cls, cls.removesuffix("ForCausalLM"))
+        assert name in README and name in COMPATIBILITY, cls
+
+
+def test_every_reason_to_fall_back_is_listed():
+    source = "".join(
+        (ROOT / "sgl_blend" / "engine" / "request" / name).read_text()
+        for name in ("state.py", "planner.py")
+    )
+    reasons = set(re.findall(r'(?:return|reason =|fallback =|_fall_back\(state,) "([^"]+)"', source))
+    assert len(reasons) > 8
+    assert {r for r in reasons | {TURNED_OFF} if f"`{r}`" not in COMPATIBILITY} == set()
+
+
+def test_the_readme_is_short_and_says_first_where_it_has_run():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert "GPU" in "\n".join(lines[:10])

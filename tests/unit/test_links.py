@@ -1,0 +1,55 @@
+"""Relative links in the documentation: the file exists, and so does the heading. Runs on CPU."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+def pages() -> list[Path]:
+    skip = {".venv", ".git", "build", ".pytest_cache"}
+    found = [p for p in ROOT.rglob("*.md") if not skip & set(p.relative_to(ROOT).parts)]
+    return sorted(found)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors GitHub gives to a page's headings."""
+    text = _FENCE.sub("", page.read_text())
+    out = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower())
+        out.add(plain.replace(" ", "-"))
+    return out
+
+
+def broken(page: Path) -> list[str]:
+    """Links of ``page`` that lead nowhere."""
+    found = []
+    for link in _LINK.findall(_FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists():
+            found.append(link)
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert broken(page) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A b: `c`\n\n[good](#a-b-c) [web](https://x.org) [gone](gone.md) [no](page.md#d)\n"
+        "```\n[code](not-a-link)\n```\n"
+    )
+    assert broken(page) == ["gone.md", "page.md#d"]
