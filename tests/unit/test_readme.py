@@ -59,7 +59,9 @@ def test_every_reason_to_fall_back_is_listed():
         (ROOT / "sgl_blend" / "engine" / "request" / name).read_text()
         for name in ("state.py", "planner.py")
     )
-    reasons = set(re.findall(r'(?:return|reason =|fallback =|_fall_back\(state,) "([^"]+)"', source))
+    reasons = set(
+        re.findall(r'(?:return|reason =|fallback =|_fall_back\(state,) "([^"]+)"', source)
+    )
     assert len(reasons) > 8
     assert {r for r in reasons | {TURNED_OFF} if f"`{r}`" not in COMPATIBILITY} == set()
 
