@@ -1,4 +1,5 @@
-"""Shared by all tests: a Mooncake master where one is wanted."""
+"""Shared by all tests: marks by folder, groups for the two workers, one thread a process, and a
+Mooncake master where one is wanted."""
 
 from __future__ import annotations
 
@@ -7,13 +8,44 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from groups import group_of, rank_of
+from polling import eventually
 
-# Two threads a process are what the smallest supported machine has; tests run side by side.
+# Two workers run side by side on two cores: a second thread in either would mostly wait.
+# Set before torch is imported; every process that a test starts inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TESTS = Path(__file__).parent
+#: folder -> the marker of all its tests
+MARKERS = {"server": "server", "models": "model"}
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Two workers for the whole suite, none where files are named, and otherwise what
+    ``PYTEST_XDIST_AUTO_NUM_WORKERS`` or ``-n`` says. A worker's servers take up to 10 GB."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    return 2 if config.args_source == pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder and its group, and put groups that take longest first."""
+    groups = {}
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in MARKERS:
+            item.add_marker(MARKERS[folder])
+        groups[item] = group = group_of(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+    first = {}
+    for at, item in enumerate(items):
+        first.setdefault(groups[item], at)
+    items.sort(key=lambda item: (rank_of(groups[item]), first[groups[item]]))
 
 
 def _free_port() -> int:
@@ -34,13 +66,12 @@ def mooncake_master(tmp_path):
             stdout=log,
             stderr=log,
         )
-    until = time.monotonic() + 30
-    while True:
+
+    def answers() -> bool:
         with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert time.monotonic() < until, (tmp_path / "master.log").read_text()
-        time.sleep(0.05)
+            return s.connect_ex(("127.0.0.1", port)) == 0
+
+    assert eventually(answers, 30.0), (tmp_path / "master.log").read_text()
     yield f"127.0.0.1:{port}"
     master.terminate()
     master.wait()

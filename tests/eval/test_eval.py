@@ -1,7 +1,7 @@
 """How ``sgl-blend eval`` asks and tells: prompts, the protocol's order, tables, the command line.
 
 Needs a CPU; no server and no model but a tokenizer that is made here. The protocol through a real
-server is tested in ``test_eval_server.py``.
+server is tested in ``tests/server/test_eval_server.py``.
 """
 
 import argparse

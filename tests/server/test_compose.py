@@ -12,8 +12,6 @@ import pytest
 import requests
 from talk import Docs, answer_of, ask, body_of, check_report, check_same, words
 
-pytestmark = pytest.mark.server
-
 WORKERS = 8
 
 

@@ -13,8 +13,6 @@ import random
 import pytest
 from talk import SEP, Docs, ask, check_report, check_same, deviation
 
-pytestmark = pytest.mark.server
-
 PROMPTS = 50
 SENDS = 4
 CONCURRENCY = 16

@@ -15,8 +15,6 @@ from talk import SEP, Docs, ask, check_report
 
 from sgl_blend.harness import server as launcher
 
-pytestmark = pytest.mark.server
-
 ON = ["--enable-blend", "--enable-metrics"]
 OFF = "turned off by the correctness gate"
 

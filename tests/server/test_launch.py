@@ -14,8 +14,6 @@ from talk import Docs, ask
 from sgl_blend.harness import server as launcher
 from sgl_blend.harness.models import make_model
 
-pytestmark = pytest.mark.server
-
 SUPPORT = Path(__file__).parents[1] / "support"
 ON = ["--enable-blend"]
 

@@ -10,8 +10,6 @@ import pytest
 
 from sgl_blend.errors import ConfigError, UnsupportedError
 
-pytestmark = pytest.mark.server
-
 SCRIPT = """
 import json, os, random, sys
 

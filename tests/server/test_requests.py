@@ -21,9 +21,6 @@ from talk import (
     words,
 )
 
-pytestmark = pytest.mark.server
-
-
 # -- report ------------------------------------------------------------------------------
 
 

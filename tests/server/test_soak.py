@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
 from soak import soak, verdict
-
-pytestmark = pytest.mark.server
 
 SECONDS = 60.0
 

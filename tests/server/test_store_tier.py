@@ -24,8 +24,6 @@ from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.embedded import EmbeddedStore
 from sgl_blend.store.wire.client import StoreClient
 
-pytestmark = pytest.mark.server
-
 EXACT = {"blend": False}
 ALL = {"blend_policy": "all"}
 NONE = {"blend_policy": "none"}

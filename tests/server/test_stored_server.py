@@ -10,8 +10,6 @@ from talk import Docs, ask, check_report, check_same
 
 from sgl_blend.harness.server import Server
 
-pytestmark = pytest.mark.server
-
 EXACT = {"blend": False}
 
 

@@ -11,8 +11,6 @@ from sgl_blend.bench.demo import shipped_model
 from sgl_blend.cli.main import main
 from sgl_blend.eval.tasks import make_case
 
-pytestmark = pytest.mark.server
-
 
 @pytest.fixture(scope="module")
 def server(start):

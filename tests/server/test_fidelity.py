@@ -13,8 +13,6 @@ import pytest
 from sgl_blend.eval.evaluate import EvalOptions, evaluate
 from sgl_blend.eval.stats import Bootstrap
 
-pytestmark = pytest.mark.server
-
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 NAMES = sorted(p.name for p in MODELS.iterdir() if (p / "config.json").exists())
 WAYS = {"one": 6, "joint": 8, "follow": 3, "turns": 6}

@@ -21,8 +21,6 @@ from sgl_blend.eval.synthetic import Shape, synthetic
 from sgl_blend.harness.models import make_model
 from sgl_blend.harness.server import serve
 
-pytestmark = pytest.mark.server
-
 SHAPE = Shape(n_docs=2, n_legends=1, doc_tokens=(30, 40), questions=2)
 SETTINGS = plan(["all:1", "query:1.0", "query:0.2", "leading:0.3"])
 #: nats: fp32 noise of another order of summation, and far below what reuse does
