@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-_CLASS = "sgl_blend.engine.platform_cpu.PortableCpuPlatform"
+PORTABLE_CPU = "sgl_blend.engine.platform_cpu.PortableCpuPlatform"
 
 
 def activate() -> str | None:
@@ -24,4 +24,4 @@ def activate() -> str | None:
         module = getattr(torch, name, None) or getattr(torch.backends, name, None)
         if module is not None and module.is_available():
             return None
-    return _CLASS
+    return PORTABLE_CPU

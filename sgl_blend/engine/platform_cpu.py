@@ -15,6 +15,16 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_type = "cpu"
     capabilities = PlatformCapabilities()
 
+    def get_device(self, device_id: int = 0) -> str:
+        # SGLang asks for a ``torch.device`` here and then treats it as a text
+        # (``arg_groups/serving_hook.py:658``). torch takes the text wherever it takes a device.
+        return "cpu"
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        from sgl_blend.engine.launch.cpu import choose
+
+        choose(server_args)
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

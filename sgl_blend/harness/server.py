@@ -16,7 +16,17 @@ from pathlib import Path
 
 import requests
 
+from sgl_blend.engine.launch import cpu
 from sgl_blend.errors import BlendError
+
+#: what ``--enable-blend`` chooses on a CPU, for SGLang without it; a flag without a value is a switch
+PLAIN_ON_CPU = {
+    "--dtype": "float32",
+    "--mem-fraction-static": str(cpu.STATIC_SHARE),
+    "--max-total-tokens": str(cpu.POOL_TOKENS // 4),
+    "--chunked-prefill-size": str(cpu.PIECE),
+    "--sleep-on-idle": "",
+}
 
 
 class ServerError(BlendError):
@@ -85,20 +95,26 @@ class Server:
 
 
 def command(model: str | Path, port: int, args: Sequence[str] = ()) -> list[str]:
-    """The command line of a server for ``model``; CPU settings where no GPU is found."""
+    """The command line of a server for ``model``.
+
+    With ``--enable-blend`` it is what a user types, apart from the port and SGLang's own warm-up
+    request. SGLang alone is made for accelerators: without one it gets the same settings as ours
+    chooses, so that the two can be compared.
+    """
+    cmd = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    cmd += ["--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup"]
+    if _plain_on_cpu(args):
+        given = set(args)
+        for flag, value in PLAIN_ON_CPU.items():
+            if flag not in given:
+                cmd += [flag, value] if value else [flag]
+    return [*cmd, *args]
+
+
+def _plain_on_cpu(args: Sequence[str]) -> bool:
     import torch
 
-    cmd = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    cmd += ["--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup", "--sleep-on-idle"]
-    if not torch.cuda.is_available():
-        cmd += ["--device", "cpu"]
-        if "--dtype" not in args:
-            cmd += ["--dtype", "float32"]
-        if "--mem-fraction-static" not in args:
-            cmd += ["--mem-fraction-static", "0.3"]
-        if "--max-total-tokens" not in args:
-            cmd += ["--max-total-tokens", "65536"]
-    return [*cmd, *args]
+    return "--enable-blend" not in args and not torch.cuda.is_available()
 
 
 def start(
@@ -111,13 +127,16 @@ def start(
 ) -> Server:
     """Start a server and wait for ``/health``. Raises :class:`ServerError`."""
     port = free_port()
+    environ = {**os.environ, **(env or {})}
+    if _plain_on_cpu(args):
+        cpu.set_threads(environ, 1)
     log = log or Path(tempfile.mkstemp(prefix="sgl-blend-server-", suffix=".log")[1])
     with log.open("wb") as out:
         process = subprocess.Popen(
             command(model, port, args),
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env=environ,
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -30,8 +30,8 @@ def _starter(tmp_path_factory):
             log = tmp_path_factory.mktemp("log") / "server.log"
             server = launcher.start(
                 model,
-                # Several servers share few cores: idle ones must not spin.
-                [*args, "--sleep-on-idle"],
+                args,
+                # Several servers share few cores.
                 env={"OMP_NUM_THREADS": "1", **(env or {})},
                 timeout=START_TIMEOUT,
                 log=log,

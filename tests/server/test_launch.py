@@ -129,7 +129,7 @@ def outcomes(model, tmp_path_factory, child_env):
         port = str(launcher.free_port())
         path = str(gemma3) if "<gemma3>" in args else str(model)
         args = [fill(a) for a in args if a != "<gemma3>"]
-        common = ["--model-path", path, "--port", port, "--device", "cpu", "--dtype", "float32"]
+        common = ["--model-path", path, "--port", port]
         cases.append(
             {
                 "args": [*common, *args],

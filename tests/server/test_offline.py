@@ -21,8 +21,7 @@ def main():
         import sglang
         make, extra = sglang.Engine, {}
     engine = make(
-        model_path=sys.argv[1], device="cpu", dtype="float32", mem_fraction_static=0.3,
-        max_total_tokens=8192, **extra,
+        model_path=sys.argv[1], **extra,
     )
     rng = random.Random(0)
     docs = [[rng.randint(300, 2047) for _ in range(100)] for _ in range(4)]
@@ -95,4 +94,4 @@ def test_wrong_keywords_raise_before_anything_is_started(model, keywords, error,
     import sgl_blend
 
     with pytest.raises(error, match=said):
-        sgl_blend.Engine(model_path=str(model), device="cpu", dtype="float32", **keywords)
+        sgl_blend.Engine(model_path=str(model), **keywords)

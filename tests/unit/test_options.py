@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import types
+from array import array
 
+import numpy as np
 import pytest
 
 from sgl_blend import attach
@@ -11,12 +13,19 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.options import RequestOptions, parse_options, validate_request
 from sgl_blend.errors import RequestError
 
+VOCAB = 2048
+
 
 def manager(**options) -> types.SimpleNamespace:
     """What a request is checked against: the HTTP process of a server with these options."""
     return types.SimpleNamespace(
-        server_args=types.SimpleNamespace(**{attach.CONFIG.name: BlendConfig(**options)})
+        server_args=types.SimpleNamespace(**{attach.CONFIG.name: BlendConfig(**options)}),
+        model_config=types.SimpleNamespace(vocab_size=VOCAB),
     )
+
+
+def passes(manager, obj, input_ids) -> None:
+    """SGLang's own validation, of a request that it accepts."""
 
 
 def test_nothing_said_leaves_all_to_the_configuration():
@@ -102,16 +111,58 @@ def test_validation_sees_sampling_params_of_the_request():
         return types.SimpleNamespace(sampling_params={"custom_params": custom})
 
     server = manager()
-    validate_request(None, server, request({"blend": False}), [1, 2, 3])
-    validate_request(None, server, types.SimpleNamespace(), [1, 2, 3])
-    validate_request(None, server, request(None), None)
+    validate_request(passes, server, request({"blend": False}), [1, 2, 3])
+    validate_request(passes, server, types.SimpleNamespace(), [1, 2, 3])
+    validate_request(passes, server, request(None), None)
     with pytest.raises(RequestError, match="past the prompt's end"):
-        validate_request(None, server, request({"blend_boundaries": [4]}), [1, 2, 3])
+        validate_request(passes, server, request({"blend_boundaries": [4]}), [1, 2, 3])
 
 
 def test_a_policy_whose_scores_are_not_kept_is_refused_with_what_to_do():
     stored = types.SimpleNamespace(sampling_params={"custom_params": {"blend_policy": "stored"}})
     for kept in ({"stored_scores": True}, {"policy": "stored"}):
-        validate_request(None, manager(**kept), stored, [1, 2, 3])
+        validate_request(passes, manager(**kept), stored, [1, 2, 3])
     with pytest.raises(RequestError, match="keeps no scores; launch it with --blend-stored-scores"):
-        validate_request(None, manager(), stored, [1, 2, 3])
+        validate_request(passes, manager(), stored, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        None,
+        [],
+        [0, VOCAB - 1],
+        (1, 2),
+        array("q", [1, 2]),
+        np.array([1, 2]),
+        [np.int64(3), 4],
+    ],
+)
+def test_token_ids_of_the_vocabulary_pass(ids):
+    validate_request(passes, manager(), types.SimpleNamespace(), ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([-1, 5, 6], r"input_ids\[0\] is -1: the model's token ids are 0 to 2047"),
+        ([5, VOCAB], r"input_ids\[1\] is 2048"),
+        ([5, 1 << 70], r"input_ids\[1\] is 1180591620717411303424"),
+        ([5, 10**60], r"input_ids\[1\] is 1000000000000000000000000000000000000\.\.\.:"),
+        ([5, 6.0], r"input_ids\[1\] is 6\.0: expected a token id"),
+        ([5, float("nan")], r"input_ids\[1\] is nan"),
+        ([5, [6]], r"input_ids\[1\] is \[6\]"),
+        ([5, None], r"input_ids\[1\] is None"),
+        ([5, "6"], r"input_ids\[1\] is '6'"),
+        ([True, 5], r"input_ids\[0\] is True"),
+        (7, "input_ids is a int: expected a flat list"),
+        ({"a": 1}, "input_ids is a dict"),
+        (np.array([[1, 2]]), r"input_ids\[0\] is \[1, 2\]"),
+    ],
+)
+def test_other_token_ids_are_refused_before_sglang_looks_at_them(ids, said):
+    def reached(manager, obj, input_ids):
+        raise AssertionError("SGLang's validation saw them")
+
+    with pytest.raises(RequestError, match=said):
+        validate_request(reached, manager(), types.SimpleNamespace(), ids)

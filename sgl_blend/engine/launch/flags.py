@@ -86,11 +86,15 @@ def resolve_once(original, server_args: Any) -> None:
     ``sglang.Engine(...)`` builds its arguments without a command line: under
     ``SGL_BLEND_ENABLE=1`` they get their configuration here. Children receive resolved ones.
     """
+    from sgl_blend.engine.launch.cpu import choose_early
+
     if not getattr(server_args, "_resolution_finished", False):
         if attach.CONFIG.get(server_args) is None and enabled_by_environment():
             config = cfg.load_config()
             server_args.radix_cache_backend = claim_radix_cache(server_args.radix_cache_backend)
             switch_on(server_args, config)
+        if attach.CONFIG.get(server_args) is not None:
+            choose_early(server_args)
     original(server_args)
     if attach.CONFIG.get(server_args) is None:
         return
@@ -196,7 +200,7 @@ def switch_on(server_args: Any, config: BlendConfig) -> None:
     seams.verify()
     attach.CONFIG.set(server_args, config)
     hook_resolution()
-    _install_once(seams.VALIDATE_REQUEST, validate_request)
+    _install_once(seams.VALIDATE_REQUEST, validate_request, "around")
     if config.report:
         _install_once(seams.UPDATE_META_INFO, take_report, "around")
         _install_once(seams.WAIT_ONE_RESPONSE, show_report, "around")

@@ -11,6 +11,7 @@ from typing import Any
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.token_ids import check_token_ids
 from sgl_blend.errors import RequestError, unknown_name
 
 KEYS = ("blend", "blend_ratio", "blend_coverage", "blend_policy", "blend_boundaries")
@@ -112,9 +113,11 @@ def _boundaries(custom_params: dict, prompt_tokens: int | None) -> tuple[int, ..
     return tuple(value)
 
 
-def validate_request(result: Any, manager: Any, obj: Any, input_ids: Any) -> None:
-    """AFTER ``TokenizerManager._validate_one_request`` (SGLang 0.5.23): a malformed request is
+def validate_request(original: Any, manager: Any, obj: Any, input_ids: Any) -> None:
+    """AROUND ``TokenizerManager._validate_one_request`` (SGLang 0.5.23): a malformed request is
     refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one)."""
+    check_token_ids(input_ids, manager.model_config.vocab_size)
+    original(manager, obj, input_ids)
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, dict):
         n = None if input_ids is None else len(input_ids)
