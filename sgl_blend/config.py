@@ -63,8 +63,7 @@ class BlendConfig:
         "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first",
     )
     check_multipliers: tuple[float, ...] = _option(
-        (),
-        "hkvd: one multiplier of the ratio for each check layer, falling to 1.0 (default: 1.5 to 1.0)",
+        (), "hkvd: one multiplier of the ratio a check layer, falling to 1.0 (default: 1.5 to 1.0)"
     )
     query_layers: float = _option(
         0.75,
@@ -153,6 +152,10 @@ class BlendConfig:
         "correctness gate at launch; where it fails: 'disable' blending, 'fail' the launch; "
         "'off': nothing is checked",
     )
+    gate_seconds: float = _option(
+        0.0,
+        "gate: what it may take at launch, kernels that are built aside; it shortens and leaves out probes, and says which; 0: 4 seconds on a GPU, 12 on a CPU (gate_prompts come on top)",
+    )
     gate_prompts: str = _option(
         "",
         'gate: JSONL file of calibration prompts, each line {"documents": [...], "question": ...} '
@@ -228,6 +231,7 @@ class BlendConfig:
         check(all(self.separators), "separators", "must not contain an empty text")
         check(self.continuation in CONTINUATIONS, "continuation", f"must be one of {CONTINUATIONS}")
         check(self.gate in GATES, "gate", f"must be one of {GATES}")
+        check(self.gate_seconds >= 0.0, "gate_seconds", "must not be negative")
         check(self.gate_max_kl > 0.0, "gate_max_kl", "must be positive")
         for name in ("gate_min_top1", "gate_max_ratio", "gate_sample"):
             check(0.0 <= getattr(self, name) <= 1.0, name, "must lie in 0..1")

@@ -29,6 +29,7 @@ from sgl_blend.engine.request.planner import Planner, PlannerContext
 from sgl_blend.engine.request.state import namespace_of, state_of
 from sgl_blend.engine.request.store_tier import connect
 from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.gate.budget import seconds_for
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.window import LiveWindow
 from sgl_blend.ops.build import cpu_module
@@ -132,7 +133,8 @@ def build_tree(ctx: Any) -> Any:
     _install(model, planner, pool, ranks, num_layers, config, gate)
     probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
     metrics.gate_state(gate)
-    LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0).run()
+    seconds = seconds_for(config.gate_seconds, pool.k(0).device)
+    LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0, seconds).run()
     if ctx.tp_rank == 0 and gate.on:
         logger.info("sgl-blend is on: %s", config.describe())
     if config.gate != "off" and config.gate_sample > 0 and gate.on:

@@ -7,6 +7,7 @@
 ``fidelity.py``     blended against exact next-token distributions; the ratio ladder
 ``yardstick.py``    exact attention, where the server's own is not what the model means
 ``prompts.py``      calibration prompts: the operator's file, or a short built-in text
+``budget.py``       how long a launch may take, and what is left out to keep to that
 ``window.py``       sampled live requests: a sliding window and what follows from it
 ==================  ============================================================
 

@@ -78,17 +78,35 @@ def within(measured: Mean, config: BlendConfig) -> bool:
 
 
 def climb(
-    measure: Callable[[float], Mean], ratio: float, config: BlendConfig, ratio_matters: bool
+    measure: Callable[[float], Mean],
+    ratio: float,
+    config: BlendConfig,
+    ratio_matters: bool,
+    another: Callable[[], bool] = lambda: True,
 ) -> list[Rung]:
-    """Measure at ``ratio``, then at ever higher ones until the budget is kept or the ceiling is
-    reached. At least one rung; the last one is where it stopped."""
+    """Measure at ``ratio``, then at ever higher ones until the budget is kept, the ceiling is
+    reached, or there is no time for ``another``. At least one rung; the last one is where it
+    stopped."""
     rungs: list[Rung] = []
     for r in [ratio, *(ladder(ratio, config.gate_max_ratio) if ratio_matters else [])]:
+        if rungs and not another():
+            break
         measured = measure(r)
         rungs.append(Rung(r, measured, within(measured, config)))
         if rungs[-1].within:
             break
     return rungs
+
+
+def tokens_computed(prompts: Sequence[Calibration], first: bool = True) -> int:
+    """What measuring ``prompts`` at one ratio prefills; ``first``: with their exact logits."""
+    total, kept = 0, None
+    for prompt in prompts:
+        if set(prompt.sources) != kept:
+            kept = set(prompt.sources)
+            total += sum(map(len, kept))
+        total += len(prompt.tokens) * (2 if first else 1)
+    return total
 
 
 class Calibrator:

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.gate.budget import Budget
 from sgl_blend.gate.model import Ask, GateModel, Ran
 
 NOISE = 6.0
@@ -42,6 +43,8 @@ NOISE = 6.0
 LEAST_FIRST, LEAST_DEEP, LEAST_LOGITS = 2e-5, 2e-4, 1e-4
 #: documents are no longer than this, whatever the options say
 MAX_DOCUMENT = 512
+#: of a probe prompt that there is time for
+DOCUMENTS = 3
 
 
 class Finding(NamedTuple):
@@ -71,8 +74,11 @@ class Prompt(NamedTuple):
     beside: list[int]
 
 
-def make_prompt(config: BlendConfig, page: int, ids: tuple[int, int], seed: int) -> Prompt:
-    """Random documents A, B and C; C moves forward, the others back, with a hole behind C."""
+def make_prompt(
+    config: BlendConfig, page: int, ids: tuple[int, int], seed: int, documents: int = DOCUMENTS
+) -> Prompt:
+    """Random documents A, B and C; C moves back, the others forward, with a hole behind C.
+    documents: 2 goes without A, 1 without B too."""
     rng = random.Random(seed)
 
     def fresh(n: int) -> list[int]:
@@ -84,8 +90,24 @@ def make_prompt(config: BlendConfig, page: int, ids: tuple[int, int], seed: int)
     tail = max(16, page)
     sources = [a + fresh(tail), b + c + fresh(tail)]
     question = max(32, min(config.min_suffix_tokens, MAX_DOCUMENT))
-    body = fresh(24) + c + fresh(20) + b + a
-    return Prompt(sources, body + fresh(question), len(body), len(a + b + c), fresh(48))
+    body = fresh(24) + c
+    found = [c]
+    if documents > 1:
+        body += fresh(20) + b
+        found.append(b)
+    if documents > 2:
+        body += a
+        found.append(a)
+    else:
+        del sources[0]
+    tokens = body + fresh(question)
+    return Prompt(sources, tokens, len(body), sum(map(len, found)), fresh(48))
+
+
+def tokens_computed(prompt: Prompt) -> int:
+    """What :func:`check_mechanics` prefills, at the most."""
+    kept = sum(map(len, prompt.sources))
+    return 6 * len(prompt.tokens) + kept + 2 * len(prompt.beside)
 
 
 def slots_needed(prompt: Prompt, page: int) -> int:
@@ -95,21 +117,38 @@ def slots_needed(prompt: Prompt, page: int) -> int:
     return kept + runs + 8 * page
 
 
-def check_mechanics(model: GateModel, config: BlendConfig, prompt: Prompt) -> list[Finding]:
-    """Each check's worst finding. Leaves nothing behind in ``model``. Layers are compared on the
-    device and one at a time; all ranks return the same findings where errors are concerned."""
+def check_mechanics(
+    model: GateModel, config: BlendConfig, prompt: Prompt, budget: Budget
+) -> list[Finding]:
+    """Each check's worst finding; checks for which ``budget`` has no time are left out. Leaves
+    nothing behind in ``model``. Layers are compared on the device and one at a time; all ranks
+    return the same findings where errors are concerned."""
     found: list[Finding] = []
+    n, beside = len(prompt.tokens), len(prompt.beside)
+    if not budget.allows(2 * n):
+        budget.leave_out("all checks")
+        return found
     try:
         [exact] = model.run(Ask(prompt.tokens))
-        [again] = model.run(Ask(prompt.tokens, pieces=(len(prompt.tokens) // 2,)))
+        [again] = model.run(Ask(prompt.tokens, pieces=(n // 2,)))
         meter = _Meter(model, exact, again)
         model.release(again)
-        for source in prompt.sources:
-            model.release(*model.run(Ask(source, keep=True)))
-        found += _moved(model, config, prompt, meter)
-        if found[0].ok:  # what finds nothing blends nothing
-            found.append(_recomputed(model, config, prompt, meter))
-        found.append(_masked(model, config, prompt, meter))
+        if budget.allows(sum(map(len, prompt.sources)) + n):
+            for source in prompt.sources:
+                model.release(*model.run(Ask(source, keep=True)))
+            found += _moved(model, config, prompt, meter)
+            if not found[0].ok:  # what finds nothing blends nothing
+                pass
+            elif budget.allows(n + 2 * beside):
+                found.append(_recomputed(model, config, prompt, meter))
+            else:
+                budget.leave_out("the check recompute")
+        else:
+            budget.leave_out("the checks lookup, keys, values and recompute")
+        if budget.allows(2 * n):
+            found.append(_masked(model, config, prompt, meter))
+        else:
+            budget.leave_out("the check mask")
         model.release(exact)
     finally:
         model.flush()

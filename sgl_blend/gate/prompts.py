@@ -101,9 +101,10 @@ def encode(prompt: TextPrompt, tokenizer: Any, longest: int | None = None) -> Ca
     )
 
 
-def built_in(tokenizer: Any) -> list[Calibration]:
-    """The built-in prompts; empty where the tokenizer does not know their words."""
-    prompts = [encode(p, tokenizer, BUILT_IN_TOKENS) for p in BUILT_IN]
+def built_in(tokenizer: Any, longest: int = BUILT_IN_TOKENS) -> list[Calibration]:
+    """The built-in prompts, their documents cut to ``longest`` tokens; empty where the tokenizer
+    does not know their words."""
+    prompts = [encode(p, tokenizer, longest) for p in BUILT_IN]
     return [p for p in prompts if _understood(p.tokens)]
 
 

@@ -6,17 +6,27 @@ Called by ``backend.build_tree`` when the hooks are in place and the tree is sti
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.errors import BlendError, GateError
+from sgl_blend.gate.budget import Budget, Timed
 from sgl_blend.gate.fidelity import Calibrator, Rung, climb
-from sgl_blend.gate.mechanics import Finding, check_mechanics, make_prompt, slots_needed
+from sgl_blend.gate.fidelity import tokens_computed as fidelity_tokens
+from sgl_blend.gate.mechanics import (
+    DOCUMENTS,
+    Finding,
+    check_mechanics,
+    make_prompt,
+    slots_needed,
+)
+from sgl_blend.gate.mechanics import tokens_computed as mechanics_tokens
 from sgl_blend.gate.model import GateModel
-from sgl_blend.gate.prompts import built_in, encode, read_prompts
+from sgl_blend.gate.prompts import BUILT_IN_TOKENS, built_in, encode, read_prompts
 from sgl_blend.gate.state import GateState
 from sgl_blend.selection import POLICIES, Need
 
@@ -27,7 +37,8 @@ SEED = 20405
 
 
 class LaunchGate:
-    """Runs the checks once. ``speaks``: whether this rank writes the log."""
+    """Runs the checks once. ``speaks``: whether this rank writes the log. ``seconds``: what it may
+    take; the operator's own prompts may take longer, unless the option gate_seconds is set."""
 
     def __init__(
         self,
@@ -37,8 +48,12 @@ class LaunchGate:
         metrics: Metrics,
         tokenizer: Any,
         speaks: bool,
+        seconds: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.model = model
+        self.model = Timed(model, clock)
+        self.budget = Budget(self.model, seconds)
+        self.seconds = seconds
         self.config = config
         self.gate = gate
         self.metrics = metrics
@@ -50,7 +65,7 @@ class LaunchGate:
         if self.config.gate == "off":
             self._say(logging.WARNING, "the correctness gate is off: nothing was checked")
             return
-        start = time.perf_counter()
+        start = self.model.clock()
         try:
             self._check()
         except (BlendError, RuntimeError) as e:
@@ -58,8 +73,11 @@ class LaunchGate:
                 raise
             logger.exception("sgl-blend: a probe of the correctness gate failed")
             self._fail(["run"], f"run: a probe ended with {type(e).__name__}: {e}")
-        seconds = time.perf_counter() - start
-        self._say(logging.INFO, f"the correctness gate took {seconds:.2f} s")
+        took = f"the correctness gate took {self.model.clock() - start:.2f} s"
+        if self.budget.left_out:
+            what = "; ".join(self.budget.left_out)
+            took += f" and left out, for want of time (gate_seconds is {self.seconds:g}): {what}"
+        self._say(logging.WARNING if self.budget.left_out else logging.INFO, took)
 
     def _check(self) -> None:
         findings = self._mechanics()
@@ -77,9 +95,12 @@ class LaunchGate:
 
     def _mechanics(self) -> list[Finding]:
         sizes = self.model.sizes()
-        prompt = make_prompt(self.config, sizes.page, sizes.ids, SEED)
-        need = slots_needed(prompt, sizes.page)
-        positions = len(prompt.tokens)
+        prompts = [
+            make_prompt(self.config, sizes.page, sizes.ids, SEED, n)
+            for n in range(DOCUMENTS, 0, -1)
+        ]
+        need = slots_needed(prompts[0], sizes.page)
+        positions = len(prompts[0].tokens)
         if need > sizes.room or positions > sizes.positions or sizes.requests < 2:
             self._say(
                 logging.WARNING,
@@ -88,7 +109,12 @@ class LaunchGate:
                 f"{sizes.requests}: nothing was checked",
             )
             return []
-        return check_mechanics(self.model, self.config, prompt)
+        self.budget.warm_up(prompts[0].beside)
+        fit = (i for i, p in enumerate(prompts) if self.budget.allows(mechanics_tokens(p)))
+        less = next(fit, len(prompts) - 1)
+        if less:
+            self.budget.leave_out(f"{less} of the probes' {DOCUMENTS} documents")
+        return check_mechanics(self.model, self.config, prompts[less], self.budget)
 
     def _fidelity(self) -> None:
         """Blended against exact on calibration prompts: the operator's may turn blending off, the
@@ -99,27 +125,50 @@ class LaunchGate:
             if theirs:
                 self._say(logging.WARNING, "gate_prompts needs a tokenizer: it was not checked")
             return
-        if theirs:
-            texts = read_prompts(self.config.gate_prompts)
-            calibrator = Calibrator(self.model, [encode(t, self.tokenizer) for t in texts])
-            if len(calibrator.prompts) < len(texts):
-                self._say(
-                    logging.WARNING,
-                    f"{len(texts) - len(calibrator.prompts)} of {len(texts)} gate_prompts are too "
-                    "long for this server and were left out",
-                )
-        else:
-            calibrator = Calibrator(self.model, built_in(self.tokenizer))
+        calibrator = self._calibrator(theirs)
         if not calibrator.prompts:
             return
-        policy = self.config.policy
+        policy, prompts = self.config.policy, calibrator.prompts
+        budget = self._budget_for(theirs)
         rungs = climb(
             lambda ratio: calibrator.measure(policy, ratio),
             self.gate.ratio,
             self.config,
             ratio_matters(self.config),
+            lambda: budget.allows(fidelity_tokens(prompts, first=False)),
         )
         self._act(rungs, theirs)
+
+    def _budget_for(self, theirs: bool) -> Budget:
+        """The operator asked for his prompts; only a limit that he has set himself shortens them."""
+        return (
+            Budget(self.model, math.inf) if theirs and not self.config.gate_seconds else self.budget
+        )
+
+    def _calibrator(self, theirs: bool) -> Calibrator:
+        """The prompts that fit the server, and the time that is left."""
+        if not theirs:
+            whole = Calibrator(self.model, built_in(self.tokenizer)).prompts
+            short = Calibrator(self.model, built_in(self.tokenizer, BUILT_IN_TOKENS // 2)).prompts
+            choices = [whole, whole[:1], short[:1], []]
+        else:
+            texts = read_prompts(self.config.gate_prompts)
+            whole = Calibrator(self.model, [encode(t, self.tokenizer) for t in texts]).prompts
+            if len(whole) < len(texts):
+                self._say(
+                    logging.WARNING,
+                    f"{len(texts) - len(whole)} of {len(texts)} gate_prompts are too "
+                    "long for this server and were left out",
+                )
+            choices = [whole]
+            while choices[-1]:
+                choices.append(whole[: len(choices[-1]) // 2])
+        budget = self._budget_for(theirs)
+        prompts = next(c for c in choices if not c or budget.allows(fidelity_tokens(c)))
+        if len(prompts) < len(whole):
+            whose = "gate_prompts" if theirs else "built-in prompts"
+            self.budget.leave_out(f"{len(whole) - len(prompts)} of {len(whole)} {whose}")
+        return Calibrator(self.model, prompts)
 
     def _act(self, rungs: list[Rung], theirs: bool) -> None:
         first, last = rungs[0], rungs[-1]
@@ -131,13 +180,17 @@ class LaunchGate:
             return
         if len(rungs) > 1:
             what += f", {last.mean} at {last.ratio:g}"
+        ceiling = self.config.gate_max_ratio
+        untried = ratio_matters(self.config) and last.ratio < ceiling - 1e-9 and not last.within
+        if untried:
+            self.budget.leave_out(f"ratios from {last.ratio:g} to {ceiling:g}")
         budget = (
             f"gate_max_kl {self.config.gate_max_kl:g}, gate_min_top1 {self.config.gate_min_top1:g}"
         )
-        if theirs and not last.within:
+        if theirs and not last.within and not untried:
             self._fail(["fidelity"], f"fidelity: {what}; the budget is {budget}")
             return
-        self.gate.raise_to(last.ratio)
+        self.gate.raise_to(ceiling if untried else last.ratio)
         self.metrics.gate_state(self.gate)
         advice = "" if last.within else "; measure it on prompts of your own (gate_prompts)"
         self._say(

@@ -42,7 +42,7 @@ def choose_early(server_args: Any) -> None:
         server_args.dtype = "float32"
 
 
-def choose(defaults: Any) -> None:
+def choose(defaults: Any, environ: MutableMapping[str, str] = os.environ) -> None:
     """The rest. ``defaults``: SGLang's resolving view, whose fields may be assigned."""
     if attach.CONFIG.get(defaults) is None:
         return
@@ -60,7 +60,7 @@ def choose(defaults: Any) -> None:
     default("chunked_prefill_size", None, PIECE)
     default("max_running_requests", None, RUNNING)
     default("sleep_on_idle", False, True)
-    said += [f"{name}={value}" for name, value in set_threads(os.environ, ranks(defaults)).items()]
+    said += [f"{name}={value}" for name, value in set_threads(environ, ranks(defaults)).items()]
     line = (
         f"no accelerator was found: serving on the CPU with {' '.join(said)} (state any of these "
         "yourself to change it)"
