@@ -9,10 +9,9 @@ import types
 import pytest
 import torch
 
-from sgl_blend import attach
+from sgl_blend import attach, host_memory
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.launch import cpu
-from sgl_blend.store.wire import shm
 
 GB = 1 << 30
 
@@ -41,7 +40,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(
         "sglang.srt.arg_groups.model_override_base.model_config_of", lambda _: model
     )
-    monkeypatch.setattr(shm, "available_memory", lambda: 20 * GB)
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 20 * GB)
     monkeypatch.setattr(cpu, "usable_cpus", lambda: 6)
 
     def choose(args, **environ: str) -> dict[str, str]:
@@ -72,7 +71,7 @@ def test_ranks_share_memory_and_processors(machine):
 
 
 def test_a_small_model_gets_no_more_tokens_than_a_cpu_fills(machine, monkeypatch):
-    monkeypatch.setattr(shm, "available_memory", lambda: 2000 * GB)
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 2000 * GB)
     args = arguments()
     machine(args)
     assert args.max_total_tokens == cpu.POOL_TOKENS

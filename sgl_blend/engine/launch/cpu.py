@@ -99,7 +99,7 @@ def pool_tokens(server_args: Any) -> int:
     """Slots of the KV pool: a share of the memory that is free now, a cgroup's limit included."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
-    from sgl_blend.store.wire.shm import available_memory
+    from sgl_blend.host_memory import available_memory
 
     model = model_config_of(server_args)
     heads = model.get_num_kv_heads(server_args.tp_size)
