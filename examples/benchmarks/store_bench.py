@@ -12,17 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,132 +24,29 @@ import msgspec
 import numpy as np
 import zmq
 from page_cache import drop_page_cache
+from store_engines import bench_engines
+from store_measure import (
+    MIB,
+    NAMESPACE,
+    cpu_name,
+    frame_server,
+    gbs,
+    header_of,
+    percentile,
+    realtime,
+    redis_server,
+    seconds,
+    show,
+    table,
+)
+from store_serdes import bench_serde, correlated
 
-from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout, checksum, make_namespace
+from sgl_blend.store.chunk import ChunkHeader, Layout, checksum
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.embedded import EmbeddedStore
-from sgl_blend.store.serde import SERDES, make_serde
-from sgl_blend.store.serde.floats import from_float32, to_float32
-from sgl_blend.store.tiers.base import TierItem
-from sgl_blend.store.tiers.direct import aligned
+from sgl_blend.store.serde import SERDES
 from sgl_blend.store.tiers.disk import _INSERT, DiskTier
 from sgl_blend.store.wire.client import StoreClient
-
-NAMESPACE = make_namespace("bench")
-MIB = 1 << 20
-# Twice 16 KiB a token and layer pair: a small model's bf16 KV; the chunk's size follows n_tokens.
-LAYOUT = Layout(n_layers=16, n_kv_heads=8, head_dim=64, v_head_dim=64)
-TOKEN_BYTES = LAYOUT.layer_bytes(1, "bfloat16") * LAYOUT.n_layers
-
-
-def header_of(i: int, nbytes: int) -> ChunkHeader:
-    key = i.to_bytes(8, "little") + checksum(i.to_bytes(8, "little"))
-    return ChunkHeader(NAMESPACE, key, LAYOUT, "bfloat16", max(1, nbytes // TOKEN_BYTES))
-
-
-def seconds(fn: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    fn()
-    return time.perf_counter() - began
-
-
-def gbs(nbytes: int, times: list[float]) -> float:
-    return nbytes / statistics.median(times) / 1e9
-
-
-def percentile(times: list[float], q: float) -> float:
-    return float(np.percentile(times, q))
-
-
-@contextmanager
-def realtime(on: bool, *pids: int | None):
-    """Real-time scheduling for every thread of these processes and this one, while measuring.
-
-    On a busy machine a round trip otherwise waits for another task's time slice, several ms each.
-    All contestants get the same.
-    """
-    threads = [
-        int(t) for pid in (os.getpid(), *pids) if pid for t in os.listdir(f"/proc/{pid}/task")
-    ]
-
-    def schedule(policy: int, priority: int) -> None:
-        for thread in threads:
-            with suppress(ProcessLookupError):
-                os.sched_setscheduler(thread, policy, os.sched_param(priority))
-
-    if on:
-        schedule(os.SCHED_RR, 1)
-    try:
-        yield
-    finally:
-        if on:
-            schedule(os.SCHED_OTHER, 0)
-
-
-# Baselines.
-
-
-def _frame_server(endpoint: str, bodies: list[np.ndarray]) -> None:
-    """A plain ROUTER that answers the indices asked for with one frame each, without copies."""
-    router = zmq.Context().socket(zmq.ROUTER)
-    router.bind(endpoint)
-    while True:
-        identity, indices = router.recv_multipart()
-        wanted = np.frombuffer(indices, dtype=np.int64)
-        router.send_multipart([identity, *(bodies[i] for i in wanted)], copy=False)
-
-
-@contextmanager
-def frame_server(folder: str, bodies: list[np.ndarray]):
-    endpoint = f"ipc://{folder}/frames"
-    child = multiprocessing.get_context("fork").Process(
-        target=_frame_server, args=(endpoint, bodies), daemon=True
-    )
-    child.start()
-    context = zmq.Context()
-    sock = context.socket(zmq.DEALER)
-    sock.linger = 0
-    sock.connect(endpoint)
-    try:
-        yield sock, child.pid
-    finally:
-        sock.close()
-        context.term()
-        child.kill()
-        child.join()
-
-
-@contextmanager
-def redis_server(folder: str):
-    """A Redis on a Unix socket without persistence, or None where it is not installed."""
-    try:
-        import redis
-    except ImportError:
-        yield None
-        return
-    if shutil.which("redis-server") is None:
-        yield None
-        return
-    path = f"{folder}/redis.sock"
-    child = subprocess.Popen(
-        ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no"],
-        stdout=subprocess.DEVNULL,
-    )
-    client = redis.Redis(unix_socket_path=path)
-    for _ in range(200):
-        try:
-            client.ping()
-            break
-        except redis.exceptions.ConnectionError:
-            time.sleep(0.05)
-    client.pid = child.pid
-    try:
-        yield client
-    finally:
-        client.close()
-        child.terminate()
-        child.wait()
-
 
 # Sections.
 
@@ -400,155 +291,6 @@ def bench_restart(args) -> list[dict]:
     return rows
 
 
-def correlated(seed: int, header: ChunkHeader, rho: float = 0.9) -> tuple[ChunkHeader, np.ndarray]:
-    """KV with neighbouring tokens correlated and channels of unlike scale (synthetic)."""
-    body = np.zeros(header.body_bytes, dtype=np.uint8)
-    rng = np.random.default_rng(seed)
-    view = BodyView(header, body)
-    for i in range(header.layout.n_layers):
-        for bits in view.layer(i):
-            x = rng.standard_normal(bits.shape, dtype=np.float32)
-            for t in range(1, len(x)):
-                x[t] = rho * x[t - 1] + np.sqrt(1 - rho**2) * x[t]
-            scale = np.exp(rng.standard_normal(bits.shape[1:], dtype=np.float32))
-            from_float32(np.ascontiguousarray(x * scale), header.dtype, bits)
-    return msgspec.structs.replace(header, checksum=checksum(body)), body
-
-
-def bench_serde(args) -> list[dict]:
-    """Size, speed and reconstruction error of each form, by correlation of neighbouring tokens."""
-    rows = []
-    for rho in (0.0, 0.9):
-        header, body = correlated(0, header_of(0, 16 * MIB), rho)
-        for name in SERDES:
-            serde, out = make_serde(name), np.zeros_like(body)
-            enc, dec = [], []
-            for _ in range(3):
-                began = time.perf_counter()
-                blob = np.concatenate(serde.encode(header, body))
-                enc.append(time.perf_counter() - began)
-                dec.append(seconds(partial(serde.decode, header, blob, out)))
-            errors = []
-            for i in range(header.layout.n_layers):
-                pairs = zip(
-                    BodyView(header, body).layer(i), BodyView(header, out).layer(i), strict=True
-                )
-                for a, b in pairs:
-                    a, b = to_float32(a, header.dtype), to_float32(b, header.dtype)
-                    errors.append(float(np.linalg.norm(a - b) / np.linalg.norm(a)))
-            rows.append(
-                {
-                    "serde": name,
-                    "rho": rho,
-                    "size_ratio": body.nbytes / blob.nbytes,
-                    "encode_gbs": gbs(body.nbytes, enc),
-                    "decode_gbs": gbs(body.nbytes, dec),
-                    "relative_error": float(np.sqrt(np.mean(np.square(errors)))),
-                }
-            )
-            show(rows[-1])
-    return rows
-
-
-def bench_engines(args) -> list[dict]:
-    """What the disk tier is built on: files with a SQLite index, beside LMDB with payload values.
-
-    Sizes vary between half and one and a half times the nominal one; every write is synced. Reads
-    find nothing in the page cache.
-    """
-    engines: list[tuple[str, Callable]] = [("files + sqlite", _files_engine)]
-    try:
-        import lmdb  # noqa: F401
-
-        engines.append(("lmdb values", _lmdb_engine))
-    except ImportError:
-        pass
-    rows = []
-    for size in (MIB, 8 * MIB):
-        count = (512 * MIB) // size
-        sizes = np.random.default_rng(2).integers(size // 2, size * 3 // 2, 2 * count)
-        headers = [header_of(i, int(n)) for i, n in enumerate(sizes)]
-        noise = np.random.default_rng(3).integers(
-            0, 255, max(h.body_bytes for h in headers), dtype=np.uint8
-        )
-        made = []
-        for header in headers:
-            body = noise[: header.body_bytes]
-            made.append((msgspec.structs.replace(header, checksum=checksum(body)), body))
-        for name, engine in engines:
-            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                row = _engine_row(engine(folder, int(count * size * 1.5)), made, folder)
-            rows.append({"engine": name, "chunk_mib": size / MIB, **row})
-            show(rows[-1])
-    return rows
-
-
-def _engine_row(
-    engine: tuple[Callable, ...], made: list[tuple[ChunkHeader, np.ndarray]], folder: str
-) -> dict:
-    put, get, delete, close = engine
-    count = len(made) // 2
-    out = aligned(max(b.nbytes for _, b in made))
-    out[:] = 0
-    order = np.random.default_rng(4).permutation(count)
-
-    def replace(n: int) -> None:
-        delete(made[order[n]][0])
-        put(*made[count + n])
-
-    write = [seconds(lambda i=i: put(*made[i])) for i in range(count)]
-    drop_page_cache(folder)
-    busy = time.process_time()
-    read = [seconds(lambda i=i: get(made[i][0], out)) for i in order]
-    busy = time.process_time() - busy
-    churn = [seconds(lambda n=n: replace(n)) for n in range(count)]
-    close()
-    first, second = (sum(b.nbytes for _, b in part) for part in (made[:count], made[count:]))
-    return {
-        "write_gbs": first / sum(write) / 1e9,
-        "read_gbs": first / sum(read) / 1e9,
-        "read_cpu_s_per_gb": busy / first * 1e9,
-        "replace_gbs": second / sum(churn) / 1e9,
-        "replace_p99_ms": percentile(churn, 99) * 1e3,
-    }
-
-
-def _files_engine(folder: str, limit: int):
-    tier = DiskTier(folder)
-    return (
-        lambda h, b: tier.put([TierItem(h, b)]),
-        lambda h, out: tier.read(h, out[: h.body_bytes]),
-        lambda h: tier.delete([h]),
-        tier.close,
-    )
-
-
-def _lmdb_engine(folder: str, limit: int):
-    """Does the same work: checksum before the write and after the read, header beside the body."""
-    import lmdb
-
-    env = lmdb.open(folder, map_size=limit + 64 * MIB, max_dbs=2)
-    index, data = env.open_db(b"index"), env.open_db(b"data")
-
-    def put(h, b):
-        assert checksum(b) == h.checksum
-        with env.begin(write=True) as txn:
-            txn.put(h.chunk_id, msgspec.msgpack.encode(h), db=index)
-            txn.put(h.chunk_id, memoryview(b), db=data)
-
-    def get(h, out):
-        with env.begin(buffers=True) as txn:
-            np.copyto(out[: h.body_bytes], np.frombuffer(txn.get(h.chunk_id, db=data), np.uint8))
-        assert checksum(out[: h.body_bytes]) == h.checksum
-
-    def delete(h):
-        with env.begin(write=True) as txn:
-            txn.delete(h.chunk_id, db=index)
-            txn.delete(h.chunk_id, db=data)
-
-    return put, get, delete, env.close
-
-
 SECTIONS = {
     "get": bench_get,
     "lookup": bench_lookup,
@@ -557,31 +299,6 @@ SECTIONS = {
     "serde": bench_serde,
     "engines": bench_engines,
 }
-
-
-def show(row: dict) -> None:
-    parts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
-    print("  " + "  ".join(parts), flush=True)
-
-
-def table(rows: list[dict]) -> str:
-    names = list(dict.fromkeys(k for row in rows for k in row))
-
-    def cell(value) -> str:
-        if value is None:
-            return ""
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(cell(r.get(n)) for n in names) + " |" for r in rows]
-    return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def main() -> int:
