@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tree", "prefill", "tiering"),
     ("selection", "store"),
     ("plan", "ops", "chunking"),
-    ("config", "attach"),
+    ("config", "attach", "options", "option_kinds"),
     ("errors", "host_memory"),
 )
 

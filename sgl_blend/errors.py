@@ -34,13 +34,21 @@ class KernelError(BlendError):
     """A kernel could not be built, or was called with arguments it does not take."""
 
 
+class IntegrityError(BlendError):
+    """An index and the tree it describes disagree: a bug, never a user's mistake."""
+
+
 class StoreError(BlendError):
     """Base of what goes wrong at the chunk store; callers treat it as a miss."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest known name; empty where none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Message for an unknown ``name``: lists the nearest known one first, then all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})"
+    return f"unknown {kind} {name!r}{nearest(name, names)} (known: {', '.join(names)})"

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 EXACT = 0
 BLENDED = -1
-MAX_GENERATION = 100
 
 
 class HostPart(NamedTuple):

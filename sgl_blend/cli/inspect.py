@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from sgl_blend.cli.store import add_client_options, open_client
-from sgl_blend.errors import BlendError, ConfigError
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -25,15 +23,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0 done, 1 the store did not answer, 2 wrong options."""
-    try:
-        report = _gather(args)
-    except ConfigError as e:
-        print(f"sgl-blend inspect: {e}", file=sys.stderr)
-        return 2
-    except BlendError as e:
-        print(f"sgl-blend inspect: {e}", file=sys.stderr)
-        return 1
+    """Exit code 0. Raises BlendError."""
+    report = _gather(args)
     if args.json:
         print(json.dumps(report, indent=2))
     else:

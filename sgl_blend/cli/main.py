@@ -1,4 +1,4 @@
-"""The ``sgl-blend`` command: finds its subcommands by name, imports only the one that runs."""
+"""The ``sgl-blend`` command: finds its subcommands by name, and says what went wrong in one line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = ("demo", "bench", "eval", "store", "inspect", "warm")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done; 1 it could not be done, such as when no server answers; 2 wrong options."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="sgl-blend", description="Non-prefix KV-cache reuse for SGLang."
@@ -18,13 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     for name in COMMANDS:
         importlib.import_module(f"sgl_blend.cli.{name}").add_parser(subparsers)
     args = parser.parse_args(argv)
-    from sgl_blend.errors import BlendError
+    from sgl_blend.errors import BlendError, ConfigError
 
     try:
         return args.run(args)
     except BlendError as e:
-        print(f"sgl-blend: error: {e}", file=sys.stderr)
-        return 2
+        print(f"sgl-blend {args.command}: error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ConfigError) else 1
 
 
 if __name__ == "__main__":

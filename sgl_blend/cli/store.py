@@ -8,55 +8,9 @@ the store's ``--curve-admins`` (``--curve-client`` names the secret one).
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from dataclasses import fields
 
-from sgl_blend.errors import BlendError, ConfigError
-
-_CONFIG_HELP = {
-    "endpoints": "where to listen; repeat for several (ipc://PATH or tcp://HOST:PORT)",
-    "memory_bytes": "bound of shared memory, for example 16GiB",
-    "policy": "eviction from memory: tinylfu or lru",
-    "high_watermark": "share of memory above which it is evicted in the background",
-    "low_watermark": "share of memory it is then evicted down to",
-    "max_copies": "copies of the same tokens computed after different contexts",
-    "max_chunk_bytes": "largest chunk that is taken",
-    "disk_path": "directory of the disk tier (none without)",
-    "disk_bytes": "bound of the disk tier",
-    "disk_policy": "eviction from disk: tinylfu or lru",
-    "disk_serde": "form on disk: raw, int8, fp8 or cachegen",
-    "disk_fsync": "sync each file before it counts as durable",
-    "disk_after": "how often a chunk is asked for before it is written to disk",
-    "disk_readers": "threads that read from disk",
-    "remote": "shared tier: mooncake or hicache",
-    "remote_options": "options of the shared tier, as a JSON object",
-    "remote_serde": "form in the shared tier: raw, int8, fp8 or cachegen",
-    "remote_deadline_s": "longest that one operation of the shared tier may take",
-    "lease_s": "lifetime of leases of clients without shared memory",
-    "client_lease_bytes": "most memory that one client may hold leased (0: half)",
-    "read_only": "refuse stores and deletes",
-    "insecure_tcp": "serve tcp:// beyond loopback without keys",
-    "curve_secret": "the store's secret key file (see keygen)",
-    "curve_clients": "directory of public keys of admitted clients (none: any with our public key)",
-    "curve_admins": "directory of public keys of clients that may pin, delete, clear, drain, inspect",
-    "insecure_admin": "let every tcp:// client do so, without a key",
-    "metrics_port": "port of the Prometheus metrics (0: none)",
-    "metrics_host": "address of the Prometheus metrics",
-    "drain_s": "longest that stopping waits for the disk",
-}
-_FLAGS = ("disk_fsync", "read_only", "insecure_tcp", "insecure_admin")
-_NUMBERS = {
-    "max_copies": int,
-    "disk_after": int,
-    "disk_readers": int,
-    "metrics_port": int,
-    "high_watermark": float,
-    "low_watermark": float,
-    "remote_deadline_s": float,
-    "lease_s": float,
-    "drain_s": float,
-}
+from sgl_blend.errors import ConfigError
+from sgl_blend.store.config import STORE, StoreConfig, default_endpoint
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -66,18 +20,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="YAML", help="options from a file; flags override it")
     parser.add_argument("--parent-fd", type=int, help=argparse.SUPPRESS)
-    for name, text in _CONFIG_HELP.items():
-        flag = "--" + name.replace("_", "-")
-        if name == "endpoints":
-            parser.add_argument(
-                "--endpoint", dest=name, action="append", metavar="ADDRESS", help=text
-            )
-        elif name in _FLAGS:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=text
-            )
-        else:
-            parser.add_argument(flag, type=_NUMBERS.get(name, str), metavar="X", help=text)
+    STORE.add_flags(parser)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     keygen = verbs.add_parser(
         "keygen", help="make CURVE keys for store, clients and administrators"
@@ -119,7 +62,6 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
 
 def open_client(args: argparse.Namespace):
     """A ``StoreClient`` as those options say. Raises ConfigError."""
-    from sgl_blend.store.config import default_endpoint
     from sgl_blend.store.wire.client import StoreClient
     from sgl_blend.store.wire.security import load_client_keys
 
@@ -149,38 +91,21 @@ def _hex(text: str, what: str, size: int | None = None) -> bytes:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0 done, 1 the store did not answer or refused, 2 wrong options."""
-    try:
-        if args.verb is None:
-            return _serve(args)
-        if args.verb == "keygen":
-            from sgl_blend.store.wire.security import make_keys
+    """Exit code: 0 done, 1 nothing was changed. Raises BlendError."""
+    if args.verb is None:
+        return _serve(args)
+    if args.verb == "keygen":
+        from sgl_blend.store.wire.security import make_keys
 
-            for path in make_keys(args.folder):
-                print(path)
-            return 0
-        return _operate(args)
-    except ConfigError as e:
-        print(f"sgl-blend store: {e}", file=sys.stderr)
-        return 2
-    except BlendError as e:
-        print(f"sgl-blend store: {e}", file=sys.stderr)
-        return 1
+        for path in make_keys(args.folder):
+            print(path)
+        return 0
+    return _operate(args)
 
 
-def config_from(args: argparse.Namespace):
-    """``StoreConfig`` from ``--config`` and the flags given. Raises ConfigError."""
-    from sgl_blend.store.config import StoreConfig, load_config
-
-    given = {f.name: getattr(args, f.name, None) for f in fields(StoreConfig)}
-    if given["remote_options"] is not None:
-        try:
-            given["remote_options"] = json.loads(given["remote_options"])
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"--remote-options is not JSON: {e}") from e
-        if not isinstance(given["remote_options"], dict):
-            raise ConfigError("--remote-options is not a JSON object")
-    return load_config(args.config, **given)
+def config_from(args: argparse.Namespace) -> StoreConfig:
+    """From flags, environment and ``--config``. Raises ConfigError."""
+    return STORE.load(STORE.given(args), path=args.config)
 
 
 def _serve(args: argparse.Namespace) -> int:

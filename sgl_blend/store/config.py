@@ -1,29 +1,27 @@
-"""One frozen configuration of a store, from YAML and command-line options, parsed once."""
+"""The options of a chunk store, one field each of :class:`StoreConfig`.
+
+Flags of ``sgl-blend store`` (``--memory-bytes``), environment variables
+(``SGL_CHUNK_STORE_MEMORY_BYTES``) and keys of the YAML file (``memory_bytes``) follow from the
+field's name: see ``sgl_blend/options.py``, which also says what goes before what.
+"""
 
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_blend.errors import ConfigError, unknown_name
+from sgl_blend.errors import ConfigError
+from sgl_blend.option_kinds import Mapped, Size
+from sgl_blend.options import OptionSet, check_bounds, option
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 MAX_CHUNK = 1 << 32
-
-
-def parse_size(value: int | str) -> int:
-    """Bytes from ``1073741824``, ``"1GiB"``, ``"1.5 GB"``. Raises ConfigError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    m = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
-    unit = {**_UNITS, **_BINARY}.get(m.group(2)) if m else None
-    if unit is None:
-        raise ConfigError(f"size {value!r} is not a number of bytes; write for example 4GiB")
-    return int(float(m.group(1)) * unit)
+#: names of ``placement.eviction.POLICIES`` and ``serde.SERDES``, which would import numpy
+EVICTION = ("tinylfu", "lru")
+FORMS = ("raw", "int8", "fp8", "cachegen")
+REMOTES = ("mooncake", "hicache")
 
 
 def default_endpoint() -> str:
@@ -34,138 +32,113 @@ def default_endpoint() -> str:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Sizes in bytes, times in seconds.
+    """All options of a store; sizes in bytes, times in seconds. Raises :class:`ConfigError` when
+    a value is out of range."""
 
-    endpoints: where to listen. memory_bytes: bound of shared memory; grows into it. policy,
-    disk_policy: ``tinylfu`` or ``lru``. high_watermark / low_watermark: above the first, memory is
-    evicted in the background down to the second. max_copies: copies of the same tokens computed
-    after different contexts. disk_path: none for no disk tier. disk_after: sightings before a
-    chunk is worth a disk write. disk_serde, remote_serde: see ``store.serde``. remote: ``mooncake``
-    or ``hicache`` with ``remote_options``; remote_deadline_s bounds each operation there.
-    lease_s: lifetime of leases of clients without shared memory. client_lease_bytes: most memory
-    one client may hold leased (0: half of memory). insecure_tcp: serve tcp:// beyond loopback
-    without keys. curve_secret: the server's secret key file; curve_clients: a directory of client
-    public keys (none: any client that knows the server's public key); curve_admins: one of those
-    that may use the administrative verbs as well. insecure_admin: every client over tcp:// may.
-    metrics_port: 0 for none.
-    drain_s: longest that a drain waits for the disk.
-    """
+    endpoints: tuple[str, ...] = option(
+        lambda: (default_endpoint(),),
+        "where to listen, ipc://PATH or tcp://HOST:PORT; the flag may be repeated",
+        flag="--endpoint",
+        shown="ipc://$XDG_RUNTIME_DIR/sgl-blend-store",
+    )
+    memory_bytes: Size = option(
+        4 << 30, "bound of shared memory, for example 16GiB; it grows as it fills", least=1 << 20
+    )
+    policy: str = option("tinylfu", "eviction from memory: tinylfu or lru", choices=EVICTION)
+    high_watermark: float = option(
+        0.97, "share of memory above which it is evicted in the background", above=0.0, most=1.0
+    )
+    low_watermark: float = option(
+        0.92, "share of memory that eviction stops at", above=0.0, most=1.0
+    )
+    max_copies: int = option(
+        2, "copies kept of the same tokens computed after different contexts", least=1
+    )
+    max_chunk_bytes: Size = option(
+        512 << 20, "largest chunk that is taken", least=1 << 12, most=MAX_CHUNK
+    )
+    disk_path: str | None = option(None, "folder of the disk tier; none: memory alone")
+    disk_bytes: Size = option(64 << 30, "bound of the disk tier", least=1 << 20)
+    disk_policy: str = option("tinylfu", "eviction from disk: tinylfu or lru", choices=EVICTION)
+    disk_serde: str = option("raw", "form on disk: raw, int8, fp8 or cachegen", choices=FORMS)
+    disk_fsync: bool = option(True, "sync each file before it counts as durable")
+    disk_after: int = option(
+        1, "how often a chunk is asked for before it is written to disk", least=1
+    )
+    disk_readers: int = option(4, "threads that read from disk", least=1)
+    remote: str | None = option(None, "shared tier: mooncake or hicache", choices=REMOTES)
+    remote_options: Mapped = option(
+        (), "options of the shared tier: a mapping, in flag and variable a JSON object"
+    )
+    remote_serde: str = option(
+        "raw", "form in the shared tier: raw, int8, fp8 or cachegen", choices=FORMS
+    )
+    remote_deadline_s: float = option(
+        1.0, "longest that one operation of the shared tier may take", above=0.0
+    )
+    lease_s: float = option(30.0, "lifetime of leases of clients without shared memory", above=0.0)
+    client_lease_bytes: Size = option(
+        0, "most memory that one client may hold leased; 0: half", least=0
+    )
+    read_only: bool = option(False, "refuse stores and deletes")
+    insecure_tcp: bool = option(False, "serve tcp:// beyond loopback without keys")
+    curve_secret: str | None = option(None, "the store's secret key file (see keygen)")
+    curve_clients: str | None = option(
+        None,
+        "folder of public keys of admitted clients; none: any client that knows the store's key",
+    )
+    curve_admins: str | None = option(
+        None, "folder of public keys of clients that may pin, delete, clear, drain, inspect"
+    )
+    insecure_admin: bool = option(
+        False, "let every tcp:// client pin, delete, clear, drain and inspect, without a key"
+    )
+    metrics_port: int = option(0, "port of the Prometheus metrics; 0: none", least=0, most=65535)
+    metrics_host: str = option("127.0.0.1", "address of the Prometheus metrics")
+    drain_s: float = option(30.0, "longest that stopping waits for the disk", above=0.0)
 
-    endpoints: tuple[str, ...] = field(default_factory=lambda: (default_endpoint(),))
-    memory_bytes: int = 4 << 30
-    policy: str = "tinylfu"
-    high_watermark: float = 0.97
-    low_watermark: float = 0.92
-    max_copies: int = 2
-    max_chunk_bytes: int = 512 << 20
-    disk_path: str | None = None
-    disk_bytes: int = 64 << 30
-    disk_policy: str = "tinylfu"
-    disk_serde: str = "raw"
-    disk_fsync: bool = True
-    disk_after: int = 1
-    disk_readers: int = 4
-    remote: str | None = None
-    remote_options: tuple[tuple[str, Any], ...] = ()
-    remote_serde: str = "raw"
-    remote_deadline_s: float = 1.0
-    lease_s: float = 30.0
-    client_lease_bytes: int = 0
-    read_only: bool = False
-    insecure_tcp: bool = False
-    curve_secret: str | None = None
-    curve_clients: str | None = None
-    curve_admins: str | None = None
-    insecure_admin: bool = False
-    metrics_port: int = 0
-    metrics_host: str = "127.0.0.1"
-    drain_s: float = 30.0
-
-    def __post_init__(self):
-        from sgl_blend.store.placement.eviction import POLICIES
-        from sgl_blend.store.serde import SERDES
-
-        for name in ("policy", "disk_policy"):
-            if getattr(self, name) not in POLICIES:
-                raise ConfigError(
-                    f"{name}: {unknown_name('policy', getattr(self, name), POLICIES)}"
-                )
-        for name in ("disk_serde", "remote_serde"):
-            if getattr(self, name) not in SERDES:
-                raise ConfigError(f"{name}: {unknown_name('serde', getattr(self, name), SERDES)}")
-        if self.remote not in (None, "mooncake", "hicache"):
-            raise ConfigError(unknown_name("remote tier", self.remote, ("mooncake", "hicache")))
+    def __post_init__(self) -> None:
+        check_bounds(self, STORE.what)
         for name in ("curve_clients", "curve_admins"):
             if getattr(self, name) is not None and self.curve_secret is None:
-                raise ConfigError(f"{name} needs curve_secret: without keys nobody is told apart")
+                raise ConfigError(
+                    f"store option {name} needs curve_secret: without keys nobody is told apart"
+                )
         if not self.endpoints:
-            raise ConfigError("endpoints is empty; give at least one ipc:// or tcp:// address")
-        if not 0 < self.low_watermark <= self.high_watermark <= 1:
             raise ConfigError(
-                f"watermarks must satisfy 0 < low <= high <= 1, not "
-                f"{self.low_watermark} and {self.high_watermark}"
+                "store option endpoints is empty; give at least one ipc:// or tcp:// address"
             )
-        least = {
-            "memory_bytes": 1 << 20,
-            "disk_bytes": 1 << 20,
-            "max_chunk_bytes": 1 << 12,
-            "max_copies": 1,
-            "disk_after": 1,
-            "disk_readers": 1,
-        }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        if self.max_chunk_bytes > MAX_CHUNK:
-            raise ConfigError(f"max_chunk_bytes is {self.max_chunk_bytes}, the most is {MAX_CHUNK}")
-        for name in ("lease_s", "remote_deadline_s", "drain_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.low_watermark > self.high_watermark:
+            raise ConfigError(
+                f"store option low_watermark is {self.low_watermark}: must not be above "
+                f"high_watermark ({self.high_watermark})"
+            )
 
 
-_SIZES = ("memory_bytes", "disk_bytes", "max_chunk_bytes", "client_lease_bytes")
+#: Every variable that the environment may hold beside the options, by what follows the prefix
+VARIABLES = {"CONFIG": "path of a YAML file with options, as sgl-blend store --config"}
+
+STORE: OptionSet[StoreConfig] = OptionSet(
+    StoreConfig,
+    what="store option",
+    flag="--",
+    # The first spelling is what SGLang makes of the second in its own processes.
+    prefixes=("SGLANG_CHUNK_STORE_", "SGL_CHUNK_STORE_"),
+    others=VARIABLES,
+    switches=True,
+)
 
 
-def load_config(path: str | Path | None = None, **overrides: Any) -> StoreConfig:
-    """Configuration from a YAML file (may be none), then ``overrides`` that are not None.
+def load_config(
+    path: str | Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **given: Any,
+) -> StoreConfig:
+    """Build the configuration: ``given`` (None is no value) over environment over file over
+    ``defaults`` over the options' own.
 
-    Raises ConfigError on unknown keys (with the nearest known one), wrong types or values.
+    Raises :class:`ConfigError` for an unknown key, an unreadable file or a wrong value.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        import yaml
-
-        try:
-            read = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as e:
-            raise ConfigError(f"store configuration {str(path)!r}: {e}") from e
-        if not isinstance(read, dict):
-            raise ConfigError(f"store configuration {str(path)!r} is not a mapping of options")
-        values.update(read)
-    values.update({k: v for k, v in overrides.items() if v is not None})
-    known = {f.name: f for f in fields(StoreConfig)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(unknown_name("store option", str(name), known))
-    return StoreConfig(**{name: _coerce(name, v) for name, v in values.items()})
-
-
-def _coerce(name: str, value: Any) -> Any:
-    if name in _SIZES:
-        return parse_size(value)
-    if name == "endpoints":
-        return (value,) if isinstance(value, str) else tuple(value)
-    if name == "remote_options":
-        items = value.items() if isinstance(value, dict) else value
-        return tuple(sorted((str(k), v) for k, v in items))
-    kind = type(getattr(_DEFAULTS, name))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is not type(None) and type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}; expected {kind.__name__}")
-    if kind is type(None) and not isinstance(value, str | None):
-        raise ConfigError(f"{name} is {value!r}; expected a string")
-    return value
-
-
-_DEFAULTS = StoreConfig()
+    return STORE.load(given, path=path, environ=environ, defaults=defaults)

@@ -155,4 +155,5 @@ def encode_config(config: StoreConfig) -> bytes:
 
 
 def decode_config(raw: bytes) -> StoreConfig:
-    return load_config(None, **msgspec.json.decode(raw))
+    """What the parent resolved; the environment has been heard there."""
+    return load_config(None, environ={}, **msgspec.json.decode(raw))

@@ -31,8 +31,9 @@ from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
 from sgl_blend import attach
 from sgl_blend.chunking import as_tokens
+from sgl_blend.errors import IntegrityError
 from sgl_blend.plan import BLENDED, EXACT, BlendRecord
-from sgl_blend.tree.chunk_index import IntegrityError, NodeInfo
+from sgl_blend.tree.chunk_index import NodeInfo
 from sgl_blend.tree.chunked import ChunkRadixCache, RadixConfig, node_end
 from sgl_blend.tree.integrity import check_tree
 from sgl_blend.tree.marks import is_marked, marked_key

@@ -18,17 +18,13 @@ from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
-from sgl_blend.errors import BlendError
+from sgl_blend.errors import IntegrityError
 from sgl_blend.plan import EXACT
 
 if TYPE_CHECKING:
     import numpy as np
 
 NONE = -1
-
-
-class IntegrityError(BlendError):
-    """An index and the tree it describes disagree: a bug, never a user's mistake."""
 
 
 class NodeInfo:

@@ -34,16 +34,15 @@ from sgl_blend.chunking import (
     strong_table,
     suffix_start,
 )
+from sgl_blend.config import CONTINUATIONS, MAX_GENERATION
 from sgl_blend.errors import ConfigError, UnsupportedError
-from sgl_blend.plan import EXACT, MAX_GENERATION, ReuseSpan
+from sgl_blend.plan import EXACT, ReuseSpan
 from sgl_blend.tree.chunk_index import ChunkIndex, NodeInfo
 from sgl_blend.tree.matching import MatchRules, forbidden, match_spans
 from sgl_blend.tree.prompts import PromptRegistry
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-
-CONTINUATIONS = ("same", "extend")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.tree.chunk_index import IntegrityError
+from sgl_blend.errors import IntegrityError
 from sgl_blend.tree.marks import is_marked
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sgl_blend.tree.chunk_index import IntegrityError
+from sgl_blend.errors import IntegrityError
 
 PROBE = 8
 

@@ -12,10 +12,9 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.errors import ConfigError, IntegrityError, UnsupportedError
 from sgl_blend.plan import BLENDED, EXACT, BlendRecord
 from sgl_blend.tree.cache import BlendRadixCache, RadixConfig, is_marked, marked_key
-from sgl_blend.tree.chunk_index import IntegrityError
 from sgl_blend.tree.integrity import tree_nodes
 
 SYSTEM, OTHER_SYSTEM = doc(1, 20), doc(2, 31)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_blend.config import load_config, option_fields
+from sgl_blend.config import BLEND
 from sgl_blend.errors import ConfigError, unknown_name
 
 PREFIX = "blend_"
@@ -32,7 +32,7 @@ def Engine(*, enable_blend: bool = True, blend_config: str | None = None, **kwar
             options[key[len(PREFIX) :]] = value
         else:
             rest[key] = value
-    names = [f.name for f in option_fields()]
+    names = [o.name for o in BLEND.options]
     for name in options:
         if name not in names:
             known = [PREFIX + n for n in names]
@@ -46,14 +46,14 @@ def Engine(*, enable_blend: bool = True, blend_config: str | None = None, **kwar
         return sglang.Engine(**rest)
     if "server_args" in rest:
         raise ConfigError("sgl_blend.Engine builds server_args itself; pass its fields as keywords")
-    return _blend_engine(load_config(options, path=blend_config), rest)
+    return _blend_engine(BLEND.load(options, path=blend_config), rest)
 
 
 def _blend_engine(config: Any, kwargs: dict[str, Any]) -> Any:
     from sglang.srt.entrypoints.engine import Engine as SglangEngine
     from sglang.srt.plugins import load_plugins
 
-    from sgl_blend.engine.launch.flags import claim_radix_cache, switch_on
+    from sgl_blend.engine.launch.switch import claim_radix_cache, switch_on
 
     # Registers the radix cache backend; SGLang's own constructor does this too late for attach().
     load_plugins()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sgl_blend import attach
-from sgl_blend.config import BlendConfig
+from sgl_blend.config import MAX_GENERATION, BlendConfig
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import (
     RequestState,
@@ -29,7 +29,6 @@ from sgl_blend.gate.state import TURNED_OFF, GateState
 from sgl_blend.plan import (
     BLENDED,
     EXACT,
-    MAX_GENERATION,
     BlendPlan,
     BlendRecord,
     ReuseSpan,

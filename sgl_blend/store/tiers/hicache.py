@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store.config import parse_size
+from sgl_blend.option_kinds import parse_size
 from sgl_blend.store.errors import TierFull
 from sgl_blend.store.tiers.objects import ObjectStore
 

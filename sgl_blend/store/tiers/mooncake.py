@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store.config import parse_size
+from sgl_blend.option_kinds import parse_size
 from sgl_blend.store.errors import TierDown, TierFull
 from sgl_blend.store.tiers.objects import ObjectStore
 

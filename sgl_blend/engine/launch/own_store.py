@@ -1,0 +1,52 @@
+"""The server's own chunk store: a child process that is started at launch and ends with the server."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.errors import StoreError
+
+_LEAST, _MOST = 256 << 20, 16 << 30
+
+#: stores that this process has started; each ends with the process, however that ends
+_stores: list[Any] = []
+
+
+def start_store(server_args: Any) -> None:
+    """Start the server's own chunk store, unless it has one, is told of another, or wants none.
+
+    Raises :class:`StoreError` when it does not start, :class:`ConfigError` for its options.
+    """
+    config: BlendConfig = attach.CONFIG.get(server_args)
+    if "store" not in config.tiers or config.store_endpoint:
+        return
+    if attach.STORE.get(server_args) is not None:
+        return
+    from sgl_blend.host_memory import available_memory
+    from sgl_blend.store.config import load_config
+    from sgl_blend.store.embedded import EmbeddedStore
+
+    given: dict[str, Any] = {"disk_path": config.store_disk_path or None}
+    defaults: dict[str, Any] = {}
+    if config.store_memory == "auto":
+        # The store's own file or variables may say it.
+        defaults["memory_bytes"] = min(_MOST, max(_LEAST, available_memory() // 16))
+    else:
+        given["memory_bytes"] = config.store_memory
+    (given if config.store_disk_path else defaults)["disk_bytes"] = config.store_disk
+    options = load_config(config.store_config or None, defaults=defaults, **given)
+    # A server that was ended a moment ago may still be writing to the same disk.
+    patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
+    while True:
+        try:
+            store = EmbeddedStore(options, keep=True)
+            break
+        except StoreError:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.5)
+    _stores.append(store)
+    attach.STORE.set(server_args, store.endpoint)

@@ -1,0 +1,122 @@
+"""Switching blending on in the launching process: what is checked, and which hooks are installed.
+
+Three ways lead here: the flag ``--enable-blend`` (``flags.py``), ``SGL_BLEND_ENABLE=1`` under
+``sglang.Engine`` (:func:`resolve_once`), and ``sgl_blend.Engine`` (``offline.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+from sgl_blend import attach
+from sgl_blend.config import BLEND, ENV_ENABLE, BlendConfig
+from sgl_blend.errors import BlendError, ConfigError
+from sgl_blend.option_kinds import truth
+
+BACKEND = "blend"
+
+
+def claim_radix_cache(given: str | None) -> str:
+    """The name of our radix cache backend; raises :class:`ConfigError` where another is given."""
+    if given not in (None, BACKEND):
+        raise ConfigError(
+            f"--enable-blend brings its own radix cache; --radix-cache-backend {given} cannot be "
+            "used beside it"
+        )
+    return BACKEND
+
+
+def enabled_by_environment() -> bool:
+    """Is ``SGL_BLEND_ENABLE`` set? Raises :class:`ConfigError` where it is no truth value."""
+    name, text = BLEND.variables(os.environ).get("ENABLE", (ENV_ENABLE, ""))
+    try:
+        return bool(text.strip()) and truth(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}: expected 1 or 0") from None
+
+
+def refuse(error: BlendError) -> NoReturn:
+    """End the launch with one line and status 2."""
+    print(f"sgl-blend: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def switch_on(server_args: Any, config: BlendConfig) -> None:
+    """Verify SGLang, put ``config`` on ``server_args`` and install the launch-time hooks.
+
+    Raises :class:`SeamError` or :class:`ConfigError`.
+    """
+    from sgl_blend.engine import seams
+    from sgl_blend.engine.request.options import validate_request
+    from sgl_blend.engine.request.report import show_report, take_report
+    from sgl_blend.gate.prompts import read_prompts
+    from sgl_blend.selection import POLICIES, Need
+
+    if POLICIES.get(config.policy).need is Need.NOTHING and config.coverage:
+        raise ConfigError(
+            f"blend option coverage is {config.coverage}: policy {config.policy!r} has no score "
+            "to cover; leave coverage at 0"
+        )
+    if config.gate_prompts:
+        read_prompts(config.gate_prompts)
+    seams.verify()
+    attach.CONFIG.set(server_args, config)
+    hook_resolution()
+    _install_once(seams.VALIDATE_REQUEST, validate_request, "around")
+    if config.report:
+        _install_once(seams.UPDATE_META_INFO, take_report, "around")
+        _install_once(seams.WAIT_ONE_RESPONSE, show_report, "around")
+
+
+def hook_resolution() -> None:
+    """Install :func:`resolve_once`."""
+    from sgl_blend.engine import seams
+
+    _install_once(seams.SERVER_ARGS_RESOLVE, resolve_once, "around")
+
+
+_installed: set[str] = set()
+
+
+def _install_once(target: str, hook, kind: str = "after") -> None:
+    from sgl_blend.engine import seams
+
+    if target not in _installed:
+        seams.install(target, hook, kind)
+        _installed.add(target)
+
+
+def resolve_once(original, server_args: Any) -> None:
+    """AROUND ``ServerArgs.resolve_once``; in place while blending may be switched on.
+
+    ``sglang.Engine(...)`` builds its arguments without a command line: under
+    ``SGL_BLEND_ENABLE=1`` they get their configuration here. Children receive resolved ones.
+    """
+    from sgl_blend.engine.launch.cpu import choose_early
+
+    if not getattr(server_args, "_resolution_finished", False):
+        if attach.CONFIG.get(server_args) is None and enabled_by_environment():
+            config = BLEND.load()
+            server_args.radix_cache_backend = claim_radix_cache(server_args.radix_cache_backend)
+            switch_on(server_args, config)
+        if attach.CONFIG.get(server_args) is not None:
+            choose_early(server_args)
+    original(server_args)
+    if attach.CONFIG.get(server_args) is None:
+        return
+    from sgl_blend.engine.launch.checks import check_arguments
+    from sgl_blend.engine.launch.own_store import start_store
+
+    try:
+        check_arguments(server_args)
+        start_store(server_args)
+    except BlendError as e:
+        if attach.COMMAND_LINE.get(server_args):
+            refuse(e)
+        raise
+    if attach.COMMAND_LINE.get(server_args):
+        from sgl_blend.engine.launch.routes import add_routes
+
+        add_routes()
