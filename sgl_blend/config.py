@@ -277,6 +277,18 @@ VARIABLES = {
     "CACHE_DIR": "folder of the compiled CPU kernels (default: ~/.cache/sgl_blend)",
 }
 
+#: Variables of others that this package reads: what they change here
+READ_BESIDE = {
+    "CXX": "C++ compiler of the CPU kernels (default: c++, then g++)",
+    "SGLANG_USE_CPU_ENGINE": "1: SGLang's own CPU engine runs the model, not the CPU platform of this package",
+    "XDG_RUNTIME_DIR": "folder of the usual address of a chunk store (default: /tmp/sgl-blend-<user id>)",
+    "OMP_NUM_THREADS": "CPU server: threads a process (default: the usable CPUs, divided by the ranks)",
+    "OMP_WAIT_POLICY": "CPU server: how threads wait (default: PASSIVE, they sleep)",
+    "GOMP_SPINCOUNT": "CPU server: where it is set, OMP_WAIT_POLICY is left alone",
+    "PYTHONPATH": "a store or server that is started as a child finds this package by it",
+    "PATH": "where compiler and ninja are searched",
+}
+
 BLEND: OptionSet[BlendConfig] = OptionSet(
     BlendConfig,
     what="blend option",

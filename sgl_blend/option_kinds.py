@@ -71,6 +71,14 @@ def parse_size(value: int | str) -> int:
     return int(float(m[1]) * (1024 if m[3] else 1000) ** " kmgt".index(m[2] or " "))
 
 
+def size_text(size: int) -> str:
+    """The shortest exact text with a binary unit, such as ``4GiB``."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size and size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)
+
+
 def _unescaped(text: str) -> tuple[str, ...]:
     """``\\n`` and the like become the characters they stand for; other letters stay."""
     parts = (part for part in text.split(",") if part != "")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sgl_blend.errors import ConfigError, nearest, unknown_name
-from sgl_blend.option_kinds import Kind, kind_of
+from sgl_blend.option_kinds import Kind, kind_of, size_text
 
 T = TypeVar("T")
 
@@ -82,6 +82,8 @@ class Option:
         if isinstance(self.default, tuple):
             listed = ",".join(map(str, self.default))
             return repr(listed) if listed else ""
+        if self.kind.name == "size":
+            return size_text(self.default)
         return "" if self.default in ("", None) else repr(self.default)
 
     def fault(self, value: Any) -> str | None:

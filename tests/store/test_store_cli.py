@@ -96,7 +96,7 @@ def test_serving_from_yaml_and_flags(tmp_path):
         (["--endpoint", "tcp://0.0.0.0:0"], "keygen"),
         (["--policy", "lfru"], "did you mean 'lru'"),
         (["--memory-bytes", "many"], "not a number of bytes"),
-        (["--low-watermark", "0.99"], "watermarks"),
+        (["--low-watermark", "0.99"], "above high_watermark"),
         (["--remote", "moncake"], "did you mean 'mooncake'"),
         (["--remote-options", "[1]"], "JSON object"),
         (["--config", "/nonexistent.yaml"], "nonexistent"),

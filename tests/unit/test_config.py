@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sgl_blend.config import BlendConfig, load_config, option_fields, parse_text
+from sgl_blend.config import MAX_GENERATION, BlendConfig, load_config, option_fields, parse_text
 from sgl_blend.errors import BlendError, ConfigError
 
 
@@ -159,8 +159,7 @@ def test_out_of_range_value_is_refused_by_name(values, named):
 
 
 def test_max_generation_is_bounded_by_what_labels_can_hold():
-    from sgl_blend.plan import MAX_GENERATION
-
+    assert -128 < MAX_GENERATION < 127  # labels are int8
     assert BlendConfig(max_generation=MAX_GENERATION).max_generation == MAX_GENERATION
     with pytest.raises(ConfigError, match="max_generation"):
         BlendConfig(max_generation=MAX_GENERATION + 1)
