@@ -31,6 +31,8 @@ CONFIG = Attachment("_blend_config")
 #: bool: a command line is behind the arguments. An error is then one line and an exit status;
 #: where a program called, it is an exception
 COMMAND_LINE = Attachment("_blend_command_line")
+#: str: random, the same in all processes of one launch of a server
+LAUNCH = Attachment("_blend_launch")
 #: str: address of the store that this server started for itself
 STORE = Attachment("_blend_store")
 

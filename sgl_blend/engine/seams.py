@@ -23,10 +23,13 @@ FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.
 PREFILL_ADD_ONE = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
 REQUEST_ARRIVES = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
-NEW_WEIGHTS = (
-    "sglang.srt.managers.scheduler_components.weight_updater"
-    ".SchedulerWeightUpdaterManager.flush_cache_after_weight_update"
-)
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+FLUSH_AFTER_UPDATE = _UPDATER + ".flush_cache_after_weight_update"
+UPDATE_FROM_DISK = _UPDATER + ".update_weights_from_disk"
+UPDATE_FROM_DISTRIBUTED = _UPDATER + ".update_weights_from_distributed"
+UPDATE_FROM_TENSOR = _UPDATER + ".update_weights_from_tensor"
+UPDATE_FROM_IPC = _UPDATER + ".update_weights_from_ipc"
+END_UPDATE = _UPDATER + ".end_weight_update"
 EAGER_LOAD_BATCH = "sglang.srt.model_executor.runner.eager_runner.EagerRunner.load_batch"
 PREFILL_GRAPH_CAN_RUN = (
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
@@ -49,7 +52,12 @@ TARGETS = (
     PREFILL_ADD_ONE,
     REQUEST_ARRIVES,
     SCHEDULER_IDLE,
-    NEW_WEIGHTS,
+    FLUSH_AFTER_UPDATE,
+    UPDATE_FROM_DISK,
+    UPDATE_FROM_DISTRIBUTED,
+    UPDATE_FROM_TENSOR,
+    UPDATE_FROM_IPC,
+    END_UPDATE,
     EAGER_LOAD_BATCH,
     PREFILL_GRAPH_CAN_RUN,
     REQUEST_LEVEL_INFO,

@@ -137,6 +137,12 @@ class Load:
 
     # -- the loader's side ---------------------------------------------------------------
 
+    def give_up(self) -> None:
+        """It is not run: over at once, with nothing."""
+        with self._news:
+            self.ready = self.done = True
+            self._news.notify_all()
+
     def run(self, client: StoreClient) -> None:
         """Do it all. Never raises a ``StoreError``: what fails is a miss."""
         try:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 #: loads and offload jobs that may wait for a thread; beyond, requests do without
 BACKLOG = 256
 LOADERS = 4
+#: longest that a flush of the cache waits for the store, and between two tries in the background
+EMPTY_S = 1.0
 #: until a tier has been measured
 FIRST_GUESS = TierSpeed(latency=1e-3, bandwidth=1e9)
 #: before any prefill has been measured, loading is always worth it
@@ -150,6 +152,12 @@ class StoreService:
         self.offloader = Offloader(pool, layout, dtype)
         self.counts: Counter[str] = Counter()
         self._connected = connected
+        #: how often the store was to be emptied, and up to which of these it has been
+        self._asked = self._emptied = 0
+        self._control: StoreClient | None = None
+        self._emptier: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._loads: queue.Queue[Load | None] = queue.Queue(BACKLOG)
         self._jobs: queue.Queue[Job | None] = queue.Queue(BACKLOG)
         self._threads = [
@@ -171,7 +179,7 @@ class StoreService:
             self.counts["loads"] += 1
         except queue.Full:
             self.counts["loads_dropped"] += 1
-            load.ready = load.done = True
+            load.give_up()
         return load
 
     def offer(self, job: Job) -> None:
@@ -182,6 +190,51 @@ class StoreService:
             self._jobs.put_nowait(job)
         except queue.Full:
             self.offloader.tally.dropped += len(job.chunks)
+
+    def empty_store(self) -> None:
+        """Make the store forget everything, whoever stored it: what has been stored until now, or
+        is being stored, is not found again.
+
+        Waits for the store, a second at most. Where it does not answer, this goes on in the
+        background, and until it is done loads bring nothing and chunks are dropped.
+        """
+        self._asked += 1
+        if self._control is None:
+            self._control = self._client("control")
+        if self._empty(self._control):
+            return
+        with self._lock:
+            if self._emptier is None:
+                self._emptier = threading.Thread(
+                    target=self._empty_later, name="blend-empty", daemon=True
+                )
+                self._emptier.start()
+
+    @property
+    def _stale(self) -> bool:
+        """The store may still hold what it was told to forget."""
+        return self._emptied < self._asked
+
+    def _empty(self, client: StoreClient) -> bool:
+        asked = self._asked
+        try:
+            client.clear(everything=True, pinned=True, deadline_s=EMPTY_S)
+        except StoreError as e:
+            self.counts["store_errors"] += 1
+            logger.warning("sgl-blend: the chunk store could not be emptied yet: %s", e)
+            return False
+        with self._lock:
+            self._emptied = max(self._emptied, asked)
+        return True
+
+    def _empty_later(self) -> None:
+        with self._client("empty") as client:
+            while not self._closed.wait(EMPTY_S):
+                self._empty(client)
+                with self._lock:
+                    if not self._stale:
+                        self._emptier = None
+                        return
 
     @property
     def busy(self) -> bool:
@@ -194,6 +247,7 @@ class StoreService:
 
     def close(self) -> None:
         """Stop the threads, after what is under way. Idempotent."""
+        self._closed.set()
         for waiting in (*[self._loads] * LOADERS, self._jobs):
             try:
                 waiting.put_nowait(None)
@@ -201,6 +255,9 @@ class StoreService:
                 continue
         for thread in self._threads:
             thread.join(timeout=2.0)
+        if self._control is not None:
+            self._control.close()
+            self._control = None
 
     def _client(self, name: str) -> StoreClient:
         return StoreClient(
@@ -215,7 +272,10 @@ class StoreService:
             self._greet(client)
             while (load := self._loads.get()) is not None:
                 try:
-                    if not load.closed:
+                    if self._stale:
+                        self.counts["loads_dropped"] += 1
+                        load.give_up()
+                    elif not load.closed:
                         load.run(client)
                 except Exception:
                     self.counts["load_errors"] += 1
@@ -228,7 +288,10 @@ class StoreService:
             self._greet(client)
             while (job := self._jobs.get()) is not None:
                 try:
-                    self.offloader.run(client, job)
+                    if self._stale:
+                        self.offloader.tally.dropped += len(job.chunks)
+                    else:
+                        self.offloader.run(client, job)
                 except Exception:
                     self.counts["offload_errors"] += 1
                     logger.exception("sgl-blend: chunks could not be stored")

@@ -111,8 +111,10 @@ class ChunkRadixCache(RadixCache):
         self.strong = strong_table(strong)
         self._fingerprint = fingerprint
         self._tenants: dict[tuple[str | None, str | None], bytes] = {}
-        #: called with what the tree has newly taken in (``engine.tiers.StoreTier.offer``)
+        #: called with what the tree has newly taken in (``engine.request.store_tier.StoreTier.offer``)
         self.on_fresh: Callable[..., None] | None = None
+        #: called when the tree has been emptied (``engine.request.store_tier.StoreTier.forget``)
+        self.on_reset: Callable[[], None] | None = None
         #: how often the tree has been emptied as a whole
         self.lives = 0
         # Boundaries stated by the request whose KV is being inserted.
@@ -194,6 +196,8 @@ class ChunkRadixCache(RadixCache):
         self.index.clear()
         self.prompts.clear()
         super().reset()
+        if self.on_reset is not None:
+            self.on_reset()
 
     def insert(self, params: InsertParams) -> InsertResult:
         result = super().insert(params)

@@ -7,6 +7,7 @@ Three ways lead here: the flag ``--enable-blend`` (``flags.py``), ``SGL_BLEND_EN
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from typing import Any, NoReturn
 
@@ -111,6 +112,8 @@ def resolve_once(original, server_args: Any) -> None:
 
     try:
         check_arguments(server_args)
+        if attach.LAUNCH.get(server_args) is None:
+            attach.LAUNCH.set(server_args, secrets.token_hex(16))
         start_store(server_args)
     except BlendError as e:
         if attach.COMMAND_LINE.get(server_args):

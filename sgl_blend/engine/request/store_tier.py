@@ -28,12 +28,14 @@ from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.forward.clock import ForwardClock
 from sgl_blend.engine.request.state import RequestState, state_of, unservable
+from sgl_blend.engine.request.store_space import StoreSpace
+from sgl_blend.engine.request.weights import WeightUpdates
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import ReuseSpan, exact_head, fill_holes, ranges
 from sgl_blend.prefill.passes import query_depth
 from sgl_blend.prefill.pieces import HostSources, Piece
 from sgl_blend.selection import Need
-from sgl_blend.store.chunk import Layout, make_namespace
+from sgl_blend.store.chunk import Layout
 from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.keys import prompt_chunks, store_chunking
 from sgl_blend.tiering.loader import Load
@@ -43,8 +45,6 @@ from sgl_blend.tiering.wish import Wish
 
 logger = logging.getLogger(__name__)
 
-#: changes when stored KV is laid out or labelled in another way
-NAMESPACE_VERSION = "sgl-blend/1"
 _YIELD_S = 5e-5
 _SWEEP_S = 0.5
 
@@ -95,7 +95,9 @@ def connect(
     rank = (ctx.tp_rank, ctx.tp_size)
     if ctx.tp_rank == 0:
         logger.info("sgl-blend: chunks are stored at %s", endpoint)
-    return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics)
+    launch = attach.LAUNCH.get(ctx.server_args) or secrets.token_hex(16)
+    space = StoreSpace(bytes.fromhex(launch), rank)
+    return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics, space)
 
 
 def _page_lock(client: Any) -> None:
@@ -116,15 +118,15 @@ class StoreTier:
         rank: tuple[int, int],
         device: torch.device,
         metrics: Any,
+        space: StoreSpace,
     ) -> None:
         self.config, self.gate, self.tree = config, gate, tree
         self.service, self.ranks = service, ranks
         self.rank, self.device, self.metrics = rank, device, metrics
         self.chunking = store_chunking(config.store_chunk_tokens)
         self.clock = ForwardClock(service.speeds, device)
-        self._namespaces: dict[tuple[bytes, int], bytes] = {}
-        #: after the server's weights were replaced: what tells its KV from that of the old ones
-        self._weights = b""
+        self.space = space
+        self.weights = WeightUpdates(space, tree, self.let_go)
         # A store that lives and dies with this server is a cache of its own: /flush_cache empties
         # it, too. What is on disk, or others', stays.
         self._own = not (config.store_endpoint or config.store_disk_path or config.store_config)
@@ -137,24 +139,24 @@ class StoreTier:
     def listen(self) -> None:
         """From now on store what the tree takes in (not what the correctness gate tried before)."""
         self.tree.on_fresh = self.offer
+        self.tree.on_reset = self.forget
 
-    def namespace(self, tenant: bytes) -> bytes:
-        """What this rank's chunks of a tenant are filed under."""
-        life = self.tree.lives if self._own else 0
-        found = self._namespaces.get((tenant, life))
-        if found is None:
-            if len(self._namespaces) >= 4096:
-                self._namespaces.clear()
-            found = self._namespaces[tenant, life] = make_namespace(
-                NAMESPACE_VERSION, tenant, *self.rank, life, self._weights
-            )
-        return found
+    def forget(self) -> None:
+        """The tree has been emptied: ``/flush_cache``. Ranks that share a store of their server's
+        own each empty it, so that it is empty of what any of them stored until its own flush."""
+        if self._own:
+            self.service.empty_store()
+            self.let_go()
 
-    def before_new_weights(self, *args: Any, **kw: Any) -> None:
-        """BEFORE the cache is flushed because the weights have been replaced: no stored KV is this
-        model's any more, nor this model's KV that of whoever loads the files."""
-        self._weights = secrets.token_bytes(16)
-        self._namespaces.clear()
+    def let_go(self) -> None:
+        """What has been loaded for requests is to be used no more."""
+        for ref, load in self._open:
+            req = ref()
+            if load.settled:
+                # Pieces that run already may still be reading it.
+                load.keep(np.zeros(len(load.wish.tokens), dtype=bool))
+            elif req is not None and attach.LOAD.get(req) is load:
+                self.drop(req)
 
     # -- arrival and admission -----------------------------------------------------------
 
@@ -208,7 +210,7 @@ class StoreTier:
             end,
             n - begin - wanted,
             tenant,
-            self.namespace(tenant),
+            self.space.name(tenant),
             state.exact,
             0.0 if state.exact else state.ratio,
             self._ahead(state),
@@ -361,6 +363,8 @@ class StoreTier:
 
         usable: ``(start, end) -> generation``, or None for tokens that are no source.
         """
+        if self.weights.mixed:
+            return
         n, ahead = len(tokens), self.chunking.lookahead
         settled = matched - ahead
         chunks = prompt_chunks(
@@ -388,7 +392,7 @@ class StoreTier:
             event.record()
         self.service.offer(
             Job(
-                self.namespace(tenant),
+                self.space.name(tenant),
                 tokens.copy(),
                 self.tree.path_device_indices(node)[:n].to(torch.int64),
                 fresh,

@@ -58,7 +58,7 @@ class Operations:
         doomed = [
             e
             for e in self.res.index
-            if e.file_key.startswith(request.namespace) and e.ready and not e.pinned
+            if e.file_key.startswith(request.namespace) and (request.pinned or not e.pinned)
         ]
         for entry in doomed:
             self.res.remove(entry)

@@ -412,9 +412,18 @@ class StoreClient:
         """Remove every copy of these, from the shared tier too; returns how many copies."""
         return self.call(p.Delete(self._space(namespace), list(keys)))[0].count
 
-    def clear(self, everything: bool = False, *, namespace: bytes | None = None) -> int:
-        """Remove one namespace's chunks (or all); pinned ones stay."""
-        return self.call(p.Clear(b"" if everything else self._space(namespace)))[0].count
+    def clear(
+        self,
+        everything: bool = False,
+        *,
+        namespace: bytes | None = None,
+        pinned: bool = False,
+        deadline_s: float | None = None,
+    ) -> int:
+        """Remove one namespace's chunks (or all), those that are being stored included; pinned
+        ones only with ``pinned``."""
+        of = b"" if everything else self._space(namespace)
+        return self.call(p.Clear(of, pinned), deadline_s=deadline_s)[0].count
 
     def list(
         self,

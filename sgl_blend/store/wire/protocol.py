@@ -145,9 +145,14 @@ class Delete(Request, frozen=True):
 
 
 class Clear(Request, frozen=True):
-    """namespace: clear only this one; empty for all. Pinned and leased chunks stay."""
+    """namespace: clear only this one; empty for all. pinned: those that are pinned, too.
+
+    Afterwards none of them is found, nor any that was being stored when the request came. Their
+    memory is free once nobody reads it.
+    """
 
     namespace: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    pinned: bool = False
 
 
 class List(Request, frozen=True):
