@@ -11,17 +11,22 @@ from faults import CAUGHT_BY, FAULTS
 CHECKS = "model_support.checks_gate:"
 
 
-@pytest.mark.parametrize(
-    ("arch", "options"),
-    [
-        pytest.param("llama", {}, id="llama"),
-        pytest.param("qwen3", {"page_size": 16, "dtype": "bfloat16"}, id="qwen3-bf16-pages"),
-        pytest.param("gemma2", {}, id="gemma2"),
-    ],
-)
+ENGINES = {
+    "llama": ("llama", {}),
+    "qwen3-bf16-pages": ("qwen3", {"page_size": 16, "dtype": "bfloat16"}),
+    "gemma2": ("gemma2", {}),
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def broken(request, jobs, models):
+    """What came of each fault, by name, in one engine."""
+    return jobs.run(CHECKS + "broken", str(models), *ENGINES[request.param])
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_build_is_named_and_serves_exactly(jobs, models, fault, arch, options):
-    got = jobs.run(CHECKS + "broken", str(models), arch, options, fault)
+def test_a_broken_build_is_named_and_serves_exactly(broken, fault):
+    got = broken[fault]
     must, may = CAUGHT_BY[FAULTS[fault]]
     failed = set(got["metric"])
     assert must <= failed <= must | may, got["findings"]
@@ -34,6 +39,13 @@ def test_a_broken_build_is_named_and_serves_exactly(jobs, models, fault, arch, o
     assert report["fallback"] == "turned off by the correctness gate"
     assert report["computed"] == report["exact"] == got["tokens"]
     assert got["fallbacks"]["turned off by the correctness gate"] == 1
+
+
+def test_without_a_fault_the_same_engine_blends_again(broken):
+    """Negative control: what is found lies in the fault, not in what was left by the one before."""
+    got = broken["none"]
+    assert got["on"] and not got["failed"] and not got["metric"] and not got["fallbacks"]
+    assert got["report"]["reused"] > 0
 
 
 def test_the_launch_ends_where_that_is_asked_for(jobs, models):

@@ -6,19 +6,13 @@ import concurrent.futures
 import json
 import re
 import threading
-import time
 
 import pytest
 import requests
-from talk import Docs, answer_of, ask, body_of, check_report, check_same, words
+from polling import eventually
+from talk import Docs, all_at_once, answer_of, ask, body_of, check_report, check_same, words
 
 WORKERS = 8
-
-
-def all_at_once(jobs):
-    """Call all ``jobs`` from as many threads; their results in order."""
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        return [f.result() for f in [pool.submit(j) for j in jobs]]
 
 
 def stream(server, body):
@@ -32,15 +26,10 @@ def stream(server, body):
                 yield json.loads(line[6:])
 
 
-def wait_idle(server, seconds=60.0):
-    """Wait until the server runs and queues nothing."""
-    deadline = time.monotonic() + seconds
-    while True:
-        loads = requests.get(server.url + "/v1/loads", timeout=30).json()["loads"]
-        if all(x["num_running_reqs"] == x["num_waiting_reqs"] == 0 for x in loads):
-            return
-        assert time.monotonic() < deadline, loads
-        time.sleep(0.1)
+def idle(server) -> bool:
+    """Whether the server runs and queues nothing."""
+    loads = requests.get(server.url + "/v1/loads", timeout=30).json()["loads"]
+    return all(x["num_running_reqs"] == x["num_waiting_reqs"] == 0 for x in loads)
 
 
 def test_a_mix_of_blended_and_ordinary_requests(blend, plain):
@@ -155,7 +144,7 @@ def test_abort_in_the_middle_leaves_the_others_right(blend):
             assert last["meta_info"]["completion_tokens"] < 4000
         for f, w in zip(beside, want, strict=True):
             check_same(f.result(timeout=120), w)
-    wait_idle(blend)
+    assert eventually(lambda: idle(blend), 60.0)
     assert blend.alive()
     check_same(ask(blend, prompts[0], new=16), want[0])
 
@@ -346,26 +335,3 @@ def test_a_conversation_under_same_blends_again(blend, plain):
     assert second.blend["prefix"] < len(d.prompt([])) and second.blend["reused"] > 100
     exact = ask(blend, turn, custom={"blend_policy": "all"})
     check_same(exact, ask(plain, turn))
-
-
-# -- tensor parallel 2 ---------------------------------------------------------------------
-
-
-def test_tensor_parallel_two_answers_as_one(blend, model, start):
-    two = start(model, ["--enable-blend", "--tp-size", "2"], {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
-    try:
-        d = Docs(70)
-        prompts = [d.prompt([i, (i + 1) % 6, (i + 3) % 6]) for i in range(3)]
-        for server in (blend, two):
-            d.rng.seed(2)
-            d.warm(server)
-        for policy in ("all", "query", "hkvd"):
-            customs = {"blend_policy": policy}
-            one_by_one = [ask(blend, p, custom=customs) for p in prompts]
-            together = all_at_once([lambda p=p, c=customs: ask(two, p, custom=c) for p in prompts])
-            for a, b in zip(one_by_one, together, strict=True):
-                check_report(b)
-                assert a.blend["reused"] == b.blend["reused"]
-                check_same(b, a)
-    finally:
-        two.stop()

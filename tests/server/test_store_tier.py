@@ -7,38 +7,29 @@ reused then came from the store.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 
-import psutil
 import pytest
+import requests
 from polling import eventually
-from talk import TOLERANCE, Answer, Docs, ask, check_report
+from store_servers import (
+    ALL,
+    ARGS,
+    EXACT,
+    NONE,
+    close,
+    files_of,
+    fresh,
+    settle,
+    sources,
+    start_store,
+    warm,
+)
+from talk import Docs, all_at_once, ask, check_report, check_same
 
 from sgl_blend.harness.server import Server
-from sgl_blend.store.config import StoreConfig
-from sgl_blend.store.embedded import EmbeddedStore
-from sgl_blend.store.wire.client import StoreClient
-
-EXACT = {"blend": False}
-ALL = {"blend_policy": "all"}
-NONE = {"blend_policy": "none"}
-#: deadlines that a busy machine meets
-PATIENCE = ["--blend-store-deadline", "5", "--blend-prefetch-timeout", "5"]
-ARGS = ["--enable-blend", "--blend-gate", "off", *PATIENCE]
-
-
-def start_store(folder, **changes) -> EmbeddedStore:
-    """A store with a disk, at an address that stays the same over restarts."""
-    config = StoreConfig(memory_bytes=512 << 20, disk_bytes=2 << 30, disk_fsync=False, drain_s=20.0)
-    config = replace(
-        config, endpoints=(f"ipc://{folder}/store",), disk_path=str(folder / "disk"), **changes
-    )
-    return EmbeddedStore(config, private=False, start_s=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -70,47 +61,6 @@ def _alive(server):
     server.flush()
     yield
     assert server.alive(), server.log_tail()
-
-
-def stored(endpoint: str) -> int:
-    with StoreClient(endpoint, deadline_s=10.0) as client:
-        return client.stats()["chunks"]
-
-
-def settle(endpoint: str, seconds: float = 60.0) -> None:
-    """Until the store has taken in what was offered: its number of chunks stands still."""
-    until, last, since = time.monotonic() + seconds, -1, time.monotonic()
-    while time.monotonic() < until:
-        now = stored(endpoint)
-        if now != last:
-            last, since = now, time.monotonic()
-        elif time.monotonic() - since > 1.5:
-            return
-        time.sleep(0.05)
-
-
-def warm(server: Server, docs: Docs, endpoint: str, **more) -> None:
-    """Each document computed alone and stored; the device forgets it."""
-    docs.warm(server, **more)
-    settle(endpoint)
-    server.flush()
-
-
-def fresh(server: Server, prompt: Sequence[int], **more) -> Answer:
-    """The answer of a server whose device holds nothing."""
-    server.flush()
-    return ask(server, prompt, **more)
-
-
-def sources(answer: Answer) -> dict[str, int]:
-    check_report(answer)
-    return answer.blend["sources"]
-
-
-def close(a: Answer, b: Answer) -> bool:
-    return a.tokens == b.tokens and all(
-        abs(x - y) < TOLERANCE for x, y in zip(a.logprobs, b.logprobs, strict=True)
-    )
 
 
 def test_the_store_serves_what_the_device_lost_as_the_device_would(server, store):
@@ -203,16 +153,7 @@ def test_many_at_once_from_the_store(server, store):
     docs = Docs(9, count=8, size=(100, 200))
     warm(server, docs, store[0].endpoint)
     prompts = [docs.prompt([i, (i + 3) % 8, (i + 5) % 8]) for i in range(8)]
-    answers: list[Answer | None] = [None] * 8
-
-    def one(i: int) -> None:
-        answers[i] = ask(server, prompts[i], custom=NONE)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    answers = all_at_once([lambda p=p: ask(server, p, custom=NONE) for p in prompts])
     for prompt, got in zip(prompts, answers, strict=True):
         assert sum(sources(got).values()) > 250
         # Alone or in company, from the store or from the device: the same sources, the same KV.
@@ -231,10 +172,8 @@ def test_a_store_that_stops_answering_delays_but_fails_nobody(server, store):
             assert close(fresh(server, prompt, custom=ALL), exact)
     finally:
         os.kill(store[0].process.pid, signal.SIGCONT)
-    deadline = time.monotonic() + 30
-    while not fresh(server, prompt).blend["sources"]:
-        assert time.monotonic() < deadline, "the store was not found again"
-        time.sleep(0.2)
+    found = eventually(lambda: fresh(server, prompt).blend["sources"], 60.0, every=0.2)
+    assert found, "the store was not found again"
 
 
 def test_a_store_killed_and_restarted_under_load(server, store, folder):
@@ -244,42 +183,41 @@ def test_a_store_killed_and_restarted_under_load(server, store, folder):
     prompts = [docs.prompt([i, (i + 1) % 4]) for i in range(4)]
     exact = [fresh(server, p, custom=EXACT) for p in prompts]
     wrong: list[int] = []
-    served = [0]
+    served = [0] * 4
     stop = threading.Event()
 
     def work(n: int) -> None:
         while not stop.is_set():
             got = ask(server, prompts[n], custom=ALL)
-            served[0] += 1
+            served[n] += 1
             if got.tokens != exact[n].tokens:
                 wrong.append(n)
+
+    def each_served(times: int) -> bool:
+        """From now on, every worker got that many answers more."""
+        before = list(served)
+        return eventually(
+            lambda: all(n >= b + times for n, b in zip(served, before, strict=True)), 120.0
+        )
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for t in threads:
         t.start()
     try:
         for _ in range(2):
-            time.sleep(1.0)
+            assert each_served(2)  # with the store, then without it
             store[0].process.send_signal(signal.SIGKILL)
             store[0].stop()
-            time.sleep(1.0)
+            assert each_served(2)
             store[0] = start_store(folder)
+        assert each_served(2)
     finally:
-        time.sleep(1.0)
         stop.set()
         for t in threads:
             t.join()
-    assert not wrong and served[0] > 8
-    deadline = time.monotonic() + 30
-    while "disk" not in (got := fresh(server, docs.prompt([3, 0, 2]))).blend["sources"]:
-        if got.blend["sources"]:
-            break  # in memory again already
-        assert time.monotonic() < deadline, "nothing was found after the restart"
-        time.sleep(0.2)
-
-
-def files_of(folder) -> list:
-    return [p for p in (folder / "disk" / "data").rglob("*") if p.is_file()]
+    assert not wrong
+    found = eventually(lambda: fresh(server, docs.prompt([3, 0, 2])).blend["sources"], 60.0)
+    assert found, "nothing was found after the restart"
 
 
 def restarted(store, folder) -> None:
@@ -294,7 +232,7 @@ def test_damage_on_disk_is_recomputed(server, store, folder, damage):
     forward pass that has begun on them."""
     restarted(store, folder)
     docs = Docs({"head": 12, "tail": 13, "truncated": 14}[damage], count=6, size=(1300, 1500))
-    before = set(files_of(folder))
+    before = set(files_of(folder / "disk"))
     warm(server, docs, store[0].endpoint)
     restarted(store, folder)
     prompt = docs.prompt([1, 3, 5, 0, 4, 2])
@@ -302,7 +240,7 @@ def test_damage_on_disk_is_recomputed(server, store, folder, damage):
     # Not all: what such a small model recomputes faster than a disk brings it is recomputed.
     assert sources(whole)["disk"] > 1000
     restarted(store, folder)
-    harmed = sorted(set(files_of(folder)) - before)[::2]
+    harmed = sorted(set(files_of(folder / "disk")) - before)[::2]
     assert harmed
     for path in harmed:
         raw = bytearray(path.read_bytes())
@@ -318,74 +256,8 @@ def test_damage_on_disk_is_recomputed(server, store, folder, damage):
     assert close(fresh(server, prompt, custom=ALL), fresh(server, prompt, custom=EXACT))
 
 
-def test_restart_of_server_and_store_hits_from_disk(model, start, tmp_path):
-    """The server's own store: one flag, nothing to run beside it; same prompts, same answers."""
-    args = [*ARGS, "--blend-store-disk-path", str(tmp_path / "disk")]
-    docs = Docs(15, count=4, size=(150, 300))
-    first = start(model, args)
-    docs.warm(first)
-    prompts = [docs.prompt(order) for order in ([3, 1, 0], [2, 3, 1, 0])]
-    answers = [ask(first, p, custom=NONE) for p in prompts]
-    time.sleep(2.0)  # what is offered is written in the background
-    first.stop()
-    second = start(model, args)
-    for n, (prompt, before) in enumerate(zip(prompts, answers, strict=True)):
-        again = ask(second, prompt, custom=NONE)
-        # What the first prompt brought up from the disk is in memory for the second.
-        assert set(sources(again)) <= ({"disk"} if n == 0 else {"disk", "memory"}), again.blend
-        assert sum(sources(again).values()) >= 0.99 * sum(sources(before).values())
-        if sum(sources(again).values()) == sum(sources(before).values()):
-            assert close(before, again)
-    second.stop()
-    shutil.rmtree(tmp_path / "disk")
-
-
-def test_a_servers_own_store_is_emptied_with_its_cache(model, start):
-    own = start(model, ARGS)
-    docs = Docs(16, count=3)
-    docs.warm(own)
-    assert ask(own, docs.prompt([2, 0])).blend["sources"]
-    time.sleep(1.0)
-    own.flush()
-    assert ask(own, docs.prompt([1, 2])).blend["sources"] == {}
-    own.stop()
-
-
-def test_a_servers_own_store_is_started_again_when_it_dies(model, start):
-    own = start(model, [*ARGS, "--max-total-tokens", "1500"])
-    docs = Docs(18, count=10, size=(200, 250))
-
-    def found_again() -> bool:
-        """More documents than the device holds; of the first ones it has nothing any more."""
-        docs.warm(own)
-        time.sleep(0.5)
-        return "memory" in sources(ask(own, docs.prompt([2, 0])))
-
-    assert found_again()
-    (store,) = _stores_of(own)
-    store.kill()
-    prompt = docs.prompt([3, 1])
-    assert close(ask(own, prompt, custom=ALL), ask(own, prompt, custom=EXACT))
-    assert eventually(lambda: [p.pid for p in _stores_of(own)] not in ([], [store.pid]), 60.0)
-    assert eventually(found_again, 60.0)
-    (again,) = _stores_of(own)
-    own.stop()
-    assert eventually(lambda: not again.is_running(), 60.0)
-
-
-def _stores_of(server) -> list:
-    children = psutil.Process(server.process.pid).children()
-    return [
-        p
-        for p in children
-        if p.status() != psutil.STATUS_ZOMBIE and "sgl_blend.store" in p.cmdline()
-    ]
-
-
 def test_new_weights_find_no_old_chunks(server, store, model):
     """Chunks of replaced weights are not this model's, even under the same files' names."""
-    import requests
-
     docs = Docs(17, count=3)
     warm(server, docs, store[0].endpoint)
     assert fresh(server, docs.prompt([2, 0])).blend["sources"]
@@ -396,14 +268,28 @@ def test_new_weights_find_no_old_chunks(server, store, model):
     assert fresh(server, docs.prompt([1, 2, 0])).blend["sources"] == {}
 
 
-@pytest.mark.parametrize(
-    "args",
-    [["--page-size", "16"], ["--chunked-prefill-size", "256"], ["--tp-size", "2"]],
-    ids=["page16", "chunked", "tp2"],
-)
-def test_composes_with(model, start, store, args):
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if args[0] == "--tp-size" else None
-    some = start(model, [*ARGS, *args, "--blend-store-endpoint", store[0].endpoint], env)
+# -- pages and pieces, tensor parallel 2 -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_pieces(model, start, store) -> Server:
+    args = ["--page-size", "16", "--chunked-prefill-size", "256"]
+    some = start(model, [*ARGS, *args, "--blend-store-endpoint", store[0].endpoint])
+    yield some
+    some.stop()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model, start, store) -> Server:
+    args = ["--tp-size", "2", "--blend-store-endpoint", store[0].endpoint]
+    two = start(model, [*ARGS, *args], {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    yield two
+    two.stop()
+
+
+@pytest.mark.parametrize("launched", ["in_pieces", "two_ranks"])
+def test_composes_with(request, store, launched):
+    some = request.getfixturevalue(launched)
     docs = Docs(18, count=4, size=(150, 300))
     warm(some, docs, store[0].endpoint)
     prompt = docs.prompt([2, 0, 3])
@@ -418,55 +304,20 @@ def test_composes_with(model, start, store, args):
     assert sum(sources(again).values()) > 400
     if again.blend["exact"] == len(prompt):
         assert close(again, exact)
-    some.stop()
 
 
-def mooncake_store(folder, master: str) -> EmbeddedStore:
-    """A store of one node: its own memory, and a segment in the cluster."""
-    options = (("buffer_bytes", "64MiB"), ("master", master), ("segment_bytes", "64MiB"))
-    config = StoreConfig(
-        endpoints=(f"ipc://{folder}",),
-        memory_bytes=64 << 20,
-        remote="mooncake",
-        remote_options=options,
-        remote_deadline_s=3.0,
-    )
-    return EmbeddedStore(config, private=False, start_s=120.0)
-
-
-def test_two_nodes_of_a_mooncake_cluster(model, start, tmp_path, mooncake_master):
-    """What one node's server computed the other's reuses; a dead node costs nobody an answer."""
-    stores = [mooncake_store(tmp_path / name, mooncake_master) for name in ("a", "b")]
-    try:
-        servers = [start(model, [*ARGS, "--blend-store-endpoint", s.endpoint]) for s in stores]
-        docs = Docs(40, count=4, size=(150, 300))
-        docs.warm(servers[0])
-
-        def in_cluster() -> bool:
-            with StoreClient(stores[0].endpoint, deadline_s=10.0) as client:
-                stats = client.stats()
-            written = stats["counters"].get("remote_writes", 0)
-            return stats["chunks"] > 10 and written >= stats["chunks"]
-
-        deadline = time.monotonic() + 60
-        settle(stores[0].endpoint)
-        while not in_cluster():
-            assert time.monotonic() < deadline, "the chunks did not reach the cluster"
-            time.sleep(0.2)
-        prompt = docs.prompt([3, 0, 2])
-        first = fresh(servers[0], prompt, custom=NONE)
-        second = ask(servers[1], prompt, custom=NONE)
-        assert set(sources(second)) == {"mooncake"} and sources(second)["mooncake"] > 400
-        if sources(second)["mooncake"] == sum(sources(first).values()):
-            assert close(first, second)
-        exact = fresh(servers[1], prompt, custom=EXACT)
-        stores[0].process.send_signal(signal.SIGKILL)
-        stores[0].process.wait()
-        for server in servers * 2:
-            assert close(fresh(server, prompt, custom=ALL), exact)
-            assert fresh(server, docs.prompt([1, 2, 0])).tokens
-    finally:
-        for store in stores:
-            store.stop()
-    for server in servers:
-        server.stop()
+def test_tensor_parallel_two_answers_as_one(server, two_ranks):
+    docs = Docs(70)
+    prompts = [docs.prompt([i, (i + 1) % 6, (i + 3) % 6]) for i in range(3)]
+    for some in (server, two_ranks):
+        some.flush()
+        docs.rng.seed(2)
+        docs.warm(some)
+    for policy in ("all", "query", "hkvd"):
+        custom = {"blend_policy": policy}
+        one_by_one = [ask(server, p, custom=custom) for p in prompts]
+        together = all_at_once([lambda p=p, c=custom: ask(two_ranks, p, custom=c) for p in prompts])
+        for a, b in zip(one_by_one, together, strict=True):
+            check_report(b)
+            assert a.blend["reused"] == b.blend["reused"]
+            check_same(b, a)

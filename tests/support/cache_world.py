@@ -309,3 +309,21 @@ def find(world: World, tokens, begin=0, end=None, **kwargs):
 
 def covered(spans) -> set[int]:
     return {i for s in spans for i in range(s.start, s.end)}
+
+
+#: parts of prompts
+SYSTEM, OTHER_SYSTEM = doc(1, 20), doc(2, 31)
+A, B, C = doc(10, 150), doc(11, 90), doc(12, 200)
+QUESTION, OTHER_QUESTION = doc(20, 40), doc(21, 40)
+
+
+def blended_world(page=1, continuation="same", **kwargs):
+    """A document computed exactly, then a blended request that reuses it."""
+    config = RadixConfig(continuation=continuation, min_suffix=32, max_suffix=512, **kwargs)
+    world = World(slots=4096, page_size=page, config=config)
+    world.serve(SYSTEM + A + QUESTION)
+    prompt = OTHER_SYSTEM + B + A + C + OTHER_QUESTION
+    req = world.serve(prompt, blend=True, outputs=20)
+    assert np.any(req._blend.labels == BLENDED)
+    world.check()
+    return world, prompt, req

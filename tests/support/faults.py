@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ENV = "BLEND_TEST_FAULT"
@@ -138,6 +139,26 @@ FAULTS = {fault.__name__: fault for fault in CAUGHT_BY}
 
 def break_build(name: str) -> None:
     FAULTS[name]()
+
+
+@contextmanager
+def broken_build(name: str) -> Iterator[None]:
+    """The fault ``name`` inside, and the build as it was afterwards. "none": no fault."""
+    from sgl_blend import ops
+    from sgl_blend.engine.forward.slices import ModelSlices
+    from sgl_blend.ops.rotation import Rope
+    from sgl_blend.tree.chunked import ChunkRadixCache
+
+    before = [(x, dict(vars(x))) for x in (ops, ModelSlices, Rope, ChunkRadixCache)]
+    if name != "none":
+        break_build(name)
+    try:
+        yield
+    finally:
+        for owner, attributes in before:
+            for key, value in attributes.items():
+                if vars(owner)[key] is not value:
+                    setattr(owner, key, value)
 
 
 def install(folder: Path, name: str) -> dict[str, str]:

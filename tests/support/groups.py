@@ -34,6 +34,8 @@ def group_of(item: pytest.Item) -> str:
     if "checked" in fixtures:
         params = item.callspec.params
         return f"{file} {params['arch']} {sorted(params['options'].items())}".replace("@", "")
+    if "broken" in fixtures:
+        return f"{file} {item.callspec.params['broken']}"
     if "jobs" in fixtures:
         return f"{file} {item.name}".replace("@", "")
     return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def refused(server: Server, path: str, body: dict[str, Any]) -> str:
     r = requests.post(server.url + path, json=body, timeout=120)
     assert r.status_code == 400, f"{r.status_code}: {r.text[:300]}"
     return r.text
+
+
+def all_at_once(jobs):
+    """Call all ``jobs`` from as many threads; their results in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        return [f.result() for f in [pool.submit(j) for j in jobs]]
 
 
 class Docs:

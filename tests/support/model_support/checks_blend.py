@@ -8,8 +8,8 @@ from unittest import mock
 
 import torch
 
+from model_support.asks import Ask, Outcome
 from model_support.compare import apart, kv_apart, require_layer0
-from model_support.engine import Ask, Outcome
 from model_support.world import LIBRARY, Chosen, World, budget, check, must_fail, watch
 from sgl_blend import ops
 from sgl_blend.ops import Rope

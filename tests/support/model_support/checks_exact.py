@@ -7,8 +7,8 @@ from unittest import mock
 
 import torch
 
+from model_support.asks import Ask, Outcome
 from model_support.compare import require_equal
-from model_support.engine import Ask, Outcome
 from model_support.world import World, check, must_fail
 from sgl_blend.prefill.attention import BatchAttention
 from sgl_blend.prefill.rows import RowSegment

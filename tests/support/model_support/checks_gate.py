@@ -12,8 +12,9 @@ import faults  # noqa: E402
 import numpy as np
 import torch
 
+from model_support.asks import Ask
 from model_support.compare import require_equal
-from model_support.engine import Ask, Engine
+from model_support.engine import Engine
 from model_support.world import World, check, model_for
 from sgl_blend.engine.gate.launch import LaunchGate
 
@@ -60,30 +61,36 @@ def launch_state(models: str, arch: str) -> dict[str, Any]:
     }
 
 
-def broken(models: str, arch: str, options: dict[str, Any], fault: str) -> dict[str, Any]:
-    """In a child: the checks that fail under ``fault``, and whether a prompt of documents seen
-    before is then answered exactly."""
-    faults.break_build(fault)
+def broken(models: str, arch: str, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """In a child, with one model, for each fault: its launch, the checks that fail, and whether a
+    prompt of documents seen before is then answered exactly. The fault is taken back afterwards;
+    under the name "none" is the last launch, without any."""
     model = model_for(Path(models), arch)
-    world = World(Engine(model, **options), model)
-    engine = world.engine
+    engine = Engine(model, **options)
+    world = World(engine, model)
     ask = Ask(world.desk.prompt((2, 0, 1), 9)[0], new_tokens=3)
+    assert engine.gate.on
     full = world.full(ask.tokens, 3)
-    world.stock()
-    [ours] = engine.run(ask)
-    if not engine.gate.on:
-        require_equal(ours, full, fault)
-    engine.check()
-    return {
-        "failed": sorted(f.check for f in engine.findings if not f.ok),
-        "findings": [str(f) for f in engine.findings],
-        "on": engine.gate.on,
-        "why": engine.gate.why_off,
-        "metric": dict(engine.metrics.gate_failures),
-        "fallbacks": dict(engine.metrics.fallbacks),
-        "report": ours.report,
-        "tokens": len(ask.tokens),
-    }
+    out = {}
+    for fault in [*faults.FAULTS, "none"]:
+        with faults.broken_build(fault):
+            engine.relaunch()
+            world.stock()
+            [ours] = engine.run(ask)
+        if not engine.gate.on:
+            require_equal(ours, full, fault)
+        engine.check()
+        out[fault] = {
+            "failed": sorted(f.check for f in engine.findings if not f.ok),
+            "findings": [str(f) for f in engine.findings],
+            "on": engine.gate.on,
+            "why": engine.gate.why_off,
+            "metric": dict(engine.metrics.gate_failures),
+            "fallbacks": dict(engine.metrics.fallbacks),
+            "report": ours.report,
+            "tokens": len(ask.tokens),
+        }
+    return out
 
 
 def launch_that_fails(models: str, arch: str, fault: str) -> str:

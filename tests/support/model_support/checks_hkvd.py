@@ -6,8 +6,8 @@ import math
 from typing import Any
 from unittest import mock
 
+from model_support.asks import Ask
 from model_support.checks_blend import _ask, _blended
-from model_support.engine import Ask
 from model_support.hkvd_paper import choose, unrotated_keys_of, values_of
 from model_support.world import World, check, must_fail, watch
 from sgl_blend import ops

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from model_support.asks import Ask, Outcome
 from model_support.checks_blend import POLICIES
 from model_support.compare import KV_FP32, apart, require_equal, require_layer0
-from model_support.engine import Ask, Outcome, nodes
 from model_support.world import World, check, must_fail
 from sgl_blend.chunking import as_tokens, chunk_digest
 from sgl_blend.engine.request.planner import Planner
 from sgl_blend.plan import BLENDED, EXACT
+from sgl_blend.tree.integrity import tree_nodes
 
 EXAMPLES = 14
 QUESTIONS = (9, 37, 60)
@@ -71,7 +72,7 @@ def _check_index(world: World) -> None:
     """Each index entry is a chunk of its path whose tokens may all serve as a source."""
     tree = world.engine.tree
     index, chunking = tree.index, tree.config.chunking
-    for node in nodes(tree):
+    for node in tree_nodes(tree):
         path = _path(node)
         tokens = np.concatenate([as_tokens(n.key.token_ids)[: len(n.key)] for n in path])
         labels = np.concatenate(
@@ -93,7 +94,7 @@ def _check_index(world: World) -> None:
 def _check_spans(world: World, tokens: Any, spans: list[Any]) -> None:
     """What is proposed for reuse is what the tree holds: tokens, positions, labels, slots."""
     held: dict[int, tuple[int, int, int]] = {}
-    for node in nodes(world.engine.tree):
+    for node in tree_nodes(world.engine.tree):
         ids = as_tokens(node.key.token_ids)[: len(node.key)].tolist()
         marks = [EXACT] * len(ids) if node.blend.labels is None else node.blend.labels.tolist()
         for i, slot in enumerate(node.value.tolist()):
@@ -113,7 +114,7 @@ def _check_spans(world: World, tokens: Any, spans: list[Any]) -> None:
 def _check_exact_labels(world: World) -> None:
     """KV that the tree calls exact is what full prefill computes, at every layer."""
     engine = world.engine
-    for node in nodes(engine.tree):
+    for node in tree_nodes(engine.tree):
         if node.children:
             continue
         path = _path(node)

@@ -11,9 +11,10 @@ from unittest import mock
 
 import torch
 
+from model_support.asks import Ask
 from model_support.checks_blend import POLICIES, _against_reference, _ask, _blended
 from model_support.compare import LOGITS_FP32, apart
-from model_support.engine import Ask, Engine
+from model_support.engine import Engine
 from model_support.world import World, check, model_for, must_fail, watch
 from sgl_blend.ops import Rope, reference
 from sgl_blend.prefill.attention import BatchAttention

@@ -7,10 +7,11 @@ from unittest import mock
 
 import torch
 
+from model_support.asks import Ask
 from model_support.checks_blend import ORDERS, _against_reference, _ask
-from model_support.engine import Ask, nodes
 from model_support.world import World, check, must_fail
 from sgl_blend import ops
+from sgl_blend.tree.integrity import tree_nodes
 
 #: fp32, absolute: a share of attention lies in 0..1
 SCORE = 1e-5
@@ -76,7 +77,7 @@ def stored_scores_of_nobody(world: World) -> dict[str, Any]:
     _table(world)._table[everywhere] = 9.0
     tokens, _ = world.desk.prompt(*ORDERS[0])
     world.engine.run(Ask(tokens, blend=False, new_tokens=40))
-    kept = _table(world).read(torch.cat([n.value for n in nodes(world.engine.tree)]))
+    kept = _table(world).read(torch.cat([n.value for n in tree_nodes(world.engine.tree)]))
     page = world.engine.page_size
     decoded = int(kept.isnan().sum())
     assert 39 - page < decoded <= 39, f"{decoded} of 39 decoded tokens have no score"

@@ -9,7 +9,8 @@ calls is ``Scheduler``'s (SGLang 0.5.23): ``init_next_round_input``, lock, ``pre
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -29,44 +30,13 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from model_support.asks import Ask, Outcome
 from sgl_blend import attach
 from sgl_blend.engine import wiring as backend
 from sgl_blend.engine.gate.launch import LaunchGate
 from sgl_blend.engine.request.state import state_of
 from sgl_blend.prefill.scores import ScoreTable
-
-
-@dataclass
-class Ask:
-    """One request of a batch. chunks: lengths of its prefill pieces but the last (empty: one)."""
-
-    tokens: list[int]
-    policy: str | None = None
-    ratio: float | None = None
-    blend: bool = True
-    boundaries: list[int] | None = None
-    chunks: Sequence[int] = ()
-    new_tokens: int = 1
-    extra_key: str | None = None
-    coverage: float | None = None
-
-
-@dataclass
-class Outcome:
-    """logits fp32 [vocab] of the prompt's last row. k, v: per layer [prompt, heads, dim], as the
-    pool held them after the prefill, in its dtype. pieces: our planner's, one a prefill step,
-    None where its batch had no plan; ends: where each step ended. report: ``meta_info["blend"]``. tokens: greedy output."""
-
-    logits: torch.Tensor
-    k: list[torch.Tensor]
-    v: list[torch.Tensor]
-    pieces: list[Any]
-    ends: list[int]
-    report: dict[str, Any]
-    tokens: list[int]
-    prefix: int
-    labels: Any = None
-    decode_logits: list[torch.Tensor] = field(default_factory=list)
+from sgl_blend.tree.integrity import tree_nodes
 
 
 class Engine:
@@ -125,14 +95,8 @@ class Engine:
             ),
             get_memory_pool=lambda: (runner.req_to_token_pool, runner.token_to_kv_pool_allocator),
         )
-        launched: list[LaunchGate] = []
+        self.launch: LaunchGate | None = None
         self.findings: list[Any] = []
-        mechanics = LaunchGate._mechanics
-
-        def watched(gate: LaunchGate) -> list[Any]:
-            launched.append(gate)
-            self.findings = mechanics(gate)
-            return self.findings
 
         #: where the policy ``stored`` finds its scores; None where they are not kept
         self.scores: ScoreTable | None = None
@@ -142,12 +106,8 @@ class Engine:
             self.scores = make_table(*given)
             return self.scores
 
-        with (
-            mock.patch.object(LaunchGate, "_mechanics", watched),
-            mock.patch.object(backend, "_score_table", kept),
-        ):
+        with self._watched_gate(), mock.patch.object(backend, "_score_table", kept):
             built = self._build(worker, page_size)
-        self.launch = launched[0] if launched else None
 
         self.tree = built.tree_cache
         self.rows = built.req_to_token_pool
@@ -171,6 +131,33 @@ class Engine:
             enable_kv_cache_events=False,
             enable_hierarchical_cache=False,
         )
+
+    @contextmanager
+    def _watched_gate(self) -> Iterator[None]:
+        """Keeps the launch gate that runs inside, and what it finds."""
+        mechanics = LaunchGate._mechanics
+
+        def watched(gate: LaunchGate) -> list[Any]:
+            self.launch, self.findings = gate, []
+            self.findings = mechanics(gate)
+            return self.findings
+
+        with mock.patch.object(LaunchGate, "_mechanics", watched):
+            yield
+
+    def relaunch(self) -> None:
+        """The launch gate once more over the same model, with nothing decided or counted before."""
+        self.flush()
+        last = self.launch
+        gate, metrics = last.gate, last.metrics
+        gate.ratio, gate.why_off = self.config.recompute_ratio, None
+        for counts in (metrics.fallbacks, metrics.tokens, metrics.gate_failures):
+            counts.clear()
+        again = LaunchGate(
+            last.model._model, self.config, gate, metrics, last.tokenizer, last.speaks, last.seconds
+        )
+        with self._watched_gate():
+            again.run()
 
     @property
     def gate(self) -> Any:
@@ -256,7 +243,7 @@ class Engine:
         assert self.tree.protected_size() == 0, f"{self.tree.protected_size()} tokens are locked"
         assert free + held == self.capacity, f"{free} free + {held} cached of {self.capacity}"
         assert self.rows.available_size() == self.free_rows, "a request row leaked"
-        values = [n.value for n in nodes(self.tree)]
+        values = [n.value for n in tree_nodes(self.tree)]
         if values:
             slots = torch.cat(values)
             assert slots.unique().numel() == slots.numel(), "two nodes own one slot"
@@ -370,16 +357,6 @@ class _Live:
             self.labels,
             self.decode_logits,
         )
-
-
-def nodes(tree: Any) -> list[Any]:
-    """All nodes of the tree but the root."""
-    out, stack = [], list(tree.root_node.children.values())
-    while stack:
-        node = stack.pop()
-        out.append(node)
-        stack += node.children.values()
-    return out
 
 
 def _encode_in_fp32(model: torch.nn.Module) -> None:

@@ -15,7 +15,8 @@ from unittest import mock
 
 import torch
 
-from model_support.engine import Ask, Engine, Outcome
+from model_support.asks import Ask, Outcome
+from model_support.engine import Engine
 from model_support.prompts import Desk
 from model_support.reference import Blended, Kv, Reference, RefPiece, highest
 from sgl_blend.harness.models import ARCHITECTURES, make_model
