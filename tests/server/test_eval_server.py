@@ -18,8 +18,6 @@ from sgl_blend.eval.settings import plan
 from sgl_blend.eval.stats import Bootstrap
 from sgl_blend.eval.summary import summarise
 from sgl_blend.eval.synthetic import Shape, synthetic
-from sgl_blend.harness.models import make_model
-from sgl_blend.harness.server import serve
 
 SHAPE = Shape(n_docs=2, n_legends=1, doc_tokens=(30, 40), questions=2)
 SETTINGS = plan(["all:1", "query:1.0", "query:0.2", "leading:0.3"])
@@ -28,15 +26,9 @@ NOISE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), layers=4, hidden=64)
-
-
-@pytest.fixture(scope="module")
-def url(model):
+def url(model, start):
     args = ["--enable-blend", "--blend-continuation", "extend", "--max-total-tokens", "16384"]
-    with serve(model, args, timeout=600) as server:
-        yield server.url
+    return start(model, args).url
 
 
 def measure(url, model, settings=SETTINGS, options=None, asking="one", **kw):

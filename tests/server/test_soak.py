@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from soak import soak, verdict
+from soak import Traffic, soak, verdict
 
-SECONDS = 60.0
+SECONDS, AT_MOST = 25.0, 180.0
 
 
 def test_mixed_traffic_leaves_a_clean_server(tmp_path):
-    figures = soak(SECONDS, tmp_path)
+    figures = soak(SECONDS, tmp_path, at_most=AT_MOST)
     assert not verdict(figures), "\n".join(verdict(figures)[:20])
-    assert {"blend", "exact", "all", "drop", "abort", "score"} <= figures.requests.keys()
+    assert figures.requests.keys() >= set(Traffic.KINDS)

@@ -3,9 +3,11 @@ Needs: CPU, a real server with a store of its own."""
 
 from __future__ import annotations
 
-import time
+from pathlib import Path
 
 import pytest
+from polling import still
+from store_servers import files_of
 from talk import Docs, ask, check_report, check_same
 
 from sgl_blend.harness.server import Server
@@ -14,12 +16,17 @@ EXACT = {"blend": False}
 
 
 @pytest.fixture(scope="module")
-def _measuring(model, start, tmp_path_factory) -> Server:
+def disk(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="module")
+def _measuring(model, start, disk) -> Server:
     """Small pieces, pages, mixed batches; its own store is on disk, so that a flush leaves it."""
     args = ["--enable-blend", "--blend-stored-scores", "true"]
     args += ["--page-size", "16", "--chunked-prefill-size", "128", "--enable-mixed-chunk"]
     args += ["--blend-store-deadline", "5", "--blend-prefetch-timeout", "5"]
-    args += ["--blend-store-disk-path", str(tmp_path_factory.mktemp("disk"))]
+    args += ["--blend-store-disk-path", str(disk)]
     return start(model, [*args, "--max-total-tokens", "16384"])
 
 
@@ -109,11 +116,13 @@ def test_decoded_tokens_are_reused_without_a_score(measuring):
     check_same(*answers)
 
 
-def test_chunks_of_the_store_are_reused_without_a_score(measuring):
+def test_chunks_of_the_store_are_reused_without_a_score(measuring, disk):
     """Ordinary requests beside it, too: the store brings KV, and no scores."""
     d = Docs(85, count=4, size=(150, 250))
+    before = len(files_of(disk))
     d.warm(measuring)
-    time.sleep(3.0)  # what is offered is written in the background
+    # What is offered is written in the background.
+    assert still(lambda: len(files_of(disk)), but=before)
     p = d.prompt([2, 0, 3])
     measuring.flush()
     got = ask(measuring, p, custom=stored(0.2))

@@ -11,6 +11,8 @@ import pytest
 
 #: session servers of tests/server/conftest.py: whatever uses one of them is one group
 SHARED = {"plain", "blend", "_blend", "packed", "_packed"}
+#: parametrized fixtures that each hold one engine, one model or one server
+ENGINES = {"broken", "measured", "name", "which"}
 #: groups that take minutes, the longest first
 LONGEST = (
     "shared servers",
@@ -34,8 +36,9 @@ def group_of(item: pytest.Item) -> str:
     if "checked" in fixtures:
         params = item.callspec.params
         return f"{file} {params['arch']} {sorted(params['options'].items())}".replace("@", "")
-    if "broken" in fixtures:
-        return f"{file} {item.callspec.params['broken']}"
+    for name in ENGINES & fixtures:
+        if name in item.callspec.params:
+            return f"{file} {item.callspec.params[name]}"
     if "jobs" in fixtures:
         return f"{file} {item.name}".replace("@", "")
     return file

@@ -80,9 +80,16 @@ class Figures:
 
 
 class Traffic:
-    """Workers that send until the deadline. ``known``: prompts with their exact answers."""
+    """Workers that send for ``seconds``, and longer, up to ``at_most`` in all, until every kind of
+    request, a retraction and a load from the store were met. ``known``: prompts with their exact
+    answers."""
 
-    def __init__(self, server: Server, seconds: float, figures: Figures, seed: int = 0) -> None:
+    KINDS = ("long", "long", "blend", "blend", "exact", "all", "conversation", "samples",
+             "drop", "abort", "score", "malformed")  # fmt: skip
+
+    def __init__(
+        self, server: Server, seconds: float, at_most: float, figures: Figures, seed: int = 0
+    ) -> None:
         self.server, self.figures, self.seed = server, figures, seed
         self.docs = Docs(seed, count=40, size=(60, 160)).docs
         d = Docs(seed + 1, count=6)
@@ -90,7 +97,8 @@ class Traffic:
         for i in range(8):
             prompt = d.prompt([i % 6, (i + 2) % 6, (i + 3) % 6])
             self.known.append((prompt, ask(server, prompt, new=48, custom={"blend": False})))
-        self.deadline = time.monotonic() + seconds
+        begun = time.monotonic()
+        self.least, self.most = begun + seconds, begun + max(seconds, at_most)
         self.ids = itertools.count()
 
     def prompt(self, rng: random.Random) -> list[int]:
@@ -107,12 +115,18 @@ class Traffic:
         for t in threads:
             t.join()
 
+    def done(self) -> bool:
+        now, met = time.monotonic(), self.figures
+        if now < self.least or now > self.most:
+            return now > self.most
+        with met.lock:
+            kinds = met.requests.keys() >= set(self.KINDS)
+            return kinds and met.retractions > 0 and met.sources.keys() >= {"device", "memory"}
+
     def worker(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
-        kinds = ("long", "long", "blend", "blend", "exact", "all", "conversation", "samples",
-                 "drop", "abort", "score", "malformed")  # fmt: skip
-        while time.monotonic() < self.deadline:
-            kind = rng.choice(kinds)
+        while not self.done():
+            kind = rng.choice(self.KINDS)
             try:
                 getattr(self, kind)(rng)
             except Exception as e:  # any failure is a finding; the soak goes on and reports it
@@ -194,8 +208,11 @@ class Traffic:
         self.figures.note("malformed")
 
 
-def soak(seconds: float, folder: Path, *, start_timeout: float = 600.0) -> Figures:
-    """Run the traffic against a server of its own; the caller judges the figures."""
+def soak(
+    seconds: float, folder: Path, *, at_most: float = 0.0, start_timeout: float = 600.0
+) -> Figures:
+    """Run the traffic against a server of its own (see ``Traffic``); the caller judges the
+    figures."""
     model = make_model(folder / "model", layers=4, hidden=64, heads=4)
     output = folder / "probe.jsonl"
     env = probe.install(folder / "probe", output)
@@ -222,7 +239,7 @@ def soak(seconds: float, folder: Path, *, start_timeout: float = 600.0) -> Figur
             log=folder / "server.log",
         ) as server,
     ):
-        traffic = Traffic(server, seconds, figures)
+        traffic = Traffic(server, seconds, at_most, figures)
         traffic.run()
         if not server.alive():
             figures.problems.append("the server died:\n" + server.log_tail(40))
