@@ -72,6 +72,7 @@ class LaunchGate:
             if isinstance(e, GateError):
                 raise
             logger.exception("sgl-blend: a probe of the correctness gate failed")
+            self.model.flush()  # the probes before it still hold their slots
             self._fail(["run"], f"run: a probe ended with {type(e).__name__}: {e}")
         took = f"the correctness gate took {self.model.clock() - start:.2f} s"
         if self.budget.left_out:

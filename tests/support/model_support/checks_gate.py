@@ -75,6 +75,7 @@ def broken(models: str, arch: str, options: dict[str, Any]) -> dict[str, dict[st
     for fault in [*faults.FAULTS, "none"]:
         with faults.broken_build(fault):
             engine.relaunch()
+            engine.check()  # whatever a probe died of, its slots and locks are given back
             world.stock()
             [ours] = engine.run(ask)
         if not engine.gate.on:
