@@ -33,12 +33,11 @@ def group_of(item: pytest.Item) -> str:
     file = item.nodeid.split("::")[0].removesuffix(".py")
     if fixtures & SHARED:
         return "shared servers"
+    params = item.callspec.params if hasattr(item, "callspec") else {}
     if "checked" in fixtures:
-        params = item.callspec.params
         return f"{file} {params['arch']} {sorted(params['options'].items())}".replace("@", "")
-    for name in ENGINES & fixtures:
-        if name in item.callspec.params:
-            return f"{file} {item.callspec.params[name]}"
+    for name in sorted(ENGINES & fixtures & params.keys()):
+        return f"{file} {params[name]}".replace("@", "")
     if "jobs" in fixtures:
         return f"{file} {item.name}".replace("@", "")
     return file
