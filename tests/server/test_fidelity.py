@@ -66,12 +66,12 @@ def test_the_default_beats_hkvd(measured):
     assert ours.top1.value > theirs.top1.value and ours.kl.value < theirs.kl.value
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_default_holds_where_the_question_lies_in_a_later_piece(name):
+@pytest.mark.parametrize("shipped", NAMES)
+def test_the_default_holds_where_the_question_lies_in_a_later_piece(shipped):
     """Chunked prefill: every piece but the last is selected for a question that it does not hold."""
     size = 256
     rows, samples = _rows(
-        name, {"one": 6, "joint": 4}, ("default",), "--chunked-prefill-size", str(size)
+        shipped, {"one": 6, "joint": 4}, ("default",), "--chunked-prefill-size", str(size)
     )
     mine = [s for s in samples if s.setting == "default"]
     assert all(s.tokens.prompt - s.tokens.prefix > size for s in mine), "prefilled in one piece"

@@ -12,7 +12,7 @@ import pytest
 #: session servers of tests/server/conftest.py: whatever uses one of them is one group
 SHARED = {"plain", "blend", "_blend", "packed", "_packed"}
 #: parametrized fixtures that each hold one engine, one model or one server
-ENGINES = {"broken", "measured", "name", "which"}
+ENGINES = {"broken", "measured", "shipped", "which"}
 #: groups that take minutes, the longest first
 LONGEST = (
     "shared servers",
