@@ -21,6 +21,7 @@ UPDATE_META_INFO = "sglang.srt.managers.tokenizer_manager.TokenizerManager.updat
 WAIT_ONE_RESPONSE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response"
 FORWARD_BATCH_INIT = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 PREFILL_ADD_ONE = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
+REQUEST_CREATED = "sglang.srt.managers.scheduler.Scheduler._create_generation_req"
 REQUEST_ARRIVES = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
 SCHEDULER_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -50,6 +51,7 @@ TARGETS = (
     WAIT_ONE_RESPONSE,
     FORWARD_BATCH_INIT,
     PREFILL_ADD_ONE,
+    REQUEST_CREATED,
     REQUEST_ARRIVES,
     SCHEDULER_IDLE,
     FLUSH_AFTER_UPDATE,
@@ -74,6 +76,9 @@ TARGETS = (
     "sglang.srt.mem_cache.radix_cache.RadixCache.path_device_indices",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
+    "sglang.srt.lora.lora_manager.LoRAManager.prepare_lora_batch",
+    "sglang.srt.state_capturer.routed_experts.get_global_experts_capturer",
+    "sglang.srt.eplb.expert_distribution.get_global_expert_distribution_recorder",
     "sglang.srt.model_executor.forward_context.forward_context",
     "sglang.srt.model_executor.forward_context.get_forward_context",
     "sglang.srt.layers.layer_boundary.residual.batch.complete_output",

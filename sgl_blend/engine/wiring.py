@@ -16,6 +16,7 @@ import torch
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine import seams
+from sgl_blend.engine.forward.company import why_not
 from sgl_blend.engine.forward.fingerprint import model_fingerprint
 from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.forward.separators import load_tokenizer, strong_tokens
@@ -26,9 +27,9 @@ from sgl_blend.engine.launch.checks import check_depth, check_model
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.request import admission, report
 from sgl_blend.engine.request.planner import Planner, PlannerContext
-from sgl_blend.engine.request.state import namespace_of, state_of
+from sgl_blend.engine.request.state import namespace_of, read_options, state_of
 from sgl_blend.engine.request.store_tier import connect
-from sgl_blend.errors import ConfigError, UnsupportedError
+from sgl_blend.errors import ConfigError, SeamError, UnsupportedError
 from sgl_blend.gate.budget import seconds_for
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.window import LiveWindow
@@ -125,12 +126,13 @@ def build_tree(ctx: Any) -> Any:
             metrics=metrics,
             tiers=tiers,
             gate=gate,
+            company=lambda forward_batch, batch: why_not(forward_batch, batch, model),
             scores=_score_table(config, pool, num_layers),
         )
     )
     # Kernels are built at launch, not in the first blended request.
     cpu_module(pool.k(0).device)
-    _install(model, planner, pool, ranks, num_layers, config, gate)
+    _install(model_runner, planner, pool, ranks, num_layers, config, gate)
     probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
     metrics.gate_state(gate)
     seconds = seconds_for(config.gate_seconds, pool.k(0).device)
@@ -179,7 +181,7 @@ def _metric_labels(ctx: Any) -> dict[str, str] | None:
 
 
 def _install(
-    model: Any,
+    runner: Any,
     planner: Planner,
     pool: ModelPool,
     ranks: Any,
@@ -190,6 +192,7 @@ def _install(
     from sgl_blend.engine.forward.attn_backend import scoring
     from sgl_blend.engine.forward.slices import ModelSlices
 
+    model = runner.model
     # Mistral inherits Llama's: the hook goes where forward is defined, and serves this model alone.
     kind = next(c for c in type(model).__mro__ if "forward" in vars(c))
     if not hasattr(kind, "forward_split_prefill"):
@@ -209,9 +212,16 @@ def _install(
                 if batch is not None:
                     around.enter_context(scoring(scores, pool, batch.pieces, forward_batch))
                 return original(self, input_ids, positions, forward_batch, *args, **kwargs)
+        embeds = kwargs.pop("input_embeds", None)
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if args or unknown:
+            raise SeamError(
+                f"SGLang gives {', '.join(unknown) or 'more than the batch'} to the model's forward, "
+                "which blending does not know"
+            )
         with torch.no_grad():
             while True:
-                slices = ModelSlices(self, forward_batch, num_layers)
+                slices = ModelSlices(self, forward_batch, num_layers, embeds, runner.lora_manager)
                 try:
                     result = prefill.run(batch.pieces, slices, pool, ranks, config, scores)
                     break
@@ -235,6 +245,7 @@ def _install(
 
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
+    seams.install(seams.REQUEST_CREATED, read_options(config, gate), "after")
     seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers), "around")
     if tiers is not None:
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")

@@ -4,6 +4,10 @@ Seams (SGLang 0.5.23): ``Model.forward_split_prefill(input_ids, positions, forwa
 (first, last))``; the hidden state between slices in ``forward_batch.hidden_states`` and
 ``forward_batch.residual_stream`` (``layers/layer_boundary/residual/``), Gemma's in
 ``forward_batch.residual``; ``forward_context(replace(get_forward_context(), attn_backend=...))``.
+What SGLang keeps by the batch's rows goes along: embeddings that replace the tokens' own reach the
+model's ``forward`` as ``input_embeds``; ``LoRAManager.prepare_lora_batch`` says which rows are which
+adapter's; ``LogitsProcessorOutput.hidden_states`` and ``RoutedExpertsCapturer`` are read by the
+whole batch's rows afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
+from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
 
@@ -26,32 +31,59 @@ class ModelSlices:
     one instance serves one forward.
     """
 
-    def __init__(self, model: Any, forward_batch: Any, num_layers: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        forward_batch: Any,
+        num_layers: int,
+        input_embeds: torch.Tensor | None = None,
+        lora: Any = None,
+    ) -> None:
+        """input_embeds [rows, hidden]: in place of the tokens' embeddings, for the whole batch.
+        lora: SGLang's ``LoRAManager``, or None where adapters are not served."""
         self.model = model
         self.whole = forward_batch
         self.num_layers = num_layers
+        self.input_embeds = input_embeds
+        self.lora = lora
         self.fb: Any = None
+        #: the batch rows of the pass, None: all
+        self._rows: torch.Tensor | None = None
+        self._scratch = False
 
     def start(self, rows: torch.Tensor | None, counts: list[int]) -> None:
         self.fb = copy.copy(self.whole)
+        self._rows, self._scratch = rows, False
         if rows is not None:
             self._take(rows, counts)
+        self._prepare_adapters()
 
     def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
         n = ids.numel()
         fb = self.fb = copy.copy(self.whole)
+        self._rows, self._scratch = None, True
         fb.input_ids = ids
         fb.positions = positions
         # Slot 0 is the pool's padding slot: models that write KV in a fused kernel hit it only.
         fb.out_cache_loc = torch.zeros(n, dtype=torch.int64, device=ids.device)
+        # One request of the base model, as far as adapters are concerned: no other asks.
+        fb.batch_size, fb.lora_ids, fb.return_logprob = 1, [None], False
         self._set_counts([n])
+        self._prepare_adapters()
 
     def run(self, first: int, last: int, attention: Any) -> Any:
         fb = self.fb
         context = get_forward_context()
         backend = BlendAttnBackend(context.attn_backend, attention)
         with forward_context(dataclasses.replace(context, attn_backend=backend), forward_batch=fb):
-            return self.model.forward_split_prefill(fb.input_ids, fb.positions, fb, (first, last))
+            result = self.model.forward_split_prefill(
+                fb.input_ids, fb.positions, fb, (first, last), **self._embeddings(first)
+            )
+        if self._rows is not None:
+            self._spread_experts(first, last)
+            if last == self.num_layers:
+                self._spread_hidden_states(result)
+        return result
 
     def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
         old = self.fb
@@ -77,6 +109,38 @@ class ModelSlices:
             self.fb.hidden_states = self.fb.residual = None
             self.fb = None
 
+    def _embeddings(self, first: int) -> dict[str, torch.Tensor]:
+        if first > 0 or self._scratch or self.input_embeds is None:
+            return {}
+        # A copy in any case: models scale embeddings in place.
+        rows = self._rows
+        return {
+            "input_embeds": self.input_embeds.clone() if rows is None else self.input_embeds[rows]
+        }
+
+    def _prepare_adapters(self) -> None:
+        """Tell the adapters' layers whose the rows of this pass are (``ForwardBatch.init_new`` has
+        told them for the whole batch)."""
+        if self.lora is not None and not self.lora.attn_dp_enabled:
+            self.lora.prepare_lora_batch(self.fb)
+
+    def _spread_experts(self, first: int, last: int) -> None:
+        """Put the experts that the layers have noted row by row where the whole batch's rows are."""
+        capturer = get_global_experts_capturer()
+        if capturer is not None:
+            noted = capturer.device_cache.buffer
+            noted[self._rows, first:last] = noted[: self._rows.numel(), first:last].clone()
+
+    def _spread_hidden_states(self, result: Any) -> None:
+        """Where all rows' hidden states are captured they are read by the whole batch's rows; those
+        of rows that did not run are zero, and nobody's."""
+        if result.hidden_states is not None and self.fb.capture_hidden_mode.is_full():
+            hidden = result.hidden_states
+            result.hidden_states = hidden.new_zeros(
+                (self.whole.input_ids.shape[0], hidden.shape[1])
+            )
+            result.hidden_states[self._rows] = hidden
+
     def _take(self, rows: torch.Tensor, counts: list[int]) -> None:
         """Narrow the batch copy to ``rows`` of the whole batch, ``counts`` per request."""
         fb, whole = self.fb, self.whole
@@ -95,8 +159,9 @@ class ModelSlices:
         fb.extend_seq_lens = torch.tensor(counts, dtype=torch.int32).to(
             whole.extend_seq_lens.device, non_blocking=True
         )
-        fb.extend_start_loc = torch.cumsum(fb.extend_seq_lens, 0) - fb.extend_seq_lens
-        if whole.extend_logprob_start_lens_cpu is not None and len(counts) == whole.batch_size:
+        ends = torch.cumsum(fb.extend_seq_lens, 0, dtype=torch.int32)
+        fb.extend_start_loc = ends - fb.extend_seq_lens
+        if whole.extend_logprob_start_lens_cpu is not None and not self._scratch:
             # Starts count from the piece's first row; what lies behind a start always runs.
             fb.extend_logprob_start_lens_cpu = [
                 max(0, count - (old - start))

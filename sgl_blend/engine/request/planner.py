@@ -9,6 +9,7 @@ because overlap scheduling may give the row to another request before the forwar
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from sgl_blend import attach
 from sgl_blend.config import MAX_GENERATION, BlendConfig
+from sgl_blend.engine.forward.company import capture_nothing, notes_experts
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import (
     RequestState,
@@ -42,14 +44,13 @@ from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
 logger = logging.getLogger(__name__)
 
-#: attribute of a forward batch: its ``PlannedBatch``
-
 
 @dataclass(frozen=True)
 class PlannerContext:
     """What planning needs beside the batch. max_positions: what the rotation tables cover.
     tiers: an ``engine.tiers.StoreTier``, or None where nothing but the device holds chunks.
-    scores: of the pool's slots, or None where they are not kept."""
+    scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch) ->
+    reason | None``, why nobody in a batch can be blended (``engine/forward/company.py``)."""
 
     tree: Any
     config: BlendConfig
@@ -57,6 +58,7 @@ class PlannerContext:
     max_positions: int
     metrics: Any
     gate: GateState
+    company: Callable[[Any, Any], str | None]
     tiers: Any = None
     scores: ScoreTable | None = None
 
@@ -88,7 +90,7 @@ class Planner:
         if not mode.is_extend() or mode.is_target_verify() or batch.tree_cache is not self.c.tree:
             return
         decoding = {id(r) for r in (batch.decoding_reqs or ())}
-        full_capture = _captures_all(forward_batch)
+        company = self.c.company(forward_batch, batch)
         row, pieces, mine, samples = 0, [], [], []
         no_slots = forward_batch.out_cache_loc[:0]
         for i, req in enumerate(batch.reqs):
@@ -99,16 +101,22 @@ class Planner:
                 if scores is not None:
                     piece.starts = self._starts(req, state, piece).to(no_slots.device)
                 mine.append(_Planned(req, state, piece, state.mark()))
-                spans = self._spans(req, state, piece, full_capture)
+                spans = self._spans(req, state, piece)
                 state.decided = True
+                if spans and company is not None and state.probe is None:
+                    # What an earlier piece has reused stays as it is, and labelled as it is.
+                    self._fall_back(state, company)
+                    spans = []
                 self._set(mine[-1], spans, forward_batch.input_ids.device)
                 # A sampled prompt may end in a piece that reuses nothing.
-                sample = self._sample(req, begin + rows)
+                sample = self._sample(req, begin + rows) if company is None else None
                 if sample is not None:
                     samples.append((i, sample))
             pieces.append(piece)
             row += rows
         blended = bool(samples) or any(piece.blend is not None for piece in pieces)
+        if blended and not batch.return_hidden_states:
+            capture_nothing(forward_batch)
         if not blended:
             self.finish(mine)
         if blended or scores is not None:
@@ -188,13 +196,7 @@ class Planner:
             record.labels[: matched[0]] = EXACT
             record.tail_label = state.generation = MAX_GENERATION
 
-    def _spans(
-        self,
-        req: Any,
-        state: RequestState,
-        piece: Piece,
-        full_capture: bool,
-    ) -> list[ReuseSpan]:
+    def _spans(self, req: Any, state: RequestState, piece: Piece) -> list[ReuseSpan]:
         """What of the piece is reused; empty when the request falls back."""
         begin, end, n_tokens = piece.begin, piece.begin + piece.rows, len(_tokens(req))
         if state.fallback is not None:
@@ -206,8 +208,6 @@ class Planner:
         reason = unservable(req)
         if reason is None and not self.c.gate.on and state.probe is None:
             reason = TURNED_OFF
-        if reason is None and full_capture:
-            reason = "hidden states captured"
         if (
             reason is None
             and req.return_logprob
@@ -235,6 +235,9 @@ class Planner:
         )
         if self.c.tiers is not None:
             spans = self.c.tiers.fill(req, begin, reach, spans)
+            if notes_experts():
+                # Tokens that come in exact would pass for computed ones that have noted theirs.
+                spans = [s for s in spans if not s.exact]
             state.free_ratio = self.c.tiers.free_ratio(req)
         if not state.decided and state.probe is None:
             found = sum(s.length for s in spans)
@@ -415,8 +418,3 @@ def _seed(tokens: np.ndarray, n_prompt: int) -> int:
 
     digest = hashlib.blake2b(tokens[:n_prompt].tobytes(), digest_size=7).digest()
     return int.from_bytes(digest, "little")
-
-
-def _captures_all(forward_batch: Any) -> bool:
-    mode = forward_batch.capture_hidden_mode
-    return mode is not None and mode.is_full()

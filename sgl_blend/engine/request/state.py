@@ -104,7 +104,8 @@ class RequestState:
 
 
 def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
-    """The request's state, made at first sight. Never raises: what the HTTP process let
+    """The request's state, made at first sight, which has to be its arrival (``read_options``): for
+    beam search SGLang puts other sampling parameters in place of the request's own. Never raises: what the HTTP process let
     through and is malformed all the same falls back to full prefill."""
     state = attach.STATE.get(req)
     if state is None:
@@ -125,6 +126,16 @@ def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
     return state
+
+
+def read_options(config: BlendConfig, gate: GateState):
+    """AFTER ``Scheduler._create_generation_req``, "extension point for request-local state" (SGLang
+    0.5.23)."""
+
+    def created(req: Any, *args: Any, **kw: Any) -> None:
+        state_of(req, config, gate)
+
+    return created
 
 
 def recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
@@ -167,8 +178,12 @@ def unservable(req: Any) -> str | None:
         return "session"
     if req.return_hidden_states:
         return "hidden states requested"
-    if getattr(req, "return_routed_experts", False):
+    if req.return_routed_experts or req.return_indexer_topk:
         return "routed experts requested"
+    if req.token_type_ids is not None:
+        return "token types"
+    if req.multi_item_delimiter_indices is not None or req.token_indices_to_pool is not None:
+        return "scoring request"
     if (
         req.sampling_params.max_new_tokens == 0
         and req.return_logprob

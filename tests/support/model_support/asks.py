@@ -11,7 +11,8 @@ import torch
 
 @dataclass
 class Ask:
-    """One request of a batch. chunks: lengths of its prefill pieces but the last (empty: one)."""
+    """One request of a batch. chunks: lengths of its prefill pieces but the last (empty: one).
+    more: further arguments of SGLang's ``Req``."""
 
     tokens: list[int]
     policy: str | None = None
@@ -22,6 +23,7 @@ class Ask:
     new_tokens: int = 1
     extra_key: str | None = None
     coverage: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,3 +42,4 @@ class Outcome:
     prefix: int
     labels: Any = None
     decode_logits: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[Any] = field(default_factory=list)

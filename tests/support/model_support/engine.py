@@ -31,6 +31,8 @@ from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from model_support.asks import Ask, Outcome
+from model_support.results import hand_out_hidden_states
+from model_support.rope import encode_in_fp32
 from sgl_blend import attach
 from sgl_blend.engine import wiring as backend
 from sgl_blend.engine.gate.launch import LaunchGate
@@ -68,6 +70,7 @@ class Engine:
         load_plugins()
         server_args = prepare_server_args(argv)
         server_args.resolve_once()
+        server_args.check_server_args()
         ports = PortArgs.init_new(server_args)
         if port is not None:
             ports.nccl_port = port
@@ -81,7 +84,7 @@ class Engine:
         torch.set_num_threads(threads)  # SGLang has taken all cores
         self.runner = bench.torch_runner
         if fp32_rope:
-            _encode_in_fp32(self.runner.model)
+            encode_in_fp32(self.runner.model)
         self.server_args = server_args
         runner = self.runner
         # What the cache builder reads of SGLang's TpModelWorker.
@@ -192,6 +195,7 @@ class Engine:
             sampling_params=params,
             vocab_size=self.runner.model_config.vocab_size,
             extra_key=ask.extra_key,
+            **ask.more,
         )
 
     def run(self, *asks: Ask) -> list[Outcome]:
@@ -225,7 +229,8 @@ class Engine:
         out = []
         for ask in asks:
             self.flush()
-            out += self.run(Ask(ask.tokens, blend=False, new_tokens=ask.new_tokens))
+            plain = Ask(ask.tokens, blend=False, new_tokens=ask.new_tokens, more=ask.more)
+            out += self.run(plain)
         self.flush()
         return out
 
@@ -274,7 +279,10 @@ class Engine:
             spec_algorithm=SpeculativeAlgorithm.NONE,
         )
         batch.prepare_for_extend()
-        return batch, self._forward(batch)
+        logits = self._forward(batch)
+        if batch.return_hidden_states:
+            hand_out_hidden_states(batch, self.output)
+        return batch, logits
 
     def _forward(self, batch: ScheduleBatch) -> torch.Tensor:
         if batch.input_ids is None and getattr(batch, "prefill_input_ids_cpu", None) is not None:
@@ -286,7 +294,7 @@ class Engine:
             )
             planned = attach.PIECES.get(forward)
             self._pieces = None if planned is None else planned.pieces
-            out = self.runner.forward(forward).logits_output
+            self.output = out = self.runner.forward(forward).logits_output
         return out.next_token_logits.float().clone()
 
     def _snapshot(self, one: _Live) -> None:
@@ -356,19 +364,5 @@ class _Live:
             self.prefix,
             self.labels,
             self.decode_logits,
+            self.req.hidden_states,
         )
-
-
-def _encode_in_fp32(model: torch.nn.Module) -> None:
-    """Each rotary module keeps the unrounded keys of its calls in ``unrounded``."""
-    for module in {m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb")}:
-        module.cos_sin_cache = module._compute_cos_sin_cache().float()
-        native = module.forward_native
-        kept = module.unrounded = []
-
-        def forward(positions, query, key, *args, _native=native, _kept=kept, **kwargs):
-            q, k = _native(positions, query.float(), key.float(), *args, **kwargs)
-            _kept.append(k.clone())
-            return q.to(query.dtype), k.to(key.dtype)
-
-        module._forward_method = forward
