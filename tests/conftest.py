@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from groups import group_of, rank_of
 from polling import eventually
+
+from sgl_blend.harness.process import Child, free_port
 
 # Two workers run side by side on two cores: a second thread in either would mostly wait.
 # Set before torch is imported; every process that a test starts inherits it.
@@ -48,30 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (rank_of(groups[item]), first[groups[item]]))
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture
 def mooncake_master(tmp_path):
     """Address of a mooncake_master of this test's own."""
     binary = shutil.which("mooncake_master") or str(Path(sys.executable).parent / "mooncake_master")
-    port = _free_port()
-    with open(tmp_path / "master.log", "wb") as log:
-        master = subprocess.Popen(
-            [binary, "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
-            + ["--metrics_host=127.0.0.1", f"--metrics_port={_free_port()}"],
-            stdout=log,
-            stderr=log,
-        )
+    port = free_port()
+    command = [binary, "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
+    command += ["--metrics_host=127.0.0.1", f"--metrics_port={free_port()}"]
 
-    def answers() -> bool:
+    def listens() -> bool:
         with socket.socket() as s:
             return s.connect_ex(("127.0.0.1", port)) == 0
 
-    assert eventually(answers, 30.0), (tmp_path / "master.log").read_text()
-    yield f"127.0.0.1:{port}"
-    master.terminate()
-    master.wait()
+    with open(tmp_path / "master.log", "wb") as log, Child(command, stdout=log, stderr=log):
+        assert eventually(listens, 30.0, 0.05), (tmp_path / "master.log").read_text()
+        yield f"127.0.0.1:{port}"

@@ -54,7 +54,7 @@ class Bench:
 
     def ask(self, documents: list[int]) -> Answer:
         order = self.rng.sample(documents, len(documents))
-        return ask(self.server.url, ids=self.workload.prompt(order).ids, custom=self.custom)
+        return ask(self.server.url, self.workload.prompt(order).ids, custom=self.custom)
 
     def settle(self) -> None:
         """Until the store has taken in, moved and written what it was going to."""
@@ -74,7 +74,7 @@ class Bench:
             self.server.flush()
             if place == "device":
                 exact = self.workload.prompt(documents)
-                ask(self.server.url, ids=exact.ids, custom={"blend": False})
+                ask(self.server.url, exact.ids, custom={"blend": False})
             self.settle()
             if place == "disk":
                 drop_page_cache(self.store.config.disk_path)

@@ -129,7 +129,7 @@ class _Run:
             server.pause()
 
     def _ask(self, server: Server, ids: list[int], custom: dict | None = None) -> Answer:
-        return self._on(server, lambda: ask(server.url, ids=ids, custom=custom))
+        return self._on(server, lambda: ask(server.url, ids, custom=custom))
 
     def reuse(self) -> list[Row]:
         w = self._workload(1)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 COMMANDS = ("demo", "bench", "eval", "store", "inspect", "warm")
 
@@ -22,10 +26,32 @@ def main(argv: list[str] | None = None) -> int:
     from sgl_blend.errors import BlendError, StoreError
 
     try:
-        return args.run(args)
+        with _signals_unwind():
+            return args.run(args)
     except BlendError as e:
         print(f"sgl-blend {args.command}: error: {e}", file=sys.stderr)
         return 1 if isinstance(e, StoreError) else 2
+    except KeyboardInterrupt:
+        print("\nsgl-blend: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as an error would: what it started ends with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import requests
-
 from sgl_blend.cli.documents import Document, split_to_fit
-from sgl_blend.harness.server import ServerError
+from sgl_blend.harness.client import Client, ServerError, map_threads
 
 _BUSY = (429, 503)
 _RETRY_S = 0.5
@@ -46,15 +43,15 @@ class WarmServer:
         cache_salt: str | None = None,
         extra_key: str | None = None,
     ):
-        self.url, self._timeout_s = url.rstrip("/"), timeout_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        self._client, self._timeout_s = Client(url, headers), timeout_s
         self._key = {"cache_salt": cache_salt, "extra_key": extra_key}
         self._key = {k: v for k, v in self._key.items() if v is not None}
         longest = self._call("GET", "/server_info").get("max_req_input_len")
         if not isinstance(longest, int):
             longest = self._call("POST", "/tokenize", {"prompt": ""}).get("max_model_len")
         if not isinstance(longest, int) or longest < 2:
-            raise ServerError(f"{self.url} does not say how long a prompt may be")
+            raise ServerError(f"{self._client.url} does not say how long a prompt may be")
         # SGLang's bound is the first length that is refused.
         self.limit = longest - 1
 
@@ -75,20 +72,17 @@ class WarmServer:
     def _call(self, method: str, path: str, body: dict | None = None) -> dict:
         until = time.monotonic() + self._timeout_s
         while True:
+            # A full queue is no failure: the server says to come again.
+            again = time.monotonic() + _RETRY_S < until
+            left = max(0.1, until - time.monotonic())
+            r = self._client.send(method, path, body, timeout=left, also=_BUSY if again else ())
+            if r.status_code in _BUSY:
+                time.sleep(_RETRY_S)
+                continue
             try:
-                left = max(0.1, until - time.monotonic())
-                r = requests.request(
-                    method, self.url + path, json=body, headers=self._headers, timeout=left
-                )
-                # A full queue is no failure: the server says to come again.
-                if r.status_code in _BUSY and time.monotonic() + _RETRY_S < until:
-                    time.sleep(_RETRY_S)
-                    continue
-                if r.status_code != 200:
-                    raise ServerError(f"{path} answered {r.status_code}: {r.text[:300]}")
                 answer = r.json()
-            except requests.RequestException as e:
-                raise ServerError(f"no answer from {self.url}{path}: {e}") from None
+            except ValueError:
+                answer = None
             if not isinstance(answer, dict):
                 raise ServerError(f"{path} answered with no JSON object")
             return answer
@@ -105,7 +99,7 @@ def warm(
     began = shown = time.monotonic()
     stopped = threading.Event()
 
-    def work() -> None:
+    def work(_worker: int) -> None:
         nonlocal shown
         while not stopped.is_set():
             with lock:
@@ -124,13 +118,11 @@ def warm(
                         f"{len(summary.failed)} failed"
                     )
 
-    with ThreadPoolExecutor(concurrency) as pool:
-        try:
-            for worker in [pool.submit(work) for _ in range(concurrency)]:
-                worker.result()
-        finally:
-            # After an interrupt the workers end with the request they are at.
-            stopped.set()
+    try:
+        map_threads(work, range(concurrency), concurrency)
+    finally:
+        # After an interrupt the workers end with the request they are at.
+        stopped.set()
     summary.seconds = time.monotonic() - began
     return summary
 

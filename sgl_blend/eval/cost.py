@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_blend.harness.server import ServerError
+from sgl_blend.harness.client import ServerError
 
 
 class NoReportError(ServerError):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 
 from sgl_blend.engine.launch import cpu
-from sgl_blend.errors import BlendError
+from sgl_blend.folders import OwnedFolder
+from sgl_blend.harness.client import Client, ServerError
+from sgl_blend.harness.process import Child, free_port
 
 #: what ``--enable-blend`` chooses on a CPU, for SGLang without it; a flag without a value is a switch
 PLAIN_ON_CPU = {
@@ -27,26 +26,24 @@ PLAIN_ON_CPU = {
     "--chunked-prefill-size": str(cpu.PIECE),
     "--sleep-on-idle": "",
 }
-
-
-class ServerError(BlendError):
-    """The server did not start or stopped; the message ends with its last log lines."""
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+#: seconds that a store of the server's may take to write what it holds to its disk
+DRAIN_S = 35.0
+#: seconds between SIGTERM and SIGKILL: SGLang would first finish the requests it is at
+GRACE_S = 5.0
 
 
 @dataclass
 class Server:
-    """A running server: ``url``, its process and log file."""
+    """A running server: ``url``, its processes and log file."""
 
     url: str
-    process: subprocess.Popen
+    process: Child
     log: Path
+    folder: OwnedFolder | None = None
+
+    @property
+    def client(self) -> Client:
+        return Client(self.url)
 
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -56,42 +53,24 @@ class Server:
 
     def generate(self, **body) -> dict | list:
         """POST /generate; raises :class:`ServerError` with the body of a non-200 answer."""
-        r = requests.post(self.url + "/generate", json=body, timeout=600)
-        if r.status_code != 200:
-            raise ServerError(f"/generate answered {r.status_code}: {r.text[:500]}")
-        return r.json()
+        return self.client.generate(body)
 
     def flush(self) -> None:
         """Empty the server's caches (it must be idle)."""
-        deadline = time.monotonic() + 30
-        while True:
-            r = requests.post(self.url + "/flush_cache", timeout=60)
-            if r.status_code == 200:
-                return
-            if time.monotonic() > deadline:
-                raise ServerError(f"/flush_cache answered {r.status_code}: {r.text[:200]}")
-            time.sleep(0.2)
+        self.client.flush()
 
     def pause(self) -> None:
         """Stop the server's processes where they are, so that they take no processor time."""
-        os.killpg(self.process.pid, signal.SIGSTOP)
+        self.process.pause()
 
     def resume(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
+        self.process.resume()
 
     def stop(self) -> None:
-        if self.alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGCONT)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End all of the server's processes; remove its log unless the caller named the file."""
+        self.process.stop()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 def command(model: str | Path, port: int, args: Sequence[str] = ()) -> list[str]:
@@ -121,37 +100,56 @@ def start(
     model: str | Path,
     args: Sequence[str] = (),
     *,
-    env: dict[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
     timeout: float = 180.0,
     log: Path | None = None,
+    waiting: Callable[[float], None] = lambda seconds: None,
 ) -> Server:
-    """Start a server and wait for ``/health``. Raises :class:`ServerError`."""
+    """Start a server and wait for ``/health``; ``waiting`` is told the seconds so far.
+
+    Raises :class:`ServerError`, whose message ends with the log's last lines.
+    """
     port = free_port()
     environ = {**os.environ, **(env or {})}
     if _plain_on_cpu(args):
         cpu.set_threads(environ, 1)
-    log = log or Path(tempfile.mkstemp(prefix="sgl-blend-server-", suffix=".log")[1])
+    folder = None
+    if log is None:
+        folder = OwnedFolder("sgl-blend-server-")
+        log = folder.path / "server.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(
+        process = Child(
             command(model, port, args),
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environ,
-            start_new_session=True,
+            grace_s=GRACE_S,
+            drain_s=DRAIN_S,
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    deadline = time.monotonic() + timeout
+    server = Server(f"http://127.0.0.1:{port}", process, log, folder)
+    try:
+        _wait(server, timeout, waiting)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def _wait(server: Server, timeout: float, waiting: Callable[[float], None]) -> None:
+    begun = time.monotonic()
     while True:
         if not server.alive():
-            server.stop()
-            raise ServerError(f"the server ended with {process.returncode}:\n{server.log_tail()}")
+            code = server.process.wait()
+            raise ServerError(f"the server ended with {code}:\n{server.log_tail()}")
         with contextlib.suppress(requests.RequestException):
             if requests.get(server.url + "/health", timeout=5).status_code == 200:
-                return server
-        if time.monotonic() > deadline:
-            tail = server.log_tail()
-            server.stop()
-            raise ServerError(f"the server did not come up in {timeout:.0f} s:\n{tail}")
+                return
+        passed = time.monotonic() - begun
+        if passed > timeout:
+            raise ServerError(
+                f"the server did not come up in {timeout:.0f} s:\n{server.log_tail()}"
+            )
+        waiting(passed)
         time.sleep(0.25)
 
 

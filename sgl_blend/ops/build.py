@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from sgl_blend.errors import KernelError
+from sgl_blend.folders import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def _load() -> object | None:
         return None
     from tvm_ffi.cpp import load
 
-    target = _cache_root()
+    target = cache_root()
     try:
         sources = sorted(source_dir().glob("*.cpp"))
         target = target / f"cpu-{_fingerprint(compiler, sources)}"
@@ -103,11 +104,6 @@ def _load() -> object | None:
             error,
         )
         return None
-
-
-def _cache_root() -> Path:
-    chosen = os.environ.get("SGL_BLEND_CACHE_DIR")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "sgl_blend"
 
 
 def _fingerprint(compiler: str, sources: list[Path]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import select
+import shutil
 import sys
 
 from sgl_blend.errors import BlendError
@@ -18,6 +20,7 @@ from sgl_blend.store.service.server import StoreServer
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sgl_blend.store")
     parser.add_argument("--parent-fd", type=int, default=None)
+    parser.add_argument("--folder", help="removed when the store ends after its parent")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
@@ -31,7 +34,10 @@ def main() -> int:
 
         serve_metrics(server, server.config.metrics_host, server.config.metrics_port)
     print("ready", *server.addresses, flush=True)
-    return server.run()
+    code = server.run()
+    if args.folder and select.select([args.parent_fd], [], [], 0)[0]:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A store of one's own: started as a child process, and gone with its parent however that ends.
 
 The child holds the read end of a pipe whose other end only the parent has: when the parent exits,
-or is killed, the kernel closes it, and the child drains and stops.
+or is killed, the kernel closes it, and the child drains, stops and removes the folder it listened
+in. Where both are killed, the next store that is started so removes it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from sgl_blend.folders import OwnedFolder
 from sgl_blend.store.config import StoreConfig, load_config
 from sgl_blend.store.errors import StoreError
 
@@ -45,9 +46,9 @@ class EmbeddedStore:
         log: str | Path | None = None,
         keep: bool = False,
     ):
-        self._folder = tempfile.TemporaryDirectory(prefix="sgl-blend-") if private else None
+        self._folder = OwnedFolder("sgl-blend-store-") if private else None
         if self._folder is not None:
-            endpoint = f"ipc://{self._folder.name}/store"
+            endpoint = f"ipc://{self._folder.path}/store"
             config = replace(config, endpoints=(endpoint,))
         self.config = config
         self.endpoint = config.endpoints[0]
@@ -68,10 +69,11 @@ class EmbeddedStore:
         env = dict(os.environ)
         root = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH")) if p)
+        folder = ["--folder", str(self._folder.path)] if self._folder is not None else []
         err = open(self._log, "ab") if self._log else None
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sgl_blend.store", "--parent-fd", str(read_end)],
+                [sys.executable, "-m", "sgl_blend.store", "--parent-fd", str(read_end), *folder],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=err,

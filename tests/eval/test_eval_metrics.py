@@ -22,7 +22,7 @@ from sgl_blend.eval.metrics import (
 from sgl_blend.eval.probes import Prompt, Reference, Step
 from sgl_blend.eval.settings import PREFIX, parse, plan
 from sgl_blend.eval.stats import Bootstrap
-from sgl_blend.harness.server import ServerError
+from sgl_blend.harness.client import ServerError
 
 # --- metrics ---------------------------------------------------------------------------------
 

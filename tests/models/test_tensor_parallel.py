@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-
 import numpy as np
 import pytest
 
+from sgl_blend.harness.process import free_port
+
 TRACE = "model_support.checks_special:trace"
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -24,8 +18,8 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> None:
     """The same tokens on both ranks and with one rank; logits and each rank's heads of the KV
     equal to one rank's within fp32 rounding."""
-    [one] = jobs.run_all([(TRACE, (str(models), arch, page, 0, 1, _port()), {})])
-    port = _port()
+    [one] = jobs.run_all([(TRACE, (str(models), arch, page, 0, 1, free_port()), {})])
+    port = free_port()
     ranks = jobs.run_all([(TRACE, (str(models), arch, page, r, 2, port), {}) for r in (0, 1)])
     for i, single in enumerate(one):
         first, second = ranks[0][i], ranks[1][i]
@@ -43,7 +37,7 @@ def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> N
 def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:
     """Negative control: each rank by its own heads alone chooses other tokens."""
     alone = "model_support.checks_special:trace_without_agreement"
-    port = _port()
+    port = free_port()
     ranks = jobs.run_all([(alone, (str(models), "qwen3", 1, r, 2, port), {}) for r in (0, 1)])
     assert ranks[0] != ranks[1]
 
@@ -54,7 +48,7 @@ def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:
 )
 def test_what_the_gate_finds_on_one_rank_holds_on_all(jobs, models, fault, check) -> None:
     """Each rank sees its own heads: blending must go off on both, or they part ways."""
-    port = _port()
+    port = free_port()
     calls = [
         ("model_support.checks_gate:one_rank_broken", (str(models), "llama", fault, r, 2, port), {})
         for r in (0, 1)

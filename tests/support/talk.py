@@ -5,11 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import requests
 
+from sgl_blend.harness.client import Answer, answer_of, greedy
 from sgl_blend.harness.server import Server
 
 #: output logprobs of the same computation in another batch shape agree to this (fp32 GEMMs)
@@ -20,41 +20,11 @@ FIRST_ID, LAST_ID = 300, 2047
 SEP = 3
 
 
-@dataclass(frozen=True)
-class Answer:
-    """tokens, logprobs: of the output. meta: SGLang's meta_info. blend: our part of it."""
-
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    meta: dict[str, Any]
-
-    @property
-    def blend(self) -> dict[str, Any] | None:
-        return self.meta.get("blend")
-
-
-def answer_of(body: dict[str, Any]) -> Answer:
-    meta = body["meta_info"]
-    pairs = meta.get("output_token_logprobs") or []
-    return Answer(
-        body["text"],
-        tuple(body["output_ids"]),
-        tuple(p[0] for p in pairs),
-        meta,
-    )
-
-
 def body_of(prompt: Sequence[int] | str, *, new: int = 8, custom=None, **more) -> dict[str, Any]:
     """Body of a greedy /generate request with output logprobs. ``custom``: custom_params;
     keywords that begin with ``s_`` go into sampling_params."""
-    params = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-    params |= {k[2:]: more.pop(k) for k in list(more) if k.startswith("s_")}
-    if custom is not None:
-        params["custom_params"] = custom
-    key = "text" if isinstance(prompt, str) else "input_ids"
-    value = prompt if isinstance(prompt, str) else list(prompt)
-    return {key: value, "sampling_params": params, "return_logprob": True, **more}
+    params = {"ignore_eos": True} | {k[2:]: more.pop(k) for k in list(more) if k.startswith("s_")}
+    return {**greedy(prompt, new, custom, **params), "return_logprob": True, **more}
 
 
 def ask(server: Server, prompt: Sequence[int] | str, **more) -> Answer:
