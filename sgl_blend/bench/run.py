@@ -92,7 +92,7 @@ def bench(options: BenchOptions, progress: Progress = lambda text: None) -> list
             )
         need = 3 * options.corpus * options.doc_tokens + 8 * options.documents * options.doc_tokens
         # Two servers share the machine's memory; max-total-tokens bounds what each takes.
-        args = ["--max-total-tokens", str(need), "--mem-fraction-static", "0.8"]
+        args = ["--max-total-tokens", str(need)]
         args += options.server_args
         progress("starting plain SGLang")
         with serve(model, args, timeout=600) as plain:

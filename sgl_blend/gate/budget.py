@@ -1,7 +1,6 @@
 """How long the launch gate may take, and what it leaves out to keep to that.
 
-Costs are reckoned in tokens: each prefill tells how long a token takes on this model and this
-machine as it is now. What would go over the limit is made smaller, or left out and named in one
+Each prefill tells how long a pass and a token take on this model and this machine as it is now. What would go over the limit is made smaller, or left out and named in one
 line. Tensor-parallel ranks must decide alike, and their clocks differ: rank 0's decides.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,14 +19,21 @@ from sgl_blend.gate.model import Ask, GateModel, Ran
 ON_GPU, ON_CPU = 4.0, 12.0
 
 
+class Work(NamedTuple):
+    """What is to be prefilled: tokens in all, and passes through the model."""
+
+    tokens: int
+    passes: int
+
+
 class Timed:
-    """A ``GateModel`` that knows what its prefills cost. Everything else is passed on."""
+    """A ``GateModel`` that knows what its prefills cost: ``done`` in ``seconds``, the cheapest pass
+    in ``cheapest``. Everything else is passed on."""
 
     def __init__(self, model: GateModel, clock: Callable[[], float] = time.perf_counter) -> None:
         self._model = model
         self.clock = clock
-        self.seconds = 0.0
-        self.tokens = 0
+        self.forget()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -36,9 +42,18 @@ class Timed:
         begun = self.clock()
         ran = self._model.run(*asks)
         float(ran[0].logits.sum())  # a device works on after the call has returned
-        self.seconds += self.clock() - begun
-        self.tokens += sum(len(a.tokens) for a in asks)
+        seconds = self.clock() - begun
+        passes = 1 + max(len(a.pieces) for a in asks)
+        self.seconds += seconds
+        self.cheapest = min(self.cheapest, seconds / passes)
+        self.done = Work(
+            self.done.tokens + sum(len(a.tokens) for a in asks), self.done.passes + passes
+        )
         return ran
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.seconds, self.cheapest, self.done = 0.0, math.inf, Work(0, 0)
 
 
 class Budget:
@@ -60,16 +75,27 @@ class Budget:
         half = len(tokens) // 2
         blended = Ask(tokens, policy="none", source=ran, suffix=half, recompute=(half // 2,))
         model.release(*model.run(blended), ran)
-        model.seconds, model.tokens, self._begun = 0.0, 0, model.clock()
+        model.forget()
+        self._begun = model.clock()
         model.release(*model.run(Ask(tokens)))
 
-    def allows(self, tokens: int) -> bool:
-        """Is there time to prefill so many tokens? The same on every rank."""
+    def allows(self, work: Work) -> bool:
+        """Is there time for it? The same on every rank.
+
+        A pass costs a + b * tokens. What tokens have cost on average covers both for passes that are
+        as long as those before; for shorter ones a share of a is missing, and a is no more than the
+        cheapest pass took. So the answer is never too low where a and b stay what they are.
+        """
         if math.isinf(self._seconds):
             return True
-        pace = self._model.seconds / self._model.tokens if self._model.tokens else 0.0
-        spent, pace = self._model.agree([self._model.clock() - self._begun, pace])
-        return spent + tokens * pace <= self._seconds
+        model, done = self._model, self._model.done
+        if not done.tokens or not work.passes:
+            pace = least = shorter = 0.0
+        else:
+            pace, least = model.seconds / done.tokens, model.cheapest
+            shorter = max(0.0, 1 - (work.tokens / work.passes) / (done.tokens / done.passes))
+        spent, pace, least = model.agree([model.clock() - self._begun, pace, least])
+        return spent + work.tokens * pace + work.passes * least * shorter <= self._seconds
 
     def leave_out(self, what: str) -> None:
         self.left_out.append(what)

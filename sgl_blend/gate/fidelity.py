@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.gate.budget import Work
 from sgl_blend.gate.model import Ask, GateModel
 from sgl_blend.gate.prompts import Calibration
 from sgl_blend.gate.state import ladder
@@ -98,15 +99,19 @@ def climb(
     return rungs
 
 
-def tokens_computed(prompts: Sequence[Calibration], first: bool = True) -> int:
+def work_of(prompts: Sequence[Calibration], first: bool = True) -> Work:
     """What measuring ``prompts`` at one ratio prefills; ``first``: with their exact logits."""
-    total, kept = 0, None
+    tokens = passes = 0
+    kept: set[tuple[int, ...]] = set()
+    each = 2 if first else 1
     for prompt in prompts:
         if set(prompt.sources) != kept:
             kept = set(prompt.sources)
-            total += sum(map(len, kept))
-        total += len(prompt.tokens) * (2 if first else 1)
-    return total
+            tokens += sum(map(len, kept))
+            passes += len(kept)
+        tokens += each * len(prompt.tokens)
+        passes += each
+    return Work(tokens, passes)
 
 
 class Calibrator:

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.gate.budget import Budget
+from sgl_blend.gate.budget import Budget, Work
 from sgl_blend.gate.model import Ask, GateModel, Ran
 
 NOISE = 6.0
@@ -104,10 +104,11 @@ def make_prompt(
     return Prompt(sources, tokens, len(body), sum(map(len, found)), fresh(48))
 
 
-def tokens_computed(prompt: Prompt) -> int:
+def work_of(prompt: Prompt) -> Work:
     """What :func:`check_mechanics` prefills, at the most."""
     kept = sum(map(len, prompt.sources))
-    return 6 * len(prompt.tokens) + kept + 2 * len(prompt.beside)
+    tokens = 6 * len(prompt.tokens) + kept + 2 * len(prompt.beside)
+    return Work(tokens, 7 + len(prompt.sources))
 
 
 def slots_needed(prompt: Prompt, page: int) -> int:
@@ -125,7 +126,7 @@ def check_mechanics(
     return the same findings where errors are concerned."""
     found: list[Finding] = []
     n, beside = len(prompt.tokens), len(prompt.beside)
-    if not budget.allows(2 * n):
+    if not budget.allows(Work(2 * n, 3)):
         budget.leave_out("all checks")
         return found
     try:
@@ -133,19 +134,20 @@ def check_mechanics(
         [again] = model.run(Ask(prompt.tokens, pieces=(n // 2,)))
         meter = _Meter(model, exact, again)
         model.release(again)
-        if budget.allows(sum(map(len, prompt.sources)) + n):
+        kept = Work(sum(map(len, prompt.sources)) + n, len(prompt.sources) + 1)
+        if budget.allows(kept):
             for source in prompt.sources:
                 model.release(*model.run(Ask(source, keep=True)))
             found += _moved(model, config, prompt, meter)
             if not found[0].ok:  # what finds nothing blends nothing
                 pass
-            elif budget.allows(n + 2 * beside):
+            elif budget.allows(Work(n + 2 * beside, 2)):
                 found.append(_recomputed(model, config, prompt, meter))
             else:
                 budget.leave_out("the check recompute")
         else:
             budget.leave_out("the checks lookup, keys, values and recompute")
-        if budget.allows(2 * n):
+        if budget.allows(Work(2 * n, 1)):
             found.append(_masked(model, config, prompt, meter))
         else:
             budget.leave_out("the check mask")

@@ -56,9 +56,9 @@ def test_a_quarter_of_the_free_memory_goes_to_the_pool(machine, capsys):
     assert args.max_total_tokens == 5 * GB // 65536
     assert args.mem_fraction_static == 0.9 and args.chunked_prefill_size == 2048
     assert args.max_running_requests == 64 and args.sleep_on_idle is True
-    assert environ == {"OMP_NUM_THREADS": "6", "OMP_WAIT_POLICY": "PASSIVE"}
+    assert environ == {"OMP_NUM_THREADS": "6", "GOMP_SPINCOUNT": "2000"}
     [line] = capsys.readouterr().err.splitlines()
-    for part in ("--max-total-tokens 81920 ", "--sleep-on-idle ", "OMP_WAIT_POLICY=PASSIVE"):
+    for part in ("--max-total-tokens 81920 ", "--sleep-on-idle ", "GOMP_SPINCOUNT=2000"):
         assert part in line
     assert "to change it" in line
 
@@ -86,6 +86,8 @@ def test_what_is_stated_stays(machine):
     args = arguments(**said)
     assert machine(args, **stated) == stated
     assert args == arguments(**said)
+    stated = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert machine(args, **stated) == stated
     args = arguments(max_total_tokens=4096)
     machine(args)
     assert args.max_total_tokens == 4096

@@ -16,7 +16,7 @@ from sgl_blend.engine.metrics import Metrics
 from sgl_blend.errors import BlendError, GateError
 from sgl_blend.gate.budget import Budget, Timed
 from sgl_blend.gate.fidelity import Calibrator, Rung, climb
-from sgl_blend.gate.fidelity import tokens_computed as fidelity_tokens
+from sgl_blend.gate.fidelity import work_of as fidelity_work
 from sgl_blend.gate.mechanics import (
     DOCUMENTS,
     Finding,
@@ -24,7 +24,7 @@ from sgl_blend.gate.mechanics import (
     make_prompt,
     slots_needed,
 )
-from sgl_blend.gate.mechanics import tokens_computed as mechanics_tokens
+from sgl_blend.gate.mechanics import work_of as mechanics_work
 from sgl_blend.gate.model import GateModel
 from sgl_blend.gate.prompts import BUILT_IN_TOKENS, built_in, encode, read_prompts
 from sgl_blend.gate.state import GateState
@@ -111,7 +111,7 @@ class LaunchGate:
             )
             return []
         self.budget.warm_up(prompts[0].beside)
-        fit = (i for i, p in enumerate(prompts) if self.budget.allows(mechanics_tokens(p)))
+        fit = (i for i, p in enumerate(prompts) if self.budget.allows(mechanics_work(p)))
         less = next(fit, len(prompts) - 1)
         if less:
             self.budget.leave_out(f"{less} of the probes' {DOCUMENTS} documents")
@@ -136,7 +136,7 @@ class LaunchGate:
             self.gate.ratio,
             self.config,
             ratio_matters(self.config),
-            lambda: budget.allows(fidelity_tokens(prompts, first=False)),
+            lambda: budget.allows(fidelity_work(prompts, first=False)),
         )
         self._act(rungs, theirs)
 
@@ -165,7 +165,7 @@ class LaunchGate:
             while choices[-1]:
                 choices.append(whole[: len(choices[-1]) // 2])
         budget = self._budget_for(theirs)
-        prompts = next(c for c in choices if not c or budget.allows(fidelity_tokens(c)))
+        prompts = next(c for c in choices if not c or budget.allows(fidelity_work(c)))
         if len(prompts) < len(whole):
             whose = "gate_prompts" if theirs else "built-in prompts"
             self.budget.leave_out(f"{len(whole) - len(prompts)} of {len(whole)} {whose}")
