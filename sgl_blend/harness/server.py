@@ -22,7 +22,7 @@ from sgl_blend.harness.process import Child, free_port
 PLAIN_ON_CPU = {
     "--dtype": "float32",
     "--mem-fraction-static": str(cpu.STATIC_SHARE),
-    "--max-total-tokens": str(cpu.POOL_TOKENS // 4),
+    "--max-total-tokens": "65536",
     "--chunked-prefill-size": str(cpu.PIECE),
     "--sleep-on-idle": "",
 }
@@ -113,13 +113,25 @@ def start(
     environ = {**os.environ, **(env or {})}
     if _plain_on_cpu(args):
         cpu.set_threads(environ, 1)
+    return launch(command(model, port, args), port, environ, timeout, log, waiting)
+
+
+def launch(
+    cmd: Sequence[str],
+    port: int,
+    environ: Mapping[str, str],
+    timeout: float,
+    log: Path | None = None,
+    waiting: Callable[[float], None] = lambda seconds: None,
+) -> Server:
+    """As :func:`start`, of any command line that serves at ``port``."""
     folder = None
     if log is None:
         folder = OwnedFolder("sgl-blend-server-")
         log = folder.path / "server.log"
     with log.open("wb") as out:
         process = Child(
-            command(model, port, args),
+            cmd,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environ,
