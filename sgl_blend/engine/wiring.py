@@ -62,12 +62,22 @@ class TensorRanks:
         )
         return tensor.tolist()
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's ``data``, equally long, in the order of ranks."""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        every = [torch.empty_like(mine) for _ in range(self._group.world_size)]
+        torch.distributed.all_gather(every, mine, group=self._group.cpu_group)
+        return [bytes(each.numpy()) for each in every]
+
 
 class OneRank:
     """A single rank agrees with itself."""
 
     def least(self, values: list[int]) -> list[int]:
         return values
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return [data]
 
     def sum(self, score: torch.Tensor) -> torch.Tensor:
         return score
@@ -94,6 +104,7 @@ def build_tree(ctx: Any) -> Any:
     check_depth(config, num_layers)
     pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
     gate = GateState(config.recompute_ratio)
+    ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
     tokenizer = load_tokenizer(ctx.server_args)
     strong = strong_tokens(tokenizer, config)
     tree = BlendRadixCache(
@@ -111,10 +122,11 @@ def build_tree(ctx: Any) -> Any:
         ),
         strong=strong,
         namespace_of=lambda req, upto: namespace_of(req, upto, config, gate),
-        fingerprint=model_fingerprint(model_runner, ctx.model_config),
+        fingerprint=model_fingerprint(
+            model, ctx.model_config, model_runner.token_to_kv_pool, ranks
+        ),
         boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
     )
-    ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
     metrics = Metrics(_metric_labels(ctx))
     tiers = connect(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
     planner = Planner(

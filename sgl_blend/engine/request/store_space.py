@@ -2,7 +2,7 @@
 
 Equal names mean that the KV may be shared: it was stored in the same way, for the same tenant, by
 the same rank of a tensor-parallel group, with the same weights. A tenant's digest already tells
-the files that the weights were loaded from. What replaced them later has no such identity, so it
+the weights that were loaded at launch. What replaced them later has no such identity, so it
 is told by this launch of the server and by how often its weights have been replaced: the
 data-parallel ranks of one server are sent the same updates and go on sharing, and nobody else
 finds what they store.
