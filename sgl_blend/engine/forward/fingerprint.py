@@ -5,8 +5,8 @@ hashed, not what it was loaded from. Names of folders and files do not matter, s
 checkpoint share KV; a changed tensor, another commit of a hub model, quantisation at load, random
 weights (``--load-format dummy``) and weights from a remote instance are told apart.
 
-xxh3 reads 15 GB/s on one CPU core: 0.03 s for a model of 500 MB, 1 s for one of 16 GB. Weights on
-a device are copied to the host block by block, so its link bounds the speed there.
+One CPU core reads 5 (beside busy neighbours) to 15 GB/s: 0.03 to 0.1 s at launch for a model of
+500 MB, 1 to 3 s for one of 16 GB. Weights on a device are copied to the host block by block.
 """
 
 from __future__ import annotations
