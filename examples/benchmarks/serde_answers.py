@@ -62,7 +62,8 @@ def read_all(endpoint: str) -> int:
     with StoreClient(endpoint, deadline_s=30.0) as client:
         headers = [e.header for e in client.list(0, 4000, everything=True).entries]
         for space in {h.namespace for h in headers}:
-            client.prefetch([h.key for h in headers if h.namespace == space], namespace=space)
+            keys = [h.key for h in headers if h.namespace == space]
+            client.complete_load(client.prepare_load(keys, namespace=space))
         until = time.monotonic() + 60
         while client.stats()["memory_chunks"] < len(headers):
             if time.monotonic() > until:

@@ -6,6 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client import Counter as PromCounter
+
     from sgl_blend.gate.fidelity import Mean
     from sgl_blend.gate.state import GateState
 
@@ -17,48 +20,77 @@ class Metrics:
     that SGLang sets at launch.
     """
 
-    def __init__(self, labels: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, labels: dict[str, str] | None = None, registry: CollectorRegistry | None = None
+    ) -> None:
         self.fallbacks: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()
         self._labels = labels
         self.gate_failures: Counter[str] = Counter()
         self.gate_samples: Counter[str] = Counter()
         self._fallback_total = self._token_total = self._store_total = None
+        self._store_families: dict[str, PromCounter] = {}
         self._gate_failures = self._gate_samples = None
         self._gate_on = self._gate_ratio = self._gate_kl = self._gate_top1 = None
         if labels is not None:
+            from prometheus_client import REGISTRY, Gauge
             from prometheus_client import Counter as PromCounter
-            from prometheus_client import Gauge
 
             names = list(labels)
-            self._fallback_total = PromCounter(
+            into = registry or REGISTRY
+
+            def counter(name: str, text: str, *more: str) -> PromCounter:
+                return PromCounter(name, text, [*names, *more], registry=into)
+
+            self._fallback_total = counter(
                 "sgl_blend:fallback_total",
                 "Requests that fell back to full prefill, by reason.",
-                [*names, "reason"],
+                "reason",
             )
-            self._token_total = PromCounter(
+            self._token_total = counter(
                 "sgl_blend:prompt_tokens_total",
                 "Prompt tokens prefilled, by how: reused, recomputed, computed.",
-                [*names, "kind"],
+                "kind",
             )
-            self._store_total = PromCounter(
+            self._store_total = counter(
                 "sgl_blend:store_tokens_total",
                 "Prompt tokens that the chunk store holds, by what became of them: loaded, late.",
-                [*names, "kind"],
+                "kind",
             )
-            self._gate_failures = PromCounter(
+            self._store_families = {
+                "load": counter(
+                    "sgl_blend:store_loads_total",
+                    "Requests that asked the chunk store, by what came of it: found, absent, "
+                    "failed, dropped, closed.",
+                    "outcome",
+                ),
+                "chunk": counter(
+                    "sgl_blend:store_chunks_total",
+                    "New chunks offered to the chunk store, by what became of them: stored, known, "
+                    "refused, lost, failed, dropped.",
+                    "outcome",
+                ),
+                "error": counter(
+                    "sgl_blend:store_errors_total",
+                    "Calls to the chunk store that failed, by call and by reason.",
+                    "call",
+                    "reason",
+                ),
+            }
+            self._gate_failures = counter(
                 "sgl_blend:gate_failures_total",
                 "Checks of the correctness gate that failed, by check.",
-                [*names, "check"],
+                "check",
             )
-            self._gate_samples = PromCounter(
+            self._gate_samples = counter(
                 "sgl_blend:gate_samples_total",
                 "Live requests picked by the correctness gate, by what became of them.",
-                [*names, "outcome"],
+                "outcome",
             )
 
             def gauge(name: str, text: str) -> Gauge:
-                return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**labels)
+                made = Gauge(name, text, names, registry=into, multiprocess_mode="mostrecent")
+                return made.labels(**labels)
 
             self._gate_on = gauge(
                 "sgl_blend:gate_state", "1: blending is on; 0: the correctness gate turned it off."
@@ -91,6 +123,11 @@ class Metrics:
         self.tokens[kind] += tokens
         if tokens and self._store_total is not None:
             self._store_total.labels(**self._labels, kind=kind).inc(tokens)
+
+    def store_event(self, family: str, labels: dict[str, str], n: int) -> None:
+        """What ``tiering.tally.Tally`` counts. From any thread."""
+        if self._store_families:
+            self._store_families[family].labels(**self._labels, **labels).inc(n)
 
     def gate_failure(self, check: str) -> None:
         self.gate_failures[check] += 1

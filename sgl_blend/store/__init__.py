@@ -1,7 +1,7 @@
 """The chunk store: KV chunks by content, in shared memory, on disk, and in a cluster's tiers.
 
 Imports no SGLang (but for the optional HiCache adapter, when it is configured) and runs alone:
-``sgl-blend store``. See README.md in this folder for the layers and where a new part goes.
+``sgl-blend store``. ``docs/store.md`` has the layers and says where a new part goes.
 Names below load on first use.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 _HOMES = {
     "StoreClient": "wire.client",
-    "LoadedChunk": "wire.client",
-    "StoreSlot": "wire.client",
+    "LoadedChunk": "wire.views",
+    "StoreSlot": "wire.views",
     "ChunkHeader": "chunk",
     "Layout": "chunk",
     "BodyView": "chunk",

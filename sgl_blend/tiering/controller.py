@@ -218,18 +218,3 @@ class LoadingController:
         total_s = ahead_s + max(load_s - ahead_s, least) + load_s / self.n_layers
         actions = tuple("recompute" if i in recomputed else "load" for i in range(len(chunks)))
         return LoadPlan(actions, ratio if loaded else 1.0, load_s, spent, total_s)
-
-    def cheapest_tier(
-        self,
-        n_tokens: int,
-        nbytes: int,
-        prefill: PrefillSpeed,
-        tiers: Sequence[tuple[str, float, TierSpeed]],
-    ) -> str | None:
-        """Where to keep chunks: the cheapest ``(name, cost, speed)`` whose load of ``nbytes`` hides
-        behind recompute at the floor; None when no tier does."""
-        budget = self.true_share(self.floor) * prefill.time(n_tokens)
-        for name, _, speed in sorted(tiers, key=lambda t: t[1]):
-            if speed.load_time(nbytes) <= budget:
-                return name
-        return None

@@ -13,62 +13,30 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sgl_blend.errors import StoreError
-from sgl_blend.plan import HostPart, ReuseSpan, fill_holes
-from sgl_blend.tiering.chunks import (
-    HostChunk,
-    LoadFailed,
-    common_head,
-    common_tail,
-    matching_layout,
-)
-from sgl_blend.tiering.keys import NO_CONTEXT, PromptChunk, context_at
-from sgl_blend.tiering.wish import DISK, Advice, Rules, Wish
+from sgl_blend.plan import ReuseSpan
+from sgl_blend.tiering.advice import DISK, Advice
+from sgl_blend.tiering.chunks import HostChunk, LoadFailed, matching_layout
+from sgl_blend.tiering.compose import compose, joined
+from sgl_blend.tiering.rules import Rules
+from sgl_blend.tiering.search import Candidate, look_up
+from sgl_blend.tiering.tally import Tally
+from sgl_blend.tiering.wish import Wish
 
 if TYPE_CHECKING:
     from sgl_blend.store.wire.client import StoreClient
 
-#: neighbours that are asked for on either side of a gap
-_HOPS = 3
-
-
-class _Candidate(NamedTuple):
-    """A stored chunk to bring in, and how the prompt may use it: ``side`` 0 whole, -1 up to
-    ``anchor.start``, +1 from ``anchor.end`` on (an edge: a neighbour of the anchor where that was
-    computed, of which perhaps only some tokens agree with the prompt). reach: how many tokens of
-    other neighbours lie between the anchor and it."""
-
-    key: bytes
-    context: bytes
-    side: int
-    anchor: PromptChunk
-    tier: str
-    n_tokens: int
-    nbytes: int
-    reach: int
-
-
-class _Edge(NamedTuple):
-    """A gap of ``gap`` tokens beside a chunk found, ``reach`` of which neighbours may fill. exact:
-    everything up to the gap is in the request's own context."""
-
-    side: int
-    anchor: PromptChunk
-    reach: int
-    gap: int
-    exact: bool
-
 
 class Load:
-    """See the module's docstring. ``ready`` and ``done`` only ever turn true."""
+    """See the module's docstring. ``ready`` and ``done`` only ever turn true. tally: is told what
+    came of it, once."""
 
-    def __init__(self, wish: Wish, rules: Rules, advice: Advice) -> None:
-        self.wish, self.rules, self.advice = wish, rules, advice
+    def __init__(self, wish: Wish, rules: Rules, advice: Advice, tally: Tally) -> None:
+        self.wish, self.rules, self.advice, self.tally = wish, rules, advice, tally
         self.born = time.monotonic()
         self.ratio = wish.floor
         self.ready = False
@@ -82,6 +50,7 @@ class Load:
         self._chunks: list[tuple[HostChunk, StoreClient]] = []
         self._taken = 0  # bytes of the allowance
         self._begun, self._came = 0.0, Counter()  # the tiers' bytes since then
+        self._failed = False
         self._news = threading.Condition()
 
     # -- the scheduler's side ------------------------------------------------------------
@@ -105,7 +74,7 @@ class Load:
         runs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
         with self._news:
             cut = [s.within(a, b) for s in self._spans for a, b in runs]
-            self._spans = _joined([s for s in cut if s is not None], across_tiers=True)
+            self._spans = joined([s for s in cut if s is not None], across_tiers=True)
 
     def wait(self, layer: int, chunks: Sequence[HostChunk]) -> None:
         """Until ``layer`` of all ``chunks`` is readable. Raises :class:`LoadFailed`."""
@@ -142,22 +111,35 @@ class Load:
         with self._news:
             self.ready = self.done = True
             self._news.notify_all()
+        self.tally.load("dropped")
 
     def run(self, client: StoreClient) -> None:
-        """Do it all. Never raises a ``StoreError``: what fails is a miss."""
+        """Do it all. Never raises a ``StoreError``: what fails is a miss, and is counted."""
+        outcome = "failed"
         try:
-            self._run(client)
-        except StoreError:
-            pass
+            if not self.closed:
+                self._run(client)
+            outcome = self._outcome()
+        except StoreError as e:
+            self.tally.error("look up", e)
         finally:
             with self._news:
                 self.ready = self.done = True
                 for chunk, _ in self._chunks:
                     chunk.failed = chunk.failed or chunk.layers < self.rules.layout.n_layers
                 self._news.notify_all()
+            self.tally.load(outcome)
+
+    def _outcome(self) -> str:
+        if self.closed:
+            return "closed"
+        if self._failed:
+            return "failed"
+        return "found" if self.found else "absent"
 
     def _run(self, client: StoreClient) -> None:
-        candidates = self._look_up(client)
+        candidates = look_up(client, self.wish, self.rules)
+        self.found = sum(c.n_tokens for c in candidates)
         if not candidates or self.closed:
             return
         decision = self.advice.decide(
@@ -178,7 +160,7 @@ class Load:
             loaded |= self._bring_in(client, slow, groups[0], ahead=groups[1:])
         with self._news:
             self.ratio = decision.ratio
-            self._spans = self._compose(loaded)
+            self._spans = compose(self.wish, loaded)
             self.ready = True
             self._news.notify_all()
         for group in groups[1:] if slow else ():
@@ -190,7 +172,7 @@ class Load:
             else:
                 self._bring_in(client, list(chunks), group, chunks)
 
-    def _affordable(self, client: StoreClient, candidates: list[_Candidate]) -> list[_Candidate]:
+    def _affordable(self, client: StoreClient, candidates: list[Candidate]) -> list[Candidate]:
         """As many, in order, as the store's memory has room for. What is refused late, with its
         last layers, would cost the prompt what it had loaded until then."""
         most = client.connect(self.rules.wait_s).limits.held_bytes
@@ -200,66 +182,6 @@ class Load:
             kept = [c for c in candidates if self.rules.allowance.take(c.nbytes, most)]
             self._taken += sum(c.nbytes for c in kept)
         return kept
-
-    def _look_up(self, client: StoreClient) -> list[_Candidate]:
-        wish = self.wish
-        hits = client.lookup(
-            [c.key for c in wish.chunks],
-            [c.context for c in wish.chunks],
-            namespace=wish.namespace,
-        )
-        whole = [(c, h) for c, h in zip(wish.chunks, hits, strict=True) if self._fits(h)]
-        found = [self._candidate(c.key, c.context, 0, c, h) for c, h in whole]
-        found += self._edges(client, whole)
-        self.found = sum(c.n_tokens for c in found)
-        return found
-
-    def _fits(self, hit) -> bool:
-        if hit is None or hit.generation > self.rules.max_generation:
-            return False
-        return hit.exact or not self.wish.exact_only
-
-    def _candidate(self, key, context, side, anchor, hit, reach=0) -> _Candidate:
-        return _Candidate(key, context, side, anchor, hit.tier, hit.n_tokens, hit.nbytes, reach)
-
-    def _edges(self, client: StoreClient, whole: list) -> list[_Candidate]:
-        """A document's first and last tokens share a chunk with whatever stood around it where it
-        was computed, and near its ends its cuts may differ. The neighbours of the outermost chunks
-        found, as far as they fit into the gap, hold those tokens."""
-        stops = [0, *(c.end for c, _ in whole)]
-        starts = [*(c.start for c, _ in whole), self.wish.end]
-        frontier: list[tuple[bytes, _Edge]] = []
-        for (chunk, hit), stop, start in zip(whole, stops, starts[1:], strict=False):
-            if chunk.start > stop and not self.wish.exact_only:
-                frontier.append((hit.before, _Edge(-1, chunk, 0, chunk.start - stop, False)))
-            if start > chunk.end:
-                frontier.append((hit.after, _Edge(1, chunk, 0, start - chunk.end, hit.exact)))
-        found: list[_Candidate] = []
-        for _ in range(_HOPS):
-            frontier = [(key, edge) for key, edge in frontier if key and edge.reach < edge.gap]
-            if not frontier:
-                break
-            contexts = [self._context(edge) for _, edge in frontier]
-            hits = client.lookup(
-                [key for key, _ in frontier], contexts, namespace=self.wish.namespace
-            )
-            further = []
-            for (key, edge), context, hit in zip(frontier, contexts, hits, strict=True):
-                if not self._fits(hit):
-                    continue
-                found.append(self._candidate(key, context, edge.side, edge.anchor, hit, edge.reach))
-                link = hit.before if edge.side < 0 else hit.after
-                reach, exact = edge.reach + hit.n_tokens, edge.exact and hit.exact
-                further.append((link, edge._replace(reach=reach, exact=exact)))
-            frontier = further
-        return found
-
-    def _context(self, edge: _Edge) -> bytes:
-        """Attention is causal: of a chunk in the request's own context, the tokens that agree are
-        exact even where later ones differ."""
-        if not edge.exact:
-            return NO_CONTEXT
-        return context_at(self.wish.tokens, self.wish.tenant, edge.anchor.end + edge.reach)
 
     def _groups(self, nbytes: int) -> list[tuple[int, int]]:
         """Ranges of layers that are brought in one after another: few where there is little. The
@@ -277,11 +199,11 @@ class Load:
     def _bring_in(
         self,
         client: StoreClient,
-        candidates: list[_Candidate],
+        candidates: list[Candidate],
         layers: tuple[int, int] | None,
-        known: dict[_Candidate, HostChunk] | None = None,
+        known: dict[Candidate, HostChunk] | None = None,
         ahead: Sequence[tuple[int, int]] = (),
-    ) -> dict[_Candidate, HostChunk]:
+    ) -> dict[Candidate, HostChunk]:
         """Whole chunks, or one range of layers of them. known: chunks whose first layers are there. ahead:
         the ranges that follow."""
         if layers is None or known is None:
@@ -299,10 +221,12 @@ class Load:
                 deadline_s=self.rules.wait_s + 1.0,
                 **options,
             )
-        except StoreError:
+        except StoreError as e:
+            self._failed = True
+            self.tally.error("load", e)
             loaded = [None] * len(candidates)
         seconds = time.monotonic() - self._begun
-        out: dict[_Candidate, HostChunk] = {}
+        out: dict[Candidate, HostChunk] = {}
         surplus = []
         with self._news:
             for candidate, part in zip(candidates, loaded, strict=True):
@@ -340,7 +264,9 @@ class Load:
             there = client.extend_load(
                 [h.parts[0] for h in chunks], group, wait_s=wait_s, deadline_s=wait_s + 1.0
             )
-        except StoreError:
+        except StoreError as e:
+            self._failed = True
+            self.tally.error("extend", e)
             there = [False] * len(chunks)
         seconds = time.monotonic() - self._begun
         with self._news:
@@ -353,7 +279,7 @@ class Load:
             self._news.notify_all()
         self.advice.observe(DISK, self._came[DISK], seconds)
 
-    def _accept(self, candidate: _Candidate, part) -> HostChunk | None:
+    def _accept(self, candidate: Candidate, part) -> HostChunk | None:
         """A chunk whose first bytes are here, if it is what it should be."""
         header = part.header
         if not matching_layout(header, self.rules.layout, self.rules.dtype):
@@ -370,62 +296,3 @@ class Load:
         if self.wish.exact_only and not exact:
             return None
         return HostChunk(header, part.tier, exact, tokens)
-
-    def _compose(self, loaded: dict[_Candidate, HostChunk]) -> list[ReuseSpan]:
-        """Spans of the prompt, whole chunks first, edges in what is left; neighbours joined."""
-        sides: dict[int, list[ReuseSpan]] = {-1: [], 0: [], 1: []}
-        whole = sorted((c for c in loaded if c.side == 0), key=lambda c: c.anchor.start)
-        stops = [0, *(c.anchor.end for c in whole)]
-        starts = [*(c.anchor.start for c in whole), self.wish.end]
-        for candidate, chunk in loaded.items():
-            span = self._span(candidate, chunk, stops, starts)
-            if span is not None:
-                sides[candidate.side].append(span)
-        for spans in sides.values():
-            spans.sort(key=lambda s: s.start)
-        return _joined(fill_holes(fill_holes(sides[0], sides[1], 1), sides[-1], 1))
-
-    def _span(
-        self, candidate: _Candidate, chunk: HostChunk, stops: list[int], starts: list[int]
-    ) -> ReuseSpan | None:
-        tokens, anchor, n = self.wish.tokens, candidate.anchor, len(chunk.token_ids)
-        first, length, start = 0, n, anchor.start
-        if candidate.side < 0:
-            floor, stop = max(s for s in stops if s <= anchor.start), anchor.start - candidate.reach
-            length = common_tail(chunk.token_ids, tokens[floor:stop])
-            first, start = n - length, stop - length
-        elif candidate.side > 0:
-            ceiling = min(s for s in starts if s >= anchor.end)
-            start = anchor.end + candidate.reach
-            length = common_head(chunk.token_ids, tokens[start:ceiling])
-        length = min(length, self.wish.end - start)
-        if length <= 0:
-            return None
-        return ReuseSpan(
-            start=start,
-            length=length,
-            source_start=chunk.header.start + first,
-            slots=None,
-            tier=chunk.tier,
-            generation=chunk.header.generation,
-            parts=(HostPart(chunk, first, length),),
-            exact=chunk.exact,
-        )
-
-
-def _joined(spans: list[ReuseSpan], across_tiers: bool = False) -> list[ReuseSpan]:
-    """Spans that continue one another in the prompt and in their source become one."""
-    out: list[ReuseSpan] = []
-    for span in spans:
-        last = out[-1] if out else None
-        if (
-            last is not None
-            and last.end == span.start
-            and last.shift == span.shift
-            and (last.generation, last.exact) == (span.generation, span.exact)
-            and (across_tiers or last.tier == span.tier)
-        ):
-            out[-1] = replace(last, length=last.length + span.length, parts=last.parts + span.parts)
-        else:
-            out.append(span)
-    return out

@@ -7,8 +7,9 @@ away (a sequence lock with one reader); a copy that lost the race is given back 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import ChunkHeader, Layout, pack_tokens
 from sgl_blend.tiering.keys import PromptChunk
+from sgl_blend.tiering.tally import Tally
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 
 #: chunks asked room for in one round trip, and held in leases at once
 BATCH = 64
+#: what the store says of a chunk -> what is counted; ``refused`` whatever else it says
+_OUTCOMES = {
+    "exists": "known",
+    "busy": "known",
+    "duplicate": "known",
+    "stored": "stored",
+    "durable": "stored",
+}
 
 
 class PoolKV(Protocol):
@@ -55,18 +65,6 @@ class Job:
     ready: torch.cuda.Event | None = None
 
 
-@dataclass
-class Tally:
-    """What became of the chunks that were offered."""
-
-    stored: int = 0
-    stored_bytes: int = 0
-    known: int = 0
-    refused: int = 0
-    lost: int = 0
-    dropped: int = 0
-
-
 @dataclass(eq=False)
 class Offloader:
     """Runs jobs, one at a time, on the thread that calls ``run``."""
@@ -74,28 +72,33 @@ class Offloader:
     pool: PoolKV
     layout: Layout
     dtype: str
-    tally: Tally = field(default_factory=Tally)
+    tally: Tally
 
     def run(self, client: StoreClient, job: Job) -> None:
         """Store what the store wants of it. Never raises a ``StoreError``."""
         for at in range(0, len(job.chunks), BATCH):
             batch = job.chunks[at : at + BATCH]
             if not job.alive():
-                self.tally.lost += len(job.chunks) - at
+                self.tally.chunk("lost", len(job.chunks) - at)
                 return
             try:
-                self._batch(client, job, batch)
-            except StoreError:
-                self.tally.refused += len(job.chunks) - at
+                outcomes = self._batch(client, job, batch)
+            except Exception as e:
+                self.tally.chunk("failed", len(job.chunks) - at)
+                if not isinstance(e, StoreError):
+                    raise
+                self.tally.error("store", e)
                 return
+            for outcome, n in outcomes.items():
+                self.tally.chunk(outcome, n)
 
-    def _batch(self, client: StoreClient, job: Job, batch: list[FreshChunk]) -> None:
+    def _batch(self, client: StoreClient, job: Job, batch: list[FreshChunk]) -> Counter[str]:
+        """Chunks by what became of them."""
         slots = client.prepare_store([self._header(job, fresh) for fresh in batch])
+        out = Counter(_OUTCOMES.get(slot.status, "refused") for slot in slots if not slot.granted)
         granted = [(f, s) for f, s in zip(batch, slots, strict=True) if s.granted]
-        self.tally.known += sum(s.status in ("exists", "busy", "duplicate") for s in slots)
-        self.tally.refused += sum(s.status in ("too_large", "no_room") for s in slots)
         if not granted:
-            return
+            return out
         try:
             self._fill(job, granted)
             whole = job.alive()
@@ -104,16 +107,11 @@ class Offloader:
             raise
         if not whole:
             client.abort_store(slots)
-            self.tally.lost += len(granted)
-            return
-        for (_, slot), status in zip(
-            granted, client.complete_store([s for _, s in granted]), strict=True
-        ):
-            if status in ("stored", "durable"):
-                self.tally.stored += 1
-                self.tally.stored_bytes += slot.header.body_bytes
-            else:
-                self.tally.refused += 1
+            out["lost"] += len(granted)
+            return out
+        for status in client.complete_store([s for _, s in granted]):
+            out[_OUTCOMES.get(status, "refused")] += 1
+        return out
 
     def _header(self, job: Job, fresh: FreshChunk) -> ChunkHeader:
         chunk = fresh.chunk

@@ -9,18 +9,21 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
+from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import ChunkHeader, Layout, checksum, make_namespace, pack_tokens
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.embedded import EmbeddedStore
 from sgl_blend.store.placement.jobs import Jobs
 from sgl_blend.store.placement.residency import Residency
 from sgl_blend.store.service.core import StoreCore
+from sgl_blend.store.service.lending import Client
 from sgl_blend.store.tiers.disk import DiskTier
 from sgl_blend.store.wire import protocol as p
 from sgl_blend.store.wire.client import StoreClient
 from sgl_blend.store.wire.shm import Arena
 
 NAMESPACE = make_namespace("test-model", "tenant-a")
+LOCAL, FAR = Client(b"local", True, True), Client(b"far", False, True)
 SMALL = Layout(n_layers=4, n_kv_heads=2, head_dim=16, v_head_dim=16)
 
 
@@ -65,6 +68,22 @@ def connect(endpoint: str, namespace: bytes = bytes(16), **options) -> StoreClie
 
 def start(config: StoreConfig, **options) -> EmbeddedStore:
     return EmbeddedStore(config, **{"start_s": 120.0, **options})
+
+
+def lookup_or_miss(client: StoreClient, keys, **options):
+    """``lookup``, where a failure is a miss for all keys."""
+    try:
+        return client.lookup(keys, **options)
+    except StoreError:
+        return [None] * len(keys)
+
+
+def load_or_miss(client: StoreClient, keys, **options):
+    """``prepare_load``, where a failure is a miss for all keys."""
+    try:
+        return client.prepare_load(keys, **options)
+    except StoreError:
+        return [None] * len(keys)
 
 
 class Driver:
@@ -125,3 +144,10 @@ class Driver:
         if self.disk:
             self.disk.close()
         self.arena.close()
+
+
+def bring_up(driver: Driver, client, keys) -> None:
+    """Begin to read chunks into memory, for nobody."""
+    got = driver.ask(client, p.PrepareLoad(NAMESPACE, keys, wait_ms=0))[0].grants
+    leases = [grant.lease for grant in got if grant is not None and grant.lease]
+    driver.core.handle(client, p.CompleteLoad(leases), [], None)

@@ -10,8 +10,11 @@ from sgl_blend.store.chunk import Layout, make_namespace
 from sgl_blend.tiering.keys import PromptChunk, prompt_chunks, store_chunking
 from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job, Offloader
-from sgl_blend.tiering.service import Speeds
-from sgl_blend.tiering.wish import Allowance, Rules, Wish
+from sgl_blend.tiering.rules import Allowance, Rules
+from sgl_blend.tiering.service import ServiceConfig, StoreService
+from sgl_blend.tiering.speeds import Speeds
+from sgl_blend.tiering.tally import Tally
+from sgl_blend.tiering.wish import Wish
 
 LAYERS, HEADS, DIM = 4, 2, 16
 LAYOUT = Layout(LAYERS, HEADS, DIM, DIM)
@@ -51,7 +54,7 @@ def put(client, tokens, pool, first_slot=0, generation=0, alive=lambda: True) ->
     """Store all chunks of a sequence whose KV lies in consecutive slots."""
     slots = torch.arange(first_slot, first_slot + len(tokens))
     fresh = [FreshChunk(c, generation) for c in chunks_of(tokens)]
-    offloader = Offloader(pool, LAYOUT, "float32")
+    offloader = Offloader(pool, LAYOUT, "float32", Tally())
     offloader.run(client, Job(SPACE, tokens, slots, fresh, alive))
     return offloader
 
@@ -70,10 +73,24 @@ def load(
     end = len(prompt) if end is None else end
     wish = Wish(prompt, chunks_of(prompt, 0, end), end, 10, TENANT, SPACE, exact_only, 0.1)
     rules = Rules(LAYOUT, "float32", wait_s, layerwise, 4, max_positions, allowance or Allowance())
-    one = Load(wish, rules, Speeds(LAYERS, True))
+    one = Load(wish, rules, Speeds(LAYERS, True), Tally())
     one.run(client)
     return one
 
 
 def covered(spans) -> int:
     return sum(s.length for s in spans)
+
+
+def service_of(endpoint: str, pool: Pool, **changes) -> StoreService:
+    values = dict(
+        endpoint=endpoint,
+        deadline_s=5.0,
+        wait_s=5.0,
+        layerwise=True,
+        offload=True,
+        adaptive=True,
+        max_generation=4,
+        max_positions=99999,
+    )
+    return StoreService(ServiceConfig(**{**values, **changes}), LAYOUT, "float32", pool)

@@ -121,14 +121,6 @@ def test_never_worse_than_all_or_nothing_and_near_the_best(spec, fresh, bandwidt
     assert plan.total_s <= min(c.total_s for c in choices) + largest
 
 
-def test_cheapest_tier_that_hides_its_load():
-    control = LoadingController(32, 2, 0.15)
-    tiers = [("memory", 10.0, FAST), ("disk", 1.0, SLOW), ("tape", 0.1, TierSpeed(60.0, 1e8))]
-    assert control.cheapest_tier(4096, 10 << 20, PREFILL, tiers) == "disk"
-    assert control.cheapest_tier(4096, 200 << 20, PREFILL, tiers) == "memory"
-    assert control.cheapest_tier(16, 2 << 30, PREFILL, tiers) is None
-
-
 def test_meters_recover_what_they_measure():
     rng = np.random.default_rng(0)
     meter = TierMeter(TierSpeed(1.0, 1.0))

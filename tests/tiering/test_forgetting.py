@@ -209,7 +209,7 @@ def test_a_store_that_cannot_be_emptied_is_not_used_until_it_is(ranks, monkeypat
     rank.flush()
     assert rank.found(ask(tokens)) == 0
     rank.serve(doc(7, 400))
-    assert rank.tier.service.offloader.tally.dropped > 0
+    assert rank.tier.service.tally.chunks["dropped"] > 0
     broken[0] = False
     assert eventually(lambda: not rank.tier.service._stale)
     assert rank.found(ask(tokens)) == 0

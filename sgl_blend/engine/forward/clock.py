@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sgl_blend.tiering.service import Speeds
+from sgl_blend.tiering.speeds import Speeds
 
 
 class ForwardClock:

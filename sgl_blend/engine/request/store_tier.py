@@ -41,6 +41,7 @@ from sgl_blend.tiering.keys import prompt_chunks, store_chunking
 from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job
 from sgl_blend.tiering.service import ServiceConfig, StoreService
+from sgl_blend.tiering.tally import Tally
 from sgl_blend.tiering.wish import Wish
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ def connect(
         dtype,
         pool,
         _page_lock if k.is_cuda else lambda client: None,
+        Tally(metrics.store_event),
     )
     rank = (ctx.tp_rank, ctx.tp_size)
     if ctx.tp_rank == 0:

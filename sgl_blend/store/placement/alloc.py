@@ -127,13 +127,6 @@ class Allocator:
             at = before
         self._insert(at, size)
 
-    @property
-    def largest_free(self) -> int:
-        """Size of the largest free block, bytes (scans the top bin only)."""
-        if not self._map:
-            return 0
-        return max(self._free[a] for a in self._bins[self._map.bit_length() - 1])
-
     def check_integrity(self) -> None:
         """Raises RuntimeError unless live and free blocks tile the arena, merged, and binned."""
         blocks = sorted(

@@ -64,8 +64,9 @@ class Jobs:
                 self._woken = time.monotonic()
                 os.eventfd_write(self._wake, 1)
 
-    def drain(self) -> int:
-        """Run the callbacks of finished jobs; returns how many."""
+    def drain(self, failed: Callable[[Exception], None] | None = None) -> int:
+        """Run the callbacks of finished jobs; returns how many. failed: called with what a callback
+        raises, and the rest is run; without it that is raised."""
         try:
             os.eventfd_read(self._wake)
         except BlockingIOError:
@@ -75,7 +76,12 @@ class Jobs:
             done, result, error = self._finished.popleft()
             self.pending -= 1
             n += 1
-            done(result, error)
+            try:
+                done(result, error)
+            except Exception as e:
+                if failed is None:
+                    raise
+                failed(e)
         return n
 
     def close(self) -> None:

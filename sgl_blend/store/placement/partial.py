@@ -10,18 +10,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from sgl_blend.store.chunk import ChunkHeader, LayerRange
 from sgl_blend.store.placement.index import MEMORY, Entry
+from sgl_blend.store.placement.whole import Whole
 
-if TYPE_CHECKING:
-    from sgl_blend.store.placement.residency import Residency
-
-OnRange = Callable[["Filling | None", ChunkHeader | None], None]
+OnRange = Callable[["PartialBody | None", ChunkHeader | None], None]
 
 
-class Filling:
+class PartialBody:
     """One body in the making. offset: of the whole body. holds: reads under way or to come, and
     readers; the last one to let go gives the memory back, unless all of it came and it became the
     entry's. waiting: what somebody asked for. ahead: what will be asked for, read when nothing is."""
@@ -49,111 +46,111 @@ class Filling:
         self.ahead: deque[tuple[LayerRange, OnRange]] = deque()
 
 
-class Fillings:
+class PartialBodies:
     """Runs on the loop's thread, as its ``Residency`` does."""
 
-    def __init__(self, residency: Residency) -> None:
-        self.res = residency
-        self._by_id: dict[bytes, Filling] = {}
+    def __init__(self, whole: Whole) -> None:
+        self.res = whole
+        self._by_id: dict[bytes, PartialBody] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     def __contains__(self, entry: Entry) -> bool:
         """Is somebody in the middle of reading it?"""
-        filling = self._by_id.get(entry.chunk_id)
-        return filling is not None and filling.entry is entry
+        body = self._by_id.get(entry.chunk_id)
+        return body is not None and body.entry is entry
 
     def fetch(
         self, entry: Entry, layers: LayerRange, ready: OnRange, ahead: Sequence[LayerRange] = ()
     ) -> None:
-        """``ready(filling, header)`` when ``layers`` lie in their place, ``(None, None)`` when they
-        cannot be had. The callee has one hold on the filling, and must ``let_go`` of it. ahead: what
+        """``ready(body, header)`` when ``layers`` lie in their place, ``(None, None)`` when they
+        cannot be had. The callee has one hold on the body, and must ``let_go`` of it. ahead: what
         is read next, for nobody yet, behind what others are waiting for by then."""
-        filling = self._by_id.get(entry.chunk_id)
-        if filling is None or filling.entry is not entry:
+        body = self._by_id.get(entry.chunk_id)
+        if body is None or body.entry is not entry:
             offset = self.res.memory.allocate(entry.nbytes, 0 if self.res.disk.direct else None)
             if offset is None:
                 self.res.counters["no_room"] += 1
                 ready(None, None)
                 return
-            filling = self._by_id[entry.chunk_id] = Filling(entry, offset)
+            body = self._by_id[entry.chunk_id] = PartialBody(entry, offset)
         if ahead:
-            there = filling.header.layout.n_layers
+            there = body.header.layout.n_layers
             more = [x for x in ahead if x.last <= there]
-            filling.holds += len(more)
-            filling.ahead.extend((x, self._unasked) for x in more)
-        self.extend(filling, layers, ready)
+            body.holds += len(more)
+            body.ahead.extend((x, self._unasked) for x in more)
+        self.extend(body, layers, ready)
 
-    def extend(self, filling: Filling, layers: LayerRange, ready: OnRange) -> None:
-        """``fetch`` for a filling that the caller has a hold on."""
-        filling.holds += 1
-        filling.waiting.append((layers, ready))
-        self._next(filling)
+    def extend(self, body: PartialBody, layers: LayerRange, ready: OnRange) -> None:
+        """``fetch`` for a body that the caller has a hold on."""
+        body.holds += 1
+        body.waiting.append((layers, ready))
+        self._next(body)
 
-    def _unasked(self, filling: Filling | None, _header: ChunkHeader | None) -> None:
-        if filling is not None:
-            self.let_go(filling)
+    def _unasked(self, body: PartialBody | None, _header: ChunkHeader | None) -> None:
+        if body is not None:
+            self.let_go(body)
 
-    def let_go(self, filling: Filling) -> None:
-        filling.holds -= 1
-        if filling.holds:
+    def let_go(self, body: PartialBody) -> None:
+        body.holds -= 1
+        if body.holds:
             return
-        if filling.placed:
-            self.res.unref(filling.entry)
+        if body.placed:
+            self.res.unref(body.entry)
         else:
-            self._forget(filling)
-            self.res.memory.release(filling.offset)
+            self._forget(body)
+            self.res.memory.release(body.offset)
 
-    def _next(self, filling: Filling) -> None:
+    def _next(self, body: PartialBody) -> None:
         """One read at a time, so that nobody's verified bytes are written again."""
-        while not filling.reading and (filling.waiting or filling.ahead):
-            layers, ready = (filling.waiting or filling.ahead).popleft()
-            if _parts(layers) <= filling.have:
-                ready(filling, filling.header)
+        while not body.reading and (body.waiting or body.ahead):
+            layers, ready = (body.waiting or body.ahead).popleft()
+            if _parts(layers) <= body.have:
+                ready(body, body.header)
             else:
-                self._read(filling, layers, ready)
+                self._read(body, layers, ready)
 
-    def _read(self, filling: Filling, layers: LayerRange, ready: OnRange) -> None:
-        res, entry = self.res, filling.entry
-        header, disk = filling.header, res.disk
+    def _read(self, body: PartialBody, layers: LayerRange, ready: OnRange) -> None:
+        res, entry = self.res, body.entry
+        header, disk = body.header, res.disk
         begin, end = header.layer_range(*layers)
-        dest = res.memory.view(filling.offset + begin, end - begin)
+        dest = res.memory.view(body.offset + begin, end - begin)
         began = time.monotonic()
 
         def done(got: ChunkHeader | None, error: BaseException | None) -> None:
-            filling.reading = False
+            body.reading = False
             if error is not None:
                 res.read_failed(entry, error)
                 ready(None, None)
-                self.let_go(filling)
+                self.let_go(body)
             else:
                 res.count_read(disk, end - begin, began)
-                filling.have |= _parts(layers)
-                self._place(filling, got)
-                ready(filling, got)
-            self._next(filling)
+                body.have |= _parts(layers)
+                self._place(body, got)
+                ready(body, got)
+            self._next(body)
 
-        filling.reading = True
+        body.reading = True
         res.jobs.submit("read", lambda: disk.read(header, dest, layers), done)
 
-    def _place(self, filling: Filling, header: ChunkHeader) -> None:
+    def _place(self, body: PartialBody, header: ChunkHeader) -> None:
         """Once all of it is there, the body is the entry's, with one reference for all holds."""
-        entry = filling.entry
-        whole = len(filling.have) == header.layout.n_layers + 1
-        if not whole or filling.placed or entry.dead or entry.loading or entry.tiers & MEMORY:
+        entry = body.entry
+        whole = len(body.have) == header.layout.n_layers + 1
+        if not whole or body.placed or entry.dead or entry.loading or entry.tiers & MEMORY:
             return
-        self._forget(filling)
-        filling.placed = True
+        self._forget(body)
+        body.placed = True
         entry.refs += 1
         entry.lossy = header.serde != "raw"
-        self.res.publish(entry, header, filling.offset)
+        self.res.publish(entry, header, body.offset)
         self.res.disk_policy.touch(entry)
         self.res.counters["disk_filled"] += 1
 
-    def _forget(self, filling: Filling) -> None:
-        if self._by_id.get(filling.entry.chunk_id) is filling:
-            del self._by_id[filling.entry.chunk_id]
+    def _forget(self, body: PartialBody) -> None:
+        if self._by_id.get(body.entry.chunk_id) is body:
+            del self._by_id[body.entry.chunk_id]
 
 
 def _parts(layers: LayerRange) -> set[int]:

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from sgl_blend.store.chunk import ChunkHeader
 from sgl_blend.store.placement.index import REMOTE, Entry
+from sgl_blend.store.placement.whole import Whole
 from sgl_blend.store.tiers.base import Tier, TierItem
-
-if TYPE_CHECKING:
-    from sgl_blend.store.placement.residency import Residency
 
 _BACKLOG = 64
 _ABSENT_S, _ABSENT_MOST = 1.0, 100_000
 
 
-class FarSide:
+class RemoteSide:
     """``tier`` may be None: nothing is offered then, and nothing is found. puts: under way."""
 
-    def __init__(self, res: Residency, tier: Tier | None):
+    def __init__(self, res: Whole, tier: Tier | None):
         self.res, self.tier, self.puts = res, tier, 0
         self._absent: dict[bytes, float] = {}
 

@@ -22,8 +22,8 @@ from sgl_blend.store.placement.eviction import make_policy
 from sgl_blend.store.placement.index import DISK, MEMORY, REMOTE, ChunkIndex, Entry
 from sgl_blend.store.placement.jobs import Jobs
 from sgl_blend.store.placement.memory import MemoryTier
-from sgl_blend.store.placement.partial import Fillings
-from sgl_blend.store.placement.remote import FarSide
+from sgl_blend.store.placement.partial import PartialBodies
+from sgl_blend.store.placement.remote import RemoteSide
 from sgl_blend.store.placement.sketch import FrequencySketch
 from sgl_blend.store.tiers.base import Tier, TierItem
 from sgl_blend.store.wire.shm import Arena
@@ -62,8 +62,8 @@ class Residency:
         self._deletes: list[ChunkHeader] = []
         self._writing = False
         self._waiters: dict[bytes, list[OnEntry]] = {}
-        self.fillings = Fillings(self)
-        self.far = FarSide(self, remote)
+        self.partial = PartialBodies(self)
+        self.remote = RemoteSide(self, remote)
 
     def restore(self) -> int:
         """Fill the index from the disk tier; returns the number of chunks."""
@@ -85,7 +85,7 @@ class Residency:
     @property
     def backlog(self) -> int:
         """Disk and far-tier work queued or under way."""
-        return len(self._writes) + len(self._deletes) + self._writing + self.far.puts
+        return len(self._writes) + len(self._deletes) + self._writing + self.remote.puts
 
     def _evicted(self, entry: Entry) -> None:
         if not entry.tiers & DISK:
@@ -139,7 +139,7 @@ class Residency:
         The callback gets ``durable``, ``disk_full``, ``corrupt``, or ``stored`` where there is no
         disk tier.
         """
-        self.far.offer(entry)
+        self.remote.offer(entry)
         self._to_disk(entry, on_durable)
 
     def _to_disk(self, entry: Entry, on_durable: OnDurable | None = None) -> None:
@@ -251,7 +251,7 @@ class Residency:
         if excess <= 0:
             return True
         for entry in self.disk_policy.victims(
-            excess, lambda e: not e.loading and e not in self.fillings
+            excess, lambda e: not e.loading and e not in self.partial
         ):
             self._drop_from_disk(entry)
             self.counters["disk_evictions"] += 1
@@ -333,7 +333,7 @@ class Residency:
     # The shared tier, upwards.
 
     def fetch_remote(self, header: ChunkHeader, ready: OnEntry) -> None:
-        """Load a chunk that ``far.heads`` found. As ``fetch`` otherwise."""
+        """Load a chunk that ``remote.heads`` found. As ``fetch`` otherwise."""
         for entry in self.index.copies(header.namespace + header.key):
             if entry.chunk_id == header.chunk_id:
                 self.fetch(entry, ready)
@@ -341,7 +341,7 @@ class Residency:
         entry = Entry.of(header)
         entry.tiers = REMOTE
         self.index.add(entry)
-        self._load(entry, header, self.far.tier, "remote", ready)
+        self._load(entry, header, self.remote.tier, "remote", ready)
         if not entry.loading and not entry.ready:
             self.remove(entry)
 

@@ -1,8 +1,6 @@
 """The store's verbs, without sockets: a request comes in, a reply goes out, now or later.
 
-Single-threaded; called from the server's loop. ``reply(message, frames, sent)`` sends: ``frames``
-are buffers that go without a copy, and ``sent`` is called when they are no longer needed. A client
-is its id, whether it sees our shared memory, and whether it may use the administrative verbs.
+Single-threaded; called from the server's loop.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,40 +16,27 @@ from sgl_blend.store.chunk import ChunkHeader, checksum
 from sgl_blend.store.errors import ProtocolError
 from sgl_blend.store.placement.index import DISK, MEMORY, Entry
 from sgl_blend.store.placement.residency import Residency
-from sgl_blend.store.service.leases import LOAD, STORE, TRANSIENT, Lease, LeaseTable
+from sgl_blend.store.service.leases import STORE, Lease
+from sgl_blend.store.service.lending import Client, Lending, Reply
 from sgl_blend.store.service.loads import ExtendRequest, LoadRequest
-from sgl_blend.store.service.operations import Operations
+from sgl_blend.store.service.operations import Mode, Operations
 from sgl_blend.store.wire import protocol as p
 
 
-class Client(NamedTuple):
-    id: bytes
-    shm: bool
-    admin: bool = False
-
-
-Reply = Callable[..., None]
-
-
 class StoreCore:
-    """See the module's docstring. ``on_drained`` is called when a drain has finished."""
+    """See the module's docstring. stopping: the loop is to end."""
 
     def __init__(self, residency: Residency, clock: Callable[[], float] = time.monotonic):
         self.res = residency
         self.config = residency.config
-        self.leases = LeaseTable()
+        self.lending = Lending(residency, clock)
+        self.mode = Mode(self.config.read_only)
         self.clock = clock
-        self.read_only = self.config.read_only
         self.stopping = False
         self._draining: list[tuple[float, bool, Reply]] = []
-        self.refuse_stores = False
-        self.loads: dict[int, LoadRequest | ExtendRequest] = {}
-        self.frame_bytes = 0
-        self.lease_quota = self.config.client_lease_bytes or self.config.memory_bytes // 2
-        self.operations = Operations(self)
+        self.operations = Operations(residency, self.lending, self.mode)
         self._verbs: dict[type, Callable[[Client, p.Request, Sequence, Reply], None]] = {
             p.Lookup: self._lookup,
-            p.Prefetch: self._prefetch,
             p.PrepareLoad: self._prepare_load,
             p.ExtendLoad: self._extend_load,
             p.CompleteLoad: self._complete_load,
@@ -62,6 +46,13 @@ class StoreCore:
             p.Drain: self._drain,
             **self.operations.verbs,
         }
+        #: what the loop does at least every 50 ms, each on its own
+        self.chores: tuple[Callable[[], None], ...] = (
+            self.lending.answer_late,
+            self.lending.expire,
+            self._keep_room,
+            self._end_drains,
+        )
 
     def handle(self, client: Client, request: p.Request, frames: Sequence, reply: Reply) -> None:
         """Serve one decoded request. Raises ProtocolError when its parts contradict each other."""
@@ -87,7 +78,7 @@ class StoreCore:
         res.counters["lookup_keys"] += len(hits)
         missing = [k for k, h in zip(request.keys, hits, strict=True) if h is None]
         res.counters["lookup_hits"] += len(hits) - len(missing)
-        if not missing or not request.remote or res.far.tier is None:
+        if not missing or not request.remote or res.remote.tier is None:
             reply(p.Found(hits))
             return
 
@@ -96,28 +87,11 @@ class StoreCore:
                 head = heads.get(key)
                 if hits[i] is None and head is not None:
                     wanted = p.context_of(contexts, i)
-                    hits[i] = _hit(Entry.of(head), wanted, res.far.tier.name)
+                    hits[i] = _hit(Entry.of(head), wanted, res.remote.tier.name)
                     res.counters["lookup_hits"] += 1
             reply(p.Found(hits))
 
-        res.far.heads(ns, missing, far)
-
-    def _prefetch(self, client: Client, request: p.Prefetch, frames, reply: Reply) -> None:
-        started, absent = 0, []
-        for i, key in enumerate(request.keys):
-            entry = self.res.index.best(request.namespace + key, p.context_of(request.contexts, i))
-            if entry is None:
-                absent.append(key)
-            elif not entry.tiers & MEMORY:
-                self.res.fetch(entry, _nothing)
-                started += 1
-        if absent and self.res.far.tier is not None:
-            self.res.far.heads(
-                request.namespace,
-                absent,
-                lambda heads: [self.res.fetch_remote(h, _nothing) for h in heads.values()],
-            )
-        reply(p.Done(started))
+        res.remote.heads(ns, missing, far)
 
     # Load.
 
@@ -125,48 +99,16 @@ class StoreCore:
         for layers in (request.layers, *request.ahead):
             if layers is not None and not layers.valid:
                 raise ProtocolError(f"layers {layers} are no range")
-        LoadRequest(self, client, request, reply).start()
+        LoadRequest(self.lending, client, request, reply).start()
 
     def _extend_load(self, client: Client, request: p.ExtendLoad, frames, reply: Reply) -> None:
         if not request.layers.valid:
             raise ProtocolError(f"layers {request.layers} are no range")
-        ExtendRequest(self, client, request, reply).start()
-
-    def lease_fits(self, client: Client, nbytes: int, offset: int | None = None) -> bool:
-        """May the client hold ``nbytes`` more? offset: of a region that it may hold already."""
-        if offset is not None and self.leases.holds(client.id, offset):
-            return True
-        return self.leases.held_bytes(client.id) + nbytes <= self.lease_quota
-
-    def frames_fit(self, nbytes: int) -> bool:
-        """May that much more be queued in sockets? A slow reader must not hold all of memory."""
-        if self.frame_bytes + nbytes <= self.config.memory_bytes // 2:
-            return True
-        self.res.counters["frame_quota"] += 1
-        return False
+        ExtendRequest(self.lending, client, request, reply).start()
 
     def _complete_load(self, client: Client, request: p.CompleteLoad, frames, reply) -> None:
         """One way: nothing is sent back."""
-        for lease_id in request.leases:
-            lease = self.leases.take(lease_id, client.id)
-            if lease is not None:
-                self.release(lease)
-
-    def release(self, lease: Lease) -> None:
-        """End a lease that will not be completed (or is a load)."""
-        if lease.verb == LOAD:
-            self.res.unref(lease.entry)
-        elif lease.verb == TRANSIENT:
-            self.res.fillings.let_go(lease.entry)
-        else:
-            self.res.counters["stores_abandoned"] += 1
-            self._unstore(lease)
-
-    def _unstore(self, lease: Lease) -> None:
-        """A granted store did not happen: free its bytes and forget the entry."""
-        lease.entry.refs -= 1
-        self.res.remove(lease.entry)
-        self.res.memory.release(lease.offset)
+        self.lending.end(client.id, request.leases)
 
     # Store.
 
@@ -181,9 +123,9 @@ class StoreCore:
         reply(p.Grants(grants))
 
     def _no_stores(self) -> p.Failure | None:
-        if self.read_only:
+        if self.mode.read_only:
             return p.Failure("read_only", "this store is read-only; nothing can be stored")
-        if self.refuse_stores:
+        if self.mode.refuse_stores:
             return p.Failure("draining", "this store is draining; nothing can be stored")
         return None
 
@@ -203,7 +145,7 @@ class StoreCore:
             worse = next((e for e in copies if e.ready and e.generation > entry.generation), None)
             if worse is None:
                 return p.StoreGrant("duplicate")
-        if not self.lease_fits(client, nbytes):
+        if not self.lending.fits(client, nbytes):
             return p.StoreGrant("no_room")
         offset = res.memory.allocate(nbytes)
         if offset is None:
@@ -213,7 +155,7 @@ class StoreCore:
         entry.refs, entry.extra = 1, bool(copies) and worse is None
         res.index.add(entry)
         expires = math.inf if client.shm else self.clock() + self.config.lease_s
-        lease = self.leases.grant(STORE, client.id, entry, offset, nbytes, expires)
+        lease = self.lending.leases.grant(STORE, client.id, entry, offset, nbytes, expires)
         return p.StoreGrant("granted", lease.id, offset if client.shm else -1, nbytes)
 
     def _wants_copy(self, entry: Entry, copies: tuple[Entry, ...]) -> bool:
@@ -243,10 +185,10 @@ class StoreCore:
         if not status:
             reply(p.Stored([]))
         for i, lease_id in enumerate(request.leases):
-            lease = self.leases.take(lease_id, client.id)
+            lease = self.lending.leases.take(lease_id, client.id)
             if lease is None or lease.verb != STORE:
                 if lease is not None:
-                    self.release(lease)
+                    self.lending.release(lease)
                 settle(i, "expired")
             elif client.shm:
                 self._publish(lease, request.checksums[i], request.durable, _at(settle, i))
@@ -258,7 +200,7 @@ class StoreCore:
     def _copy_in(self, lease: Lease, frame, digest: bytes, durable: bool, settle) -> None:
         """A payload that came as a frame: copy and verify off the loop, then publish."""
         if len(frame) != lease.nbytes:
-            self._unstore(lease)
+            self.lending.unstore(lease)
             settle("corrupt")
             return
         dest = self.res.memory.view(lease.offset, lease.nbytes)
@@ -269,7 +211,7 @@ class StoreCore:
 
         def done(intact, error) -> None:
             if error is not None or not intact:
-                self._unstore(lease)
+                self.lending.unstore(lease)
                 settle("corrupt")
             else:
                 self._publish(lease, digest, durable, settle)
@@ -292,13 +234,7 @@ class StoreCore:
             settle("stored")
 
     def _abort_store(self, client: Client, request: p.AbortStore, frames, reply: Reply) -> None:
-        n = 0
-        for lease_id in request.leases:
-            lease = self.leases.take(lease_id, client.id)
-            if lease is not None:
-                self.release(lease)
-                n += 1
-        reply(p.Done(n))
+        reply(p.Done(self.lending.end(client.id, request.leases)))
 
     # Draining.
 
@@ -307,8 +243,8 @@ class StoreCore:
 
     def begin_drain(self, stop: bool, reply: Reply) -> None:
         """Refuse stores; write what only memory holds; then reply, and stop if asked to."""
-        self.refuse_stores = True
-        if self.res.disk is not None and not self.read_only:
+        self.mode.refuse_stores = True
+        if self.res.disk is not None and not self.mode.read_only:
             for entry in list(self.res.index):
                 only_here = entry.tiers & MEMORY and not entry.tiers & DISK
                 if entry.ready and only_here and not entry.queued:
@@ -317,36 +253,32 @@ class StoreCore:
 
     # The loop's calls.
 
-    def client_gone(self, client_id: bytes) -> None:
-        """The client's process ended: everything it had leased is free."""
-        for lease in self.leases.take_all(client_id):
-            self.release(lease)
-
     def tick(self) -> None:
-        """Deadlines, expired leases, watermarks, drains. Call at least every 50 ms."""
-        now = self.clock()
-        for load in [x for x in self.loads.values() if x.deadline <= now]:
-            load.finish()
-        for lease in self.leases.take_expired(now):
-            self.res.counters["leases_expired"] += 1
-            self.release(lease)
+        """Deadlines, expired leases, watermarks, drains."""
+        for chore in self.chores:
+            chore()
+
+    def _keep_room(self) -> None:
         memory = self.res.memory
         memory.grow_ahead(self.res.jobs)
         if memory.used > self.config.high_watermark * memory.arena.capacity:
             memory.shrink_to(int(self.config.low_watermark * memory.arena.capacity))
+
+    def _end_drains(self) -> None:
+        now = self.clock()
         for item in list(self._draining):
             late, stop, reply = item
             if self.res.backlog == 0 or late <= now:
                 self._draining.remove(item)
-                reply(p.Done(self.res.backlog))
                 if stop:
                     self.stopping = True
                 else:
-                    self.refuse_stores = False
+                    self.mode.refuse_stores = False
+                reply(p.Done(self.res.backlog))
 
     def check_integrity(self) -> None:
         self.res.check_integrity()
-        self.leases.check_integrity()
+        self.lending.leases.check_integrity()
 
 
 def _hit(entry: Entry, context: bytes | None, tier: str = "") -> p.Hit:

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from sgl_blend.store.placement.index import Entry
-    from sgl_blend.store.placement.partial import Filling
+    from sgl_blend.store.placement.partial import PartialBody
 
 LOAD, STORE, TRANSIENT = "load", "store", "transient"
 
 
 class Lease(NamedTuple):
-    """verb: LOAD, STORE or TRANSIENT. entry: whose bytes (of a TRANSIENT lease: the filling that they
+    """verb: LOAD, STORE or TRANSIENT. entry: whose bytes (of a TRANSIENT lease: the body that they
     lie in). offset, nbytes: the region that must stay, which is the whole body even where only some
     of its layers are read. expires: loop time, or infinity."""
 
     id: int
     verb: str
     client: bytes
-    entry: Entry | Filling
+    entry: Entry | PartialBody
     offset: int
     nbytes: int
     expires: float
@@ -67,7 +67,7 @@ class LeaseTable:
         self,
         verb: str,
         client: bytes,
-        entry: Entry | Filling,
+        entry: Entry | PartialBody,
         offset: int,
         nbytes: int,
         expires: float,

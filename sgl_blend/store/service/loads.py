@@ -2,7 +2,7 @@
 once.
 
 It replies when every key is readable or known missing, or at its deadline with what is readable
-by then; reads that come later stay as prefetches.
+by then; what is read later stays in memory for the next reader.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import msgspec
 from sgl_blend.store.chunk import ChunkHeader
 from sgl_blend.store.placement.index import MEMORY, Entry
 from sgl_blend.store.service.leases import LOAD, TRANSIENT
+from sgl_blend.store.service.lending import Client, Lending
 from sgl_blend.store.wire import protocol as p
 
 if TYPE_CHECKING:
-    from sgl_blend.store.placement.partial import Filling
-    from sgl_blend.store.service.core import Client, StoreCore
+    from sgl_blend.store.placement.partial import PartialBody
 
 Answer = TypeVar("Answer")
 
@@ -27,15 +27,16 @@ Answer = TypeVar("Answer")
 class _Gathering(Generic[Answer]):
     """One answer for each of ``count`` things, and one reply: by the last answer, or by the deadline."""
 
-    def __init__(self, core: StoreCore, client: Client, request, reply, count: int, none: Answer):
-        self.core, self.client, self.request, self.reply = core, client, request, reply
-        self.deadline = core.clock() + request.wait_ms / 1000
+    def __init__(self, lending: Lending, client: Client, request, reply, count: int, none: Answer):
+        self.lending, self.res = lending, lending.res
+        self.client, self.request, self.reply = client, request, reply
+        self.deadline = lending.clock() + request.wait_ms / 1000
         self.answers = [none] * count
         self._left = count
         self.done = False
 
     def start(self) -> None:
-        self.core.loads[id(self)] = self
+        self.lending.waiting[id(self)] = self
         self._begin()
         if self._left == 0:
             self.finish()
@@ -53,7 +54,7 @@ class _Gathering(Generic[Answer]):
         if self.done:
             return
         self.done = True
-        self.core.loads.pop(id(self), None)
+        self.lending.waiting.pop(id(self), None)
         self._reply()
 
     def _begin(self) -> None:
@@ -64,22 +65,22 @@ class _Gathering(Generic[Answer]):
 
 
 class LoadRequest(_Gathering["p.LoadGrant | None"]):
-    def __init__(self, core: StoreCore, client: Client, request: p.PrepareLoad, reply):
-        super().__init__(core, client, request, reply, len(request.keys), None)
+    def __init__(self, lending: Lending, client: Client, request: p.PrepareLoad, reply):
+        super().__init__(lending, client, request, reply, len(request.keys), None)
         self.frames: list = []
         self._sent: list = []
 
     def _begin(self) -> None:
-        core, request = self.core, self.request
+        res, request = self.res, self.request
         far: dict[bytes, list[int]] = {}
         for i, key in enumerate(request.keys):
-            entry = core.res.index.best(request.namespace + key, self._context(i))
+            entry = res.index.best(request.namespace + key, self._context(i))
             if entry is None:
                 far.setdefault(key, []).append(i)
             else:
                 self._near(i, entry)
         if far:
-            core.res.far.heads(
+            res.remote.heads(
                 request.namespace, list(far), lambda heads: self._found_far(far, heads)
             )
 
@@ -94,29 +95,29 @@ class LoadRequest(_Gathering["p.LoadGrant | None"]):
             self._settle(i, None)
         elif layers is not None and not entry.loading and not entry.disk_lossy:
             # (What a lossy serde encoded is decoded as a whole in any case.)
-            self.core.res.fillings.fetch(
+            self.res.partial.fetch(
                 entry,
                 layers,
-                lambda filling, head: self._ranged(i, filling, head),
+                lambda body, head: self._ranged(i, body, head),
                 self.request.ahead,
             )
         else:
-            self.core.res.fetch(entry, lambda e: self._ready(i, e, "disk"))
+            self.res.fetch(entry, lambda e: self._ready(i, e, "disk"))
 
     def _found_far(self, far: dict[bytes, list[int]], heads: dict[bytes, ChunkHeader]) -> None:
-        name = self.core.res.far.tier.name if self.core.res.far.tier is not None else ""
+        name = self.res.remote.tier.name if self.res.remote.tier is not None else ""
         for key, places in far.items():
             for i in places:
                 if key not in heads:
                     self._settle(i, None)
                 else:
-                    self.core.res.fetch_remote(heads[key], lambda e, i=i: self._ready(i, e, name))
+                    self.res.fetch_remote(heads[key], lambda e, i=i: self._ready(i, e, name))
 
     def _ready(self, i: int, entry: Entry | None, tier: str) -> None:
         if entry is None or self.done:
             self._settle(i, None)
             return
-        core, client, layers = self.core, self.client, self.request.layers
+        res, lending, client, layers = self.res, self.lending, self.client, self.request.layers
         begin, end = 0, entry.nbytes
         # The packed header goes out as it lies in the index: nothing needs it unpacked here.
         packed = msgspec.Raw(entry.header)
@@ -127,48 +128,48 @@ class LoadRequest(_Gathering["p.LoadGrant | None"]):
                 return
             begin, end = header.layer_range(*layers)
         exact = entry.exact_in(self._context(i))
-        core.res.memory.policy.touch(entry)
+        res.memory.policy.touch(entry)
         if not client.shm:
-            if not core.frames_fit(end - begin):
+            if not lending.frames_fit(end - begin):
                 self._settle(i, None)
                 return
             entry.refs += 1
-            view = core.res.memory.view(entry.offset + begin, end - begin)
-            self._frame(i, packed, view, tier, exact, lambda: core.res.unref(entry))
+            view = res.memory.view(entry.offset + begin, end - begin)
+            self._frame(i, packed, view, tier, exact, lambda: res.unref(entry))
             return
-        if not core.lease_fits(client, entry.nbytes, entry.offset):
-            core.res.counters["lease_quota"] += 1
+        if not lending.fits(client, entry.nbytes, entry.offset):
+            res.counters["lease_quota"] += 1
             self._settle(i, None)
             return
         entry.refs += 1
         at = entry.offset + begin
-        lease = core.leases.grant(LOAD, client.id, entry, entry.offset, entry.nbytes, math.inf)
+        lease = lending.leases.grant(LOAD, client.id, entry, entry.offset, entry.nbytes, math.inf)
         self._settle(i, p.LoadGrant(lease.id, packed, at, end - begin, -1, tier, exact))
 
-    def _ranged(self, i: int, filling: Filling | None, header: ChunkHeader | None) -> None:
-        if filling is None:
+    def _ranged(self, i: int, body: PartialBody | None, header: ChunkHeader | None) -> None:
+        if body is None:
             self._settle(i, None)
             return
-        core, client = self.core, self.client
+        res, lending, client = self.res, self.lending, self.client
         begin, end = header.layer_range(*self.request.layers)
-        at, nbytes = filling.offset + begin, end - begin
+        at, nbytes = body.offset + begin, end - begin
         whole = header.body_bytes
         if client.shm:
-            fits = core.lease_fits(client, whole, filling.offset)
+            fits = lending.fits(client, whole, body.offset)
         else:
-            fits = core.frames_fit(nbytes)
+            fits = lending.frames_fit(nbytes)
         if self.done or not fits:
-            core.res.fillings.let_go(filling)
+            res.partial.let_go(body)
             self._settle(i, None)
             return
         exact = (
             header.generation == 0 and header.serde == "raw" and header.context == self._context(i)
         )
         if not client.shm:
-            view = core.res.memory.view(at, nbytes)
-            self._frame(i, header, view, "disk", exact, lambda: core.res.fillings.let_go(filling))
+            view = res.memory.view(at, nbytes)
+            self._frame(i, header, view, "disk", exact, lambda: res.partial.let_go(body))
             return
-        lease = core.leases.grant(TRANSIENT, client.id, filling, filling.offset, whole, math.inf)
+        lease = lending.leases.grant(TRANSIENT, client.id, body, body.offset, whole, math.inf)
         self._settle(i, p.LoadGrant(lease.id, header, at, nbytes, -1, "disk", exact))
 
     def _frame(
@@ -177,11 +178,11 @@ class LoadRequest(_Gathering["p.LoadGrant | None"]):
         grant = p.LoadGrant(0, header, -1, view.nbytes, len(self.frames), tier, exact)
         self.frames.append(view)
         self._sent.append(sent)
-        self.core.frame_bytes += view.nbytes
+        self.lending.frame_bytes += view.nbytes
         self._settle(i, grant)
 
     def _reply(self) -> None:
-        counters = self.core.res.counters
+        counters = self.res.counters
         got = sum(g is not None for g in self.answers)
         counters["load_hits"] += got
         counters["load_misses"] += len(self.answers) - got
@@ -189,7 +190,7 @@ class LoadRequest(_Gathering["p.LoadGrant | None"]):
         released, nbytes = self._sent, sum(v.nbytes for v in self.frames)
 
         def sent() -> None:
-            self.core.frame_bytes -= nbytes
+            self.lending.frame_bytes -= nbytes
             for release in released:
                 release()
 
@@ -200,13 +201,13 @@ class ExtendRequest(_Gathering[bool]):
     """More layers of chunks whose first ones a client holds. It knows where they will lie, so each
     costs no more than a yes or no."""
 
-    def __init__(self, core: StoreCore, client: Client, request: p.ExtendLoad, reply):
-        super().__init__(core, client, request, reply, len(request.leases), False)
+    def __init__(self, lending: Lending, client: Client, request: p.ExtendLoad, reply):
+        super().__init__(lending, client, request, reply, len(request.leases), False)
 
     def _begin(self) -> None:
-        core, layers = self.core, self.request.layers
+        res, lending, layers = self.res, self.lending, self.request.layers
         for i, lease_id in enumerate(self.request.leases):
-            lease = core.leases.get(lease_id, self.client.id)
+            lease = lending.leases.get(lease_id, self.client.id)
             if lease is None or lease.verb not in (LOAD, TRANSIENT):
                 self._settle(i, False)
                 continue
@@ -217,15 +218,13 @@ class ExtendRequest(_Gathering[bool]):
             elif loaded:
                 self._settle(i, True)
             else:
-                core.res.fillings.extend(
-                    lease.entry, layers, lambda filling, _, i=i: self._came(i, filling)
-                )
+                res.partial.extend(lease.entry, layers, lambda body, _, i=i: self._came(i, body))
 
-    def _came(self, i: int, filling: Filling | None) -> None:
-        if filling is not None:
+    def _came(self, i: int, body: PartialBody | None) -> None:
+        if body is not None:
             # The client's lease keeps it.
-            self.core.res.fillings.let_go(filling)
-        self._settle(i, filling is not None)
+            self.res.partial.let_go(body)
+        self._settle(i, body is not None)
 
     def _reply(self) -> None:
         self.reply(p.Extended(self.answers))

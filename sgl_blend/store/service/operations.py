@@ -1,26 +1,33 @@
 """What an operator asks of a store: pin, delete, clear, list, stats, read-only.
 
-Of ``StoreCore``, whose state it works on; draining, which takes time, is in ``core.py``.
+Draining, which takes time, is in ``core.py``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import msgspec
 
 from sgl_blend.store.placement.index import DISK, MEMORY, REMOTE, Entry
+from sgl_blend.store.placement.residency import Residency
+from sgl_blend.store.service.lending import Lending
 from sgl_blend.store.wire import protocol as p
 
-if TYPE_CHECKING:
-    from sgl_blend.store.service.core import StoreCore
+
+@dataclass
+class Mode:
+    """read_only: nothing is stored or deleted. refuse_stores: a drain is under way."""
+
+    read_only: bool = False
+    refuse_stores: bool = False
 
 
 class Operations:
     """``verbs``: the handlers by type of request, each ``(client, request, frames, reply)``."""
 
-    def __init__(self, core: StoreCore):
-        self.core, self.res = core, core.res
+    def __init__(self, res: Residency, lending: Lending, mode: Mode):
+        self.res, self.lending, self.mode = res, lending, mode
         self.verbs = {
             p.Pin: self._pin,
             p.Delete: self._delete,
@@ -40,19 +47,19 @@ class Operations:
         reply(p.Done(n))
 
     def _delete(self, client, request: p.Delete, frames, reply) -> None:
-        if self.core.read_only:
+        if self.mode.read_only:
             reply(p.Failure("read_only", "this store is read-only; nothing can be deleted"))
             return
         n = 0
         for key in request.keys:
             for entry in self.res.index.copies(request.namespace + key):
-                self.res.far.forget(entry)
+                self.res.remote.forget(entry)
                 self.res.remove(entry)
                 n += 1
         reply(p.Done(n))
 
     def _clear(self, client, request: p.Clear, frames, reply) -> None:
-        if self.core.read_only:
+        if self.mode.read_only:
             reply(p.Failure("read_only", "this store is read-only; nothing can be cleared"))
             return
         doomed = [
@@ -89,16 +96,16 @@ class Operations:
             "memory_evictions": res.memory.evictions,
             "shm_exhausted": res.memory.exhausted,
             "disk_used": res.disk_used,
-            "disk_limit": self.core.config.disk_bytes if res.disk is not None else 0,
+            "disk_limit": res.config.disk_bytes if res.disk is not None else 0,
             "backlog": res.backlog,
-            "leases": len(self.core.leases),
-            "read_only": self.core.read_only,
-            "draining": self.core.refuse_stores,
+            "leases": len(self.lending.leases),
+            "read_only": self.mode.read_only,
+            "draining": self.mode.refuse_stores,
             "counters": dict(sorted(res.counters.items())),
         }
 
     def _set_read_only(self, client, request: p.SetReadOnly, frames, reply) -> None:
-        self.core.read_only = request.on
+        self.mode.read_only = request.on
         reply(p.Done(1))
 
 

@@ -7,7 +7,6 @@ loop. Nothing in it blocks on a disk or a network.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import logging
 import os
@@ -17,43 +16,25 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import zmq
 
-from sgl_blend.errors import ConfigError
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.errors import ProtocolError, VersionMismatch
 from sgl_blend.store.placement.jobs import Jobs
 from sgl_blend.store.placement.residency import Residency
-from sgl_blend.store.service.core import Client, StoreCore
-from sgl_blend.store.tiers.base import Tier
+from sgl_blend.store.service.core import StoreCore
+from sgl_blend.store.service.lending import Client
+from sgl_blend.store.service.listen import listen, lock_address, side_path
+from sgl_blend.store.throttle import Throttle
+from sgl_blend.store.tiers.factory import make_tiers
 from sgl_blend.store.wire import protocol as p
-from sgl_blend.store.wire.security import Gate, check_endpoints, split_endpoint
+from sgl_blend.store.wire.security import check_endpoints
 from sgl_blend.store.wire.shm import Arena, SideSocket
 
 log = logging.getLogger("sgl_blend.store")
 _TICK_MS = 20
 _BURST = 64
-
-
-def make_tiers(config: StoreConfig) -> tuple[Tier | None, Tier | None]:
-    """Disk tier and shared tier as configured. Raises ConfigError."""
-    disk = remote = None
-    if config.disk_path is not None:
-        from sgl_blend.store.tiers.disk import DiskTier
-
-        disk = DiskTier(config.disk_path, config.disk_serde, config.disk_fsync)
-    if config.remote is not None:
-        from sgl_blend.store.tiers.factory import make_shared_tier
-
-        remote = make_shared_tier(
-            config.remote,
-            dict(config.remote_options),
-            config.remote_serde,
-            config.remote_deadline_s,
-        )
-    return disk, remote
 
 
 class StoreServer:
@@ -68,19 +49,15 @@ class StoreServer:
         check_endpoints(config.endpoints, config.curve_secret is not None, config.insecure_tcp)
         self.id = secrets.token_bytes(16)
         self._parent_fd = parent_fd
-        self._lock_fd = -1
-        self._gate: Gate | None = None
-        # For each endpoint: whether all of its clients are administrators.
-        self._open_to_admins: list[bool] = []
-        self._routers: list[zmq.Socket] = []
         self._sessions: dict[int, tuple[socket.socket, bytes]] = {}
         self._tokens: dict[int, bytes] = {}
         self._identities: dict[tuple[int, bytes], Client] = {}
         self._trackers: list[tuple[zmq.MessageTracker, Callable[[], None]]] = []
         self.snapshot: dict = {}
         self._signals = 0
-        side = self._side_path()
-        self._lock(side)
+        self._log = Throttle(log)
+        side = side_path(config)
+        self._lock_fd = lock_address(side)
         self.jobs = Jobs(
             {
                 "disk": 1,
@@ -105,59 +82,14 @@ class StoreServer:
         self.side = SideSocket(side)
         self.context = zmq.Context()
         self._poller = zmq.Poller()
-        self._bind()
+        self._gate, self._doors = listen(self.context, config)
+        self.addresses = [door.address for door in self._doors]
+        for door in self._doors:
+            self._poller.register(door.router, zmq.POLLIN)
         self._poller.register(self.side.fileno(), zmq.POLLIN)
         self._poller.register(self.jobs.fileno(), zmq.POLLIN)
         if parent_fd is not None:
             self._poller.register(parent_fd, zmq.POLLIN)
-
-    def _side_path(self) -> str:
-        """Next to the first ipc:// endpoint, else in the runtime directory by port."""
-        for endpoint in self.config.endpoints:
-            scheme, rest = split_endpoint(endpoint)
-            if scheme == "ipc":
-                return rest + ".shm"
-        port = self.config.endpoints[0].rpartition(":")[2]
-        base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/sgl-blend-{os.getuid()}"
-        name = port if port.isdigit() and port != "0" else secrets.token_hex(8)
-        return f"{base}/sgl-blend-store-{name}.shm"
-
-    def _lock(self, side: str) -> None:
-        """One server for each address: a socket file alone does not tell a live one from a dead."""
-        try:
-            Path(side).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock_fd = os.open(side + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise ConfigError(f"a store already serves at {side!r}, or it cannot be: {e}") from e
-
-    def _bind(self) -> None:
-        config = self.config
-        if config.curve_secret is not None:
-            self._gate = Gate(
-                self.context, config.curve_secret, config.curve_clients, config.curve_admins
-            )
-        self.addresses = []
-        for endpoint in self.config.endpoints:
-            router = self.context.socket(zmq.ROUTER)
-            router.linger = 0
-            # Bounds what libzmq will allocate for one frame before we have seen it.
-            router.maxmsgsize = max(self.config.max_chunk_bytes, p.MAX_BODY) + 4096
-            router.sndhwm = router.rcvhwm = 1000
-            scheme, rest = split_endpoint(endpoint)
-            if scheme == "tcp" and self._gate is not None:
-                self._gate.guard(router)
-            before = os.umask(0o177)
-            try:
-                router.bind(endpoint)
-            except zmq.ZMQError as e:
-                raise ConfigError(f"cannot listen on {endpoint}: {e}") from e
-            finally:
-                os.umask(before)
-            self._routers.append(router)
-            self._open_to_admins.append(scheme == "ipc" or self.config.insecure_admin)
-            self._poller.register(router, zmq.POLLIN)
-            self.addresses.append(router.last_endpoint.decode())
 
     # The loop.
 
@@ -169,35 +101,59 @@ class StoreServer:
         try:
             while not self.core.stopping:
                 ready = dict(self._poller.poll(2 if self._trackers else _TICK_MS))
-                for n, router in enumerate(self._routers):
-                    if router in ready:
-                        self._serve(n, router)
+                for n, door in enumerate(self._doors):
+                    if door.router in ready:
+                        self._guarded(self._serve, n, door.router)
                 if self.jobs.fileno() in ready:
-                    self.jobs.drain()
+                    self.jobs.drain(self._failed)
                 if self.side.fileno() in ready:
-                    self._greet()
+                    self._guarded(self._greet)
                 for fd in ready:
                     if fd in self._sessions:
-                        self._hear(fd)
+                        self._guarded(self._hear, fd)
                 if self._parent_fd is not None and self._parent_fd in ready:
                     self._poller.unregister(self._parent_fd)
                     self._parent_fd = None
-                    self.core.begin_drain(True, lambda *_: None)
+                    self._drain_and_stop()
                 if self._trackers:
                     self._release_sent()
                 now = time.monotonic()
                 if now >= next_tick:
-                    self.core.tick()
+                    for chore in self.core.chores:
+                        self._guarded(chore)
                     next_tick = now + _TICK_MS / 1000
                     if self._signals:
                         self._on_signal()
                 if now >= next_snapshot:
-                    self.snapshot = self.stats()
+                    self._guarded(self._take_snapshot)
                     next_snapshot = now + 1.0
                     gc.collect(0)
         finally:
             self.close()
         return 0
+
+    def _guarded(self, step: Callable[..., None], *args: object) -> None:
+        """The loop's steps serve everyone: what goes wrong in one of them must not end the store."""
+        try:
+            step(*args)
+        except Exception as e:
+            self._failed(e)
+
+    def _failed(self, error: Exception) -> None:
+        self.core.res.counters["internal_errors"] += 1
+        self._log.warning(
+            f"{type(error).__name__}", "a step of the store's loop failed: %s", error, error=error
+        )
+
+    def _drain_and_stop(self) -> None:
+        try:
+            self.core.begin_drain(True, lambda *_: None)
+        except Exception as e:
+            self._failed(e)
+            self.core.stopping = True
+
+    def _take_snapshot(self) -> None:
+        self.snapshot = self.stats()
 
     def stats(self) -> dict:
         return {
@@ -216,9 +172,9 @@ class StoreServer:
     def _on_signal(self) -> None:
         if self._signals > 1:
             self.core.stopping = True
-        elif not self.core.refuse_stores:
+        elif not self.core.mode.refuse_stores:
             log.info("draining")
-            self.core.begin_drain(True, lambda *_: None)
+            self._drain_and_stop()
 
     def _greet(self) -> None:
         token = secrets.randbits(62) | 1
@@ -252,8 +208,8 @@ class StoreServer:
             try:
                 conn.send(p.pack(request_id, message))
             except OSError:
-                # It is gone, or reads nothing: as a ROUTER does, we drop what it does not take.
-                self.core.res.counters["replies_dropped"] += 1
+                # It is gone, or reads nothing.
+                self._drop(client, message)
 
         def serve() -> None:
             _, body = p.unpack(packet)
@@ -270,7 +226,7 @@ class StoreServer:
         conn.close()
         self._tokens = {t: c for t, c in self._tokens.items() if c != client}
         self._identities = {i: c for i, c in self._identities.items() if c.id != client}
-        self.core.client_gone(client)
+        self.core.lending.client_gone(client)
 
     def _serve(self, n: int, router: zmq.Socket) -> None:
         for _ in range(_BURST):
@@ -294,12 +250,20 @@ class StoreServer:
 
         def reply(message, parts=(), sent=None) -> None:
             out = [identity, p.PREAMBLE, request_id, p.encode(message)]
-            if not parts:
-                router.send_multipart(out, zmq.NOBLOCK)
+            try:
+                if not parts:
+                    router.send_multipart(out, zmq.NOBLOCK)
+                    return
+                tracker = router.send_multipart(
+                    [*out, *map(memoryview, parts)], zmq.NOBLOCK, copy=False, track=True
+                )
+            except zmq.ZMQError:
+                # It is gone, or its queue is full.
+                known = self._identities.get((n, identity))
+                self._drop(known.id if known else b"net%d:" % n + identity, message)
+                if sent is not None:
+                    sent()
                 return
-            tracker = router.send_multipart(
-                [*out, *map(memoryview, parts)], zmq.NOBLOCK, copy=False, track=True
-            )
             self._trackers.append((tracker, sent))
 
         def serve() -> None:
@@ -314,12 +278,16 @@ class StoreServer:
                 return
             client = self._identities.get((n, identity))
             if client is None:
-                admin = self._open_to_admins[n]
+                admin = self._doors[n].all_admins
                 admin = admin or (self._gate is not None and self._gate.is_admin(frames[0]))
                 client = Client(b"net%d:" % n + identity, False, admin)
             self.core.handle(client, request, [f.buffer for f in frames[3:]], reply)
 
         self._answer(serve, reply)
+
+    def _drop(self, client: bytes, reply: p.Reply) -> None:
+        self.core.res.counters["replies_dropped"] += 1
+        self.core.lending.take_back(client, reply)
 
     def _answer(self, serve: Callable[[], None], reply: Callable[..., None]) -> None:
         """Run ``serve``, which replies, now or later; whatever it raises becomes the reply."""
@@ -345,12 +313,12 @@ class StoreServer:
             version=p.VERSION,
             shm=self.side.path,
             arena_bytes=self.arena.capacity,
-            read_only=self.core.read_only,
+            read_only=self.core.mode.read_only,
             limits=p.Limits(
                 p.MAX_BATCH,
                 self.config.max_chunk_bytes,
                 self.config.lease_s,
-                self.core.lease_quota,
+                self.core.lending.quota,
             ),
         )
 
@@ -359,7 +327,7 @@ class StoreServer:
         for tracker, sent in self._trackers:
             if tracker.done:
                 if sent is not None:
-                    sent()
+                    self._guarded(sent)
             else:
                 waiting.append((tracker, sent))
         self._trackers = waiting
@@ -369,9 +337,9 @@ class StoreServer:
         if self._lock_fd < 0:
             return
         self.jobs.close()
-        for router in self._routers:
+        for door in self._doors:
             # The last replies (a drain's among them) get a moment to leave.
-            router.close(200)
+            door.router.close(200)
         if self._gate is not None:
             self._gate.stop()
         self.context.term()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sgl_blend.store.errors import ChunkCorrupt
 from sgl_blend.store.placement.alloc import PAGE
 
 _local = threading.local()
@@ -116,3 +117,20 @@ def _bounce() -> tuple[memoryview, memoryview]:
 
 def _use_page_cache(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+def write_all(fd: int, parts: list[memoryview]) -> None:
+    """Write all of the parts, one behind the other. Raises OSError."""
+    parts = [p.cast("B") for p in parts if p.nbytes]
+    while parts:
+        done = os.writev(fd, parts[:64])
+        while parts and done >= parts[0].nbytes:
+            done -= parts.pop(0).nbytes
+        if done:
+            parts[0] = parts[0][done:]
+
+
+def read_all(fd: int, dest: np.ndarray, at: int) -> None:
+    """Fill ``dest`` from byte ``at`` on. Raises ChunkCorrupt where the file is shorter."""
+    if read_into(fd, dest, at) < dest.nbytes:
+        raise ChunkCorrupt("the file ends before its body does")

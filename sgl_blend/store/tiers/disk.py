@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import sqlite3
@@ -42,7 +43,7 @@ from sgl_blend.store.chunk import (
 from sgl_blend.store.errors import ChunkCorrupt, TierDown, TierMiss
 from sgl_blend.store.serde import make_serde
 from sgl_blend.store.tiers.base import PutResult, Tier, TierItem, TierRecord
-from sgl_blend.store.tiers.direct import aligned, open_direct, read_into
+from sgl_blend.store.tiers.direct import aligned, open_direct, read_all, read_into, write_all
 from sgl_blend.store.tiers.record import (
     BLOCK,
     RecordHead,
@@ -54,7 +55,10 @@ from sgl_blend.store.tiers.record import (
     unpack_head,
 )
 
+log = logging.getLogger("sgl_blend.store")
 _HEADS = 4096
+#: ``pragma user_version`` of an index that lacks files which could not be read
+_INCOMPLETE = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCHEMA = """
 create table if not exists chunks(
@@ -85,6 +89,8 @@ class DiskTier(Tier):
         self._heads: OrderedDict[bytes, tuple[RecordHead, int]] = OrderedDict()
         self._heads_lock = threading.Lock()
         self.rebuilt = False
+        #: files that the index lacks because they could not be read
+        self._unread: set[str] = set()
         try:
             (self.root / "data").mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.root / "tmp", ignore_errors=True)
@@ -108,11 +114,14 @@ class DiskTier(Tier):
             db = self._connect(path)
             if db.execute("pragma quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
+        except sqlite3.OperationalError as e:
+            # Locked, out of descriptors, a read error: the index itself may be as good as ever.
+            raise ConfigError(f"the disk tier's index {path} cannot be opened: {e}") from e
         except sqlite3.DatabaseError:
             for suffix in ("", "-wal", "-shm"):
                 Path(str(path) + suffix).unlink(missing_ok=True)
             db, fresh = self._connect(path), True
-        if fresh:
+        if fresh or db.execute("pragma user_version").fetchone()[0] == _INCOMPLETE:
             self._rebuild(db)
         return db
 
@@ -126,12 +135,19 @@ class DiskTier(Tier):
         return db
 
     def _rebuild(self, db: sqlite3.Connection) -> None:
-        """Fill an empty index from the heads of the files: one block read for each."""
+        """Fill an index from the heads of the files: one block read for each.
+
+        A file that cannot be read now stays, and is tried again when the store starts the next
+        time; one that can be read and is damaged goes.
+        """
         rows = []
         for path in self._files():
             try:
-                fd = os.open(path, os.O_RDONLY)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
             except OSError:
+                self._unread.add(path)
                 continue
             try:
                 first = aligned(BLOCK)
@@ -139,13 +155,21 @@ class DiskTier(Tier):
                 stat = os.fstat(fd)
                 if stat.st_size == size + head.nbytes:
                     rows.append((stat.st_mtime_ns, self._row(head, stat.st_size)))
-            except (OSError, ChunkCorrupt):
-                os.unlink(path)
+            except OSError:
+                self._unread.add(path)
+            except ChunkCorrupt:
+                Path(path).unlink(missing_ok=True)
             finally:
                 os.close(fd)
+        if self._unread:
+            log.warning(
+                "%d files of the disk tier could not be read; they are left as they are",
+                len(self._unread),
+            )
         rows.sort(key=lambda r: r[0])
         db.execute("begin")
-        db.executemany(_INSERT, [row for _, row in rows])
+        db.executemany(_INSERT.replace("replace", "ignore"), [row for _, row in rows])
+        db.execute(f"pragma user_version={_INCOMPLETE if self._unread else 0}")
         db.execute("commit")
         self.rebuilt = bool(rows)
 
@@ -204,7 +228,7 @@ class DiskTier(Tier):
         try:
             try:
                 raw = pack_head(head)
-                _write_all(fd, [memoryview(raw), *(memoryview(p) for p in parts)])
+                write_all(fd, [memoryview(raw), *(memoryview(p) for p in parts)])
                 if self._fsync:
                     os.fdatasync(fd)
             finally:
@@ -250,10 +274,10 @@ class DiskTier(Tier):
             head, size = known or self._head(fd, header)
         if head.serde != "raw":
             blob = aligned(head.nbytes)
-            _read_all(fd, blob, size)
+            read_all(fd, blob, size)
             return open_record(head, blob, dest, layers)
         if not come:
-            _read_all(fd, dest, size + begin)
+            read_all(fd, dest, size + begin)
         if layers is not None:
             check_layers(head, dest, layers)
             if known is None:
@@ -325,6 +349,8 @@ class DiskTier(Tier):
         removed = 0
         for path in self._files():
             name = os.path.basename(path)
+            if path in self._unread:
+                continue
             try:
                 old = time.time() - os.stat(path).st_mtime > 60
                 with self._db_lock:
@@ -372,18 +398,3 @@ def _head_of(fd: int, first: np.ndarray) -> tuple[RecordHead, int]:
         first = aligned(size)
         first = first[: read_into(fd, first, 0)]
     return unpack_head(first), size
-
-
-def _write_all(fd: int, parts: list[memoryview]) -> None:
-    parts = [p.cast("B") for p in parts if p.nbytes]
-    while parts:
-        done = os.writev(fd, parts[:64])
-        while parts and done >= parts[0].nbytes:
-            done -= parts.pop(0).nbytes
-        if done:
-            parts[0] = parts[0][done:]
-
-
-def _read_all(fd: int, dest: np.ndarray, at: int) -> None:
-    if read_into(fd, dest, at) < dest.nbytes:
-        raise ChunkCorrupt("the file ends before its body does")

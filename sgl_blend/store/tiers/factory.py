@@ -1,11 +1,30 @@
-"""The tier of a cluster's engine, made from its name and options."""
+"""The store's lower tiers, made from its configuration."""
 
 from __future__ import annotations
 
 import inspect
 
 from sgl_blend.errors import ConfigError, unknown_name
+from sgl_blend.store.config import StoreConfig
+from sgl_blend.store.tiers.base import Tier
 from sgl_blend.store.tiers.shared import SharedTier
+
+
+def make_tiers(config: StoreConfig) -> tuple[Tier | None, Tier | None]:
+    """Disk tier and shared tier as configured. Raises ConfigError."""
+    disk = remote = None
+    if config.disk_path is not None:
+        from sgl_blend.store.tiers.disk import DiskTier
+
+        disk = DiskTier(config.disk_path, config.disk_serde, config.disk_fsync)
+    if config.remote is not None:
+        remote = make_shared_tier(
+            config.remote,
+            dict(config.remote_options),
+            config.remote_serde,
+            config.remote_deadline_s,
+        )
+    return disk, remote
 
 
 def make_shared_tier(kind: str, options: dict, serde: str, deadline_s: float) -> SharedTier:

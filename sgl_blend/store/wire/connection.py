@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import zmq
 
 from sgl_blend.errors import StoreError
@@ -46,6 +47,8 @@ class Connection:
         self._released: deque[tuple[ArenaMapping, int]] = deque()
         # Of those, leases in the present mapping that the store has not been told of yet.
         self._owed: list[int] = []
+        # Leases of grants to store that will not be used, likewise.
+        self._abandoned: list[int] = []
 
     @contextmanager
     def turn(self, until: float) -> Iterator[None]:
@@ -55,8 +58,10 @@ class Connection:
         try:
             yield
         finally:
-            self._flush()
-            self._lock.release()
+            try:
+                self._flush()
+            finally:
+                self._lock.release()
 
     def call(self, request: p.Request, frames: Sequence, until: float) -> tuple[p.Reply, list]:
         """One request, its reply and payload frames; within a ``turn``. Raises StoreError."""
@@ -109,6 +114,8 @@ class Connection:
 
     def _open(self) -> zmq.Socket:
         if self._socket is None:
+            if self._context.closed:
+                raise StoreError(f"{self.endpoint}: the connection was closed")
             sock = self._context.socket(zmq.DEALER)
             sock.linger = 0
             sock.reconnect_ivl, sock.reconnect_ivl_max = 20, 500
@@ -132,6 +139,8 @@ class Connection:
             sock.send_multipart(parts, zmq.NOBLOCK, copy=not frames)
         except zmq.Again as e:
             raise StoreTimeout(f"{verb}: {self.endpoint} takes no more messages") from e
+        except zmq.ZMQError as e:
+            raise StoreError(f"{verb}: {self.endpoint}: {e}") from e
         while True:
             left = until - time.monotonic()
             if left <= 0:
@@ -181,7 +190,7 @@ class Connection:
             return False
         try:
             self._socket.send_multipart([p.PREAMBLE, _ONE_WAY, p.encode(request)], zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError:
             return False
         return True
 
@@ -198,22 +207,32 @@ class Connection:
         if isinstance(reply, p.Loads):
             self._owed += [g.lease for g in reply.grants if g is not None and g.lease]
         elif isinstance(reply, p.Grants):
-            leases = [g.lease for g in reply.grants if g.status == "granted"]
-            if leases:
-                self._send(p.AbortStore(leases))
+            self.abandon(g.lease for g in reply.grants if g.status == "granted")
+
+    def abandon(self, leases: Iterable[int]) -> None:
+        """The store is told, at the turn's end or as soon as it listens, that nothing will be
+        stored under these; within a ``turn``."""
+        self._abandoned += leases
 
     # What callers hold.
 
-    def hold(self) -> ArenaMapping:
-        """Count one more view into the present mapping; within a ``turn``."""
+    def view(self, offset: int, nbytes: int) -> tuple[np.ndarray, ArenaMapping]:
+        """uint8 [nbytes] in shared memory, and the mapping, which then holds one view more; within
+        a ``turn``. Raises StoreError where there is no such memory."""
+        if self.mapping is None:
+            raise ProtocolError("the store names shared memory that this client does not see")
+        buf = self.mapping.view(offset, nbytes)
         self.mapping.holds += 1
-        return self.mapping
+        return buf, self.mapping
 
-    def unhold(self, mapping: ArenaMapping) -> None:
-        """One view fewer; within a ``turn``."""
-        mapping.holds -= 1
-        if mapping.retired and mapping.holds <= 0:
-            mapping.close()
+    def unhold(self, mappings: Iterable[ArenaMapping | None]) -> None:
+        """One view fewer in each; within a ``turn``."""
+        for mapping in mappings:
+            if mapping is None:
+                continue
+            mapping.holds -= 1
+            if mapping.retired and mapping.holds <= 0:
+                mapping.close()
 
     def release(self, held: Sequence[tuple[ArenaMapping, int]]) -> None:
         """End load leases: now if the connection is free, else with whoever has it."""
@@ -229,15 +248,17 @@ class Connection:
             mapping, lease = self._released.popleft()
             if mapping is self.mapping:
                 self._owed.append(lease)
-            self.unhold(mapping)
+            self.unhold([mapping])
         # What a store that stands still does not take now, it is told at a later turn.
-        while self._owed and self._send(p.CompleteLoad(self._owed[: p.MAX_PACKET_BATCH])):
-            del self._owed[: p.MAX_PACKET_BATCH]
+        for leases, verb in ((self._owed, p.CompleteLoad), (self._abandoned, p.AbortStore)):
+            while leases and self._send(verb(leases[: p.MAX_PACKET_BATCH])):
+                del leases[: p.MAX_PACKET_BATCH]
 
     def _retire(self) -> None:
         """Let go of a mapping, but not of the leases of those who still hold its views."""
         mapping, self.mapping = self.mapping, None
         self._owed.clear()
+        self._abandoned.clear()
         if mapping.holds == 0:
             mapping.close()
         else:
@@ -255,6 +276,7 @@ class Connection:
             self.welcome = None
             self._released.clear()
             self._owed.clear()
+            self._abandoned.clear()
             self._context.term()
 
 

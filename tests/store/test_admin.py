@@ -33,7 +33,6 @@ def _use(client, seed: int) -> bytes:
     header, body = make_chunk(seed)
     assert client.put([header], [body]) == ["stored"]
     assert client.lookup([header.key])[0] is not None
-    assert client.prefetch([header.key]) == 0
     with client.load([header.key]) as (chunk,):
         assert chunk.buf.tobytes() == body.tobytes()
     assert header in [e.header for e in client.list().entries]

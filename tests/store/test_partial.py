@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from store_testing import NAMESPACE, Driver, make_chunk, small_config
+from store_testing import NAMESPACE, Driver, bring_up, make_chunk, small_config
 
 from sgl_blend.store.chunk import LayerRange
-from sgl_blend.store.service.core import Client
+from sgl_blend.store.service.lending import Client
 from sgl_blend.store.wire import protocol as p
 
 ONE, TWO, FAR = Client(b"one", True, True), Client(b"two", True, True), Client(b"far", False, True)
@@ -112,16 +112,16 @@ def test_a_body_that_is_never_completed_gives_its_memory_back(stored, how):
         assert driver.core.res.memory.used > 0
         done(stored, ONE, *grants)
     elif how == "gone":
-        driver.core.client_gone(ONE.id)
-    assert driver.core.res.memory.used == 0 and len(driver.core.res.fillings) == 0
+        driver.core.lending.client_gone(ONE.id)
+    assert driver.core.res.memory.used == 0 and len(driver.core.res.partial) == 0
     assert ask(stored, FAR).tier == "disk"
 
 
 def test_it_counts_as_a_whole_towards_what_a_client_may_hold(stored):
     driver, header, body = stored
     grants = [ask(stored, ONE, FIRST), ask(stored, ONE, LayerRange(1, 2))]
-    assert driver.core.leases.held_bytes(ONE.id) == body.nbytes
-    driver.core.lease_quota = body.nbytes - 1
+    assert driver.core.lending.leases.held_bytes(ONE.id) == body.nbytes
+    driver.core.lending.quota = body.nbytes - 1
     assert ask(stored, ONE, LayerRange(2, 3)) is not None, "no more memory than it holds already"
     assert ask(stored, TWO, FIRST) is None
     done(stored, ONE, *grants)
@@ -143,10 +143,10 @@ def test_damage_in_a_later_range_spares_the_earlier_ones(stored):
 
 
 def test_a_whole_read_beside_it(stored):
-    """A prefetch of the same chunk takes a place of its own; the later one is dropped at its end."""
+    """A whole read of the same chunk takes a place of its own; the later one is dropped at its end."""
     driver, header, body = stored
     first = ask(stored, ONE, FIRST)
-    driver.ask(TWO, p.Prefetch(NAMESPACE, [header.key]))
+    bring_up(driver, TWO, [header.key])
     driver.settle()
     rest = ask(stored, ONE, REST)
     assert rest.tier == "memory"
@@ -162,7 +162,7 @@ def test_deleted_while_it_comes(stored):
     driver.settle()
     assert ask(stored, ONE, REST) is None
     done(stored, ONE, first)
-    assert driver.core.res.memory.used == 0 and len(driver.core.res.fillings) == 0
+    assert driver.core.res.memory.used == 0 and len(driver.core.res.partial) == 0
 
 
 def test_stored_again_while_the_deleted_one_is_read(stored):
@@ -211,7 +211,7 @@ def test_later_layers_come_to_where_the_first_ones_lie(stored):
     grant = driver.ask(ONE, request)[0].grants[0]
     assert extend(stored, ONE, grant, LayerRange(1, 3))
     assert extend(stored, ONE, grant, LayerRange(2, 4))
-    assert len(driver.core.leases) == 1 and ask(stored, FAR).tier == "memory"
+    assert len(driver.core.lending.leases) == 1 and ask(stored, FAR).tier == "memory"
     assert extend(stored, ONE, grant, REST), "of a body that has become the chunk's"
     assert not extend(stored, ONE, grant, LayerRange(3, 5)), "there is no such layer"
     assert not extend(stored, TWO, grant, REST), "another client's lease"
@@ -239,7 +239,7 @@ def test_later_layers_that_are_damaged_are_a_miss(stored):
     assert extend(stored, ONE, first, LayerRange(1, 2))
     assert not extend(stored, ONE, first, LayerRange(2, 4))
     done(stored, ONE, first)
-    assert driver.core.res.memory.used == 0 and len(driver.core.res.fillings) == 0
+    assert driver.core.res.memory.used == 0 and len(driver.core.res.partial) == 0
 
 
 def test_the_disk_goes_on_with_what_comes_next(stored):
@@ -264,9 +264,9 @@ def test_reading_ahead_for_a_client_that_has_left(stored, how):
     if how == "completed":
         done(stored, ONE, grant)
     else:
-        driver.core.client_gone(ONE.id)
+        driver.core.lending.client_gone(ONE.id)
     driver.settle()
-    assert len(driver.core.res.fillings) == 0 and ask(stored, FAR).tier == "memory"
+    assert len(driver.core.res.partial) == 0 and ask(stored, FAR).tier == "memory"
     assert read_bytes(stored) == body.nbytes
 
 

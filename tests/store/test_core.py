@@ -7,14 +7,11 @@ import random
 import msgspec
 import numpy as np
 import pytest
-from store_testing import NAMESPACE, Driver, digest, make_chunk, small_config
+from store_testing import FAR, LOCAL, NAMESPACE, Driver, bring_up, digest, make_chunk, small_config
 
 from sgl_blend.store.chunk import LayerRange, checksum
 from sgl_blend.store.errors import ProtocolError
-from sgl_blend.store.service.core import Client
 from sgl_blend.store.wire import protocol as p
-
-LOCAL, FAR = Client(b"local", True, True), Client(b"far", False, True)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -81,9 +78,9 @@ def test_random_use_keeps_books_and_bytes(tmp_path, seed):
             driver.ask(client, p.Pin(NAMESPACE, [header.key], rng.random() < 0.3))
         elif roll < 0.97:
             driver.ask(client, p.PrepareStore([header]))
-            driver.core.client_gone(client.id)
+            driver.core.lending.client_gone(client.id)
         else:
-            driver.ask(client, p.Prefetch(NAMESPACE, [header.key]))
+            bring_up(driver, client, [header.key])
         driver.step(0)
         driver.core.check_integrity()
         assert driver.core.res.disk_used <= config.disk_bytes
@@ -93,7 +90,7 @@ def test_random_use_keeps_books_and_bytes(tmp_path, seed):
     assert driver.core.res.counters["disk_filled"] > 3
     assert driver.core.res.counters["corrupt"] == 0
     driver.core.handle(LOCAL, p.CompleteLoad(ranges), [], None)
-    assert len(driver.core.leases) == 0
+    assert len(driver.core.lending.leases) == 0
     # Writes that are still queued may yet push others out.
     driver.settle()
     held = {e.chunk_id for e in driver.core.res.index if e.tiers & 2}
@@ -163,10 +160,10 @@ def test_leases_without_shared_memory_expire():
         assert driver.put(FAR, header, body) == "busy"
         driver.now += 6.0
         driver.core.tick()
-        assert len(driver.core.leases) == left
+        assert len(driver.core.lending.leases) == left
     # The local client may still be writing: only the end of its connection frees its bytes.
     assert driver.core.res.memory.used > 0
-    driver.core.client_gone(LOCAL.id)
+    driver.core.lending.client_gone(LOCAL.id)
     assert driver.core.res.memory.used == 0
     assert driver.put(FAR, header, body) == "stored"
     driver.close()
@@ -188,7 +185,7 @@ def test_leased_chunks_are_not_evicted_and_exhaustion_is_a_refusal():
     driver.core.handle(LOCAL, p.CompleteLoad([held[0][0].lease]), [], None)
     header, body = make_chunk(len(held), n_tokens=64)
     assert driver.put(LOCAL, header, body) == "stored"
-    driver.core.client_gone(LOCAL.id)
+    driver.core.lending.client_gone(LOCAL.id)
     driver.close()
 
 
@@ -200,7 +197,7 @@ def test_one_client_cannot_lease_everything():
     grants = driver.ask(LOCAL, p.PrepareLoad(NAMESPACE, keys))[0].grants
     got = sum(g.nbytes for g in grants if g)
     assert 0 < got <= 200_000
-    driver.core.client_gone(LOCAL.id)
+    driver.core.lending.client_gone(LOCAL.id)
     driver.close()
 
 
@@ -266,7 +263,7 @@ def test_a_wrong_checksum_never_reaches_disk(tmp_path):
     grant = driver.ask(FAR, p.PrepareStore([header]))[0].grants[0]
     with pytest.raises(ProtocolError, match="0 payload frames for 1"):
         driver.ask(FAR, p.CompleteStore([grant.lease], [digest(1)]))
-    driver.core.client_gone(FAR.id)
+    driver.core.lending.client_gone(FAR.id)
     assert driver.core.res.memory.used == 0
     driver.close()
 
@@ -322,7 +319,7 @@ def test_read_only_and_drain(tmp_path):
     for request in (p.PrepareStore([header]), p.Delete(NAMESPACE, [header.key]), p.Clear()):
         assert driver.ask(LOCAL, request)[0].code == "read_only"
     assert driver.ask(LOCAL, p.PrepareLoad(NAMESPACE, [header.key]))[0].grants[0] is not None
-    driver.core.client_gone(LOCAL.id)
+    driver.core.lending.client_gone(LOCAL.id)
     driver.ask(LOCAL, p.SetReadOnly(False))
     # Draining writes what only memory holds, admitted or not.
     assert driver.ask(LOCAL, p.Drain(stop=False))[0].count == 0

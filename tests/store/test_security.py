@@ -108,7 +108,6 @@ def _seeds() -> list[list[bytes]]:
     requests = [
         p.Hello("fuzz", 12345),
         p.Lookup(NAMESPACE, [key] * 8, [key] * 8),
-        p.Prefetch(NAMESPACE, [key]),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 2)),
         p.PrepareLoad(NAMESPACE, [key], wait_ms=1, layers=LayerRange(0, 0, True)),

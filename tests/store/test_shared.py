@@ -15,8 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from polling import eventually
-from store_testing import NAMESPACE, connect, digest, make_chunk, small_config, start
-from test_store_core import FAR, LOCAL, Driver
+from store_testing import (
+    FAR,
+    LOCAL,
+    NAMESPACE,
+    Driver,
+    bring_up,
+    connect,
+    digest,
+    load_or_miss,
+    lookup_or_miss,
+    make_chunk,
+    small_config,
+    start,
+)
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.store.chunk import LayerRange, Layout
@@ -160,8 +172,8 @@ def test_a_store_over_a_shared_tier_that_hangs():
                 second.arena.view(grant.offset, grant.nbytes) if client.shm else frames[grant.frame]
             )
             np.testing.assert_array_equal(got, body)
-    second.core.client_gone(LOCAL.id)
-    assert second.ask(LOCAL, p.Prefetch(NAMESPACE, keys[3:5]))[0].count == 0
+    second.core.lending.client_gone(LOCAL.id)
+    bring_up(second, LOCAL, keys[3:5])
     second.settle()
     hits = second.ask(LOCAL, p.Lookup(NAMESPACE, keys, remote=False))[0].hits
     assert [h is not None for h in hits] == [True] * 5 + [False]
@@ -177,9 +189,9 @@ def test_a_store_over_a_shared_tier_that_hangs():
     objects.gate.set()
     second.settle()
     assert calls <= objects.calls
-    second.core.client_gone(LOCAL.id)
+    second.core.lending.client_gone(LOCAL.id)
     assert second.ask(LOCAL, p.Delete(NAMESPACE, keys[:1]))[0].count == 1
-    assert eventually(lambda: not second.core.res.far.tier.guard.is_open)
+    assert eventually(lambda: not second.core.res.remote.tier.guard.is_open)
     second.close()
     first.close()
 
@@ -241,7 +253,7 @@ def test_two_mooncake_nodes_and_the_death_of_one(mooncake_master):
             slowest = 0.0
             for (_, body), key in zip(made, keys, strict=True):
                 began = time.monotonic()
-                chunks = b.try_prepare_load([key], deadline_s=6.0)
+                chunks = load_or_miss(b, [key], deadline_s=6.0)
                 slowest = max(slowest, time.monotonic() - began)
                 if chunks[0] is None:
                     misses += 1
@@ -354,7 +366,7 @@ def test_a_dead_master_is_only_misses(mooncake_master, tmp_path):
         os.kill(found[0], signal.SIGKILL)
         for i in range(20):
             began = time.monotonic()
-            assert client.try_lookup([digest("x", i)], deadline_s=5.0) == [None]
+            assert lookup_or_miss(client, [digest("x", i)], deadline_s=5.0) == [None]
             assert time.monotonic() - began < 6.0
         with client.load([made[0].key]) as (chunk,):
             np.testing.assert_array_equal(chunk.buf, made[1])

@@ -8,13 +8,14 @@ import pytest
 from store_testing import digest, make_chunk, small_config
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.store.chunk import Layout
+from sgl_blend.store.chunk import ChunkHeader, Layout
 from sgl_blend.store.placement.eviction import POLICIES, make_policy
 from sgl_blend.store.placement.index import Entry
 from sgl_blend.store.placement.jobs import Jobs
 from sgl_blend.store.placement.residency import Residency
 from sgl_blend.store.placement.sketch import FrequencySketch
-from sgl_blend.store.service.core import Client, StoreCore
+from sgl_blend.store.service.core import StoreCore
+from sgl_blend.store.service.lending import Client
 from sgl_blend.store.wire import protocol as p
 from sgl_blend.store.wire.shm import Arena
 
@@ -153,7 +154,7 @@ class Replay:
         grants = self.ask(p.PrepareLoad(namespace, keys, contexts)).grants
         self.ask(p.CompleteLoad([g.lease for g in grants if g]))
         headers = [
-            p.ChunkHeader(namespace, k, self.LAYOUT, "float16", 1, context=c)
+            ChunkHeader(namespace, k, self.LAYOUT, "float16", 1, context=c)
             for k, c, h in zip(keys, contexts, hits, strict=True)
             if h is None or not h.exact
         ]
