@@ -1,35 +1,77 @@
-"""The demo: a newcomer's first look. One real server per part, real requests, two small tables.
+"""The demo: a newcomer's first look. Real servers, real requests, answers that a person can check.
 
-Part 1, answers: the trained model that is shipped reads documents that it saw before in other
-prompts, and answers questions that need one document to be read in another's light. Part 2,
-speed: a larger random-weight model (its answers mean nothing, its work is real) prefills
-long prompts of seen documents. Both compare blending with exact prefill on the same server.
+Part 1, a real language model (SmolLM2-135M-Instruct): pages of a fictional company's handbook are
+read one at a time; then questions come with all pages in the prompt, in an order never seen
+before. Part 2, the trained model that is shipped: questions that need one document to be read in
+another's light. In each part one server answers in three ways: blended, by exact prefill, and by
+blind reuse, where nothing is recomputed.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sgl_blend.bench.workload import Workload
 from sgl_blend.errors import ConfigError
-from sgl_blend.harness.client import Answer, ask
-from sgl_blend.harness.models import make_model
+from sgl_blend.harness.client import Answer, greedy
 from sgl_blend.harness.server import Server, serve
 
 Progress = Callable[[str], None]
 
 EXACT = {"blend": False}
-BLEND: dict = {}
+BLEND: dict[str, Any] = {}
 BLIND = {"blend_policy": "none"}
+
+HEAD = (
+    "<|im_start|>system\nYou answer questions about the handbook of the Alder Ferry Company, in "
+    "one short sentence.<|im_end|>\n<|im_start|>user\n"
+)
+TAIL = "\n\nQuestion: {}<|im_end|>\n<|im_start|>assistant\n"
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class HandbookQuestion:
+    """right: words that a right answer has in it."""
+
+    text: str
+    right: str
+
+    def is_right(self, answer: str) -> bool:
+        return self.right.lower() in answer.lower()
+
+
+#: what SmolLM2 finds on nine pages when it computes them exactly; larger models find more
+QUESTIONS = (
+    HandbookQuestion("Who is the captain of the Marigold?", "Ingrid Solberg"),
+    HandbookQuestion("What is the alarm for a person overboard?", "three long blasts"),
+    HandbookQuestion("What is the most popular dish in the cafe?", "smoked mackerel roll"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question, answered in three ways."""
+
+    question: HandbookQuestion
+    blended: Answer
+    exact: Answer
+    blind: Answer
+
+    def same(self, other: Answer) -> bool:
+        """Does ``other`` say what exact prefill says?"""
+        return other.text.strip() == self.exact.text.strip()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One question, asked three ways. blind: full reuse, nothing recomputed."""
+    """One question to the shipped model, asked three ways."""
 
     question: str
     kind: str
@@ -37,23 +79,6 @@ class Reply:
     exact: str
     blended: str
     blind: str
-
-
-@dataclass
-class Speed:
-    """TTFT in seconds, one per prompt; tokens of the last prompt."""
-
-    exact: list[float] = field(default_factory=list)
-    blended: list[float] = field(default_factory=list)
-    tokens: int = 0
-    reused: int = 0
-    recomputed: int = 0
-    computed: int = 0
-    prefix: int = 0
-
-    def speedup(self) -> float:
-        pairs = zip(self.exact, self.blended, strict=True)
-        return statistics.median(a / b for a, b in pairs)
 
 
 def shipped_model() -> Path:
@@ -65,23 +90,69 @@ def shipped_model() -> Path:
     return found[-1]
 
 
+def pages() -> list[str]:
+    """The handbook's pages, about 230 tokens each."""
+    text = (Path(__file__).parent / "handbook.md").read_text()
+    return [page.strip() for page in text.split("\n---\n")]
+
+
+def handbook(model: Path, progress: Progress, show: Callable[[str], None]) -> list[Asked]:
+    """Ask all questions in all three ways; ``show`` is given each answer when it comes."""
+    prompts = []
+    for i, question in enumerate(QUESTIONS):
+        order = random.Random(i).sample(pages(), len(pages()))
+        prompts.append(HEAD + "\n\n".join(order) + TAIL.format(question.text))
+    with _served(model, "SmolLM2-135M-Instruct", progress) as server:
+
+        def ask_all(way: str, custom: dict[str, Any]) -> list[Answer]:
+            answers = []
+            for question, prompt in zip(QUESTIONS, prompts, strict=True):
+                progress(f"{way}: {question.text}")
+                body = greedy(prompt, ANSWER_TOKENS, custom, stop=["\n"])
+                answers.append(server.client.stream(body))
+                show(f"{way:<13} {question.text}  {answers[-1].text.strip()}")
+            return answers
+
+        # Blended before exact, or it would find the same prompt's exact KV as a prefix. An exact
+        # request never takes what a blended one has left.
+        _read(server, [HEAD + page for page in pages()], progress)
+        blended = ask_all("blended", BLEND)
+        exact = ask_all("exact prefill", EXACT)
+        server.flush()
+        _read(server, [HEAD + page for page in pages()], progress)
+        blind = ask_all("blind reuse", BLIND)
+    return [Asked(*one) for one in zip(QUESTIONS, blended, exact, blind, strict=True)]
+
+
+def speedup(asked: Sequence[Asked]) -> float:
+    """Median over the questions of exact over blended TTFT."""
+    return statistics.median(a.exact.ttft / a.blended.ttft for a in asked)
+
+
+def _read(server: Server, texts: list[str], progress: Progress) -> None:
+    """Documents are seen one at a time, each behind the system prompt, and computed exactly."""
+    progress(f"the server reads {len(texts)} documents, each alone")
+    params = greedy("", 1, EXACT)["sampling_params"]
+    server.generate(text=texts, sampling_params=params)
+
+
 def answers(model: Path, cases: int, progress: Progress) -> list[Reply]:
-    """Ask ``cases`` cases' questions exactly, blended and with blind reuse."""
+    """Ask the shipped model ``cases`` cases' questions exactly, blended and with blind reuse."""
     from sgl_blend.eval.tasks import make_case, reordered
 
     replies: list[Reply] = []
-    progress(f"starting a server with --enable-blend on {model.name}")
-    with serve(model, ["--enable-blend"], timeout=600) as server:
+    with _served(model, model.name, progress) as server:
         for seed in range(cases):
             case = make_case(seed)
+            seen = [f"{case.system}\n{d}\n" for d in reordered(case, seed + 1000).documents]
             for i, question in enumerate(case.questions):
-                progress(f"answers: case {seed + 1} of {cases}, question {i + 1}")
-                prompt = case.prompt(question)
+                progress(f"case {seed + 1} of {cases}, question {i + 1} of {len(case.questions)}")
                 said = []
                 for custom in (EXACT, BLEND, BLIND):
                     server.flush()
-                    _read_before(server, case, reordered(case, seed + 1000))
-                    said.append(ask(server.url, text=prompt, max_new_tokens=4, custom=custom).text)
+                    _read(server, seen, lambda text: None)
+                    body = greedy(case.prompt(question), 4, custom)
+                    said.append(server.client.stream(body).text)
                 exact, blended, blind = (s.strip().split(" ")[0] for s in said)
                 replies.append(
                     Reply(question.text, question.kind, question.answer, exact, blended, blind)
@@ -89,43 +160,21 @@ def answers(model: Path, cases: int, progress: Progress) -> list[Reply]:
     return replies
 
 
-def _read_before(server: Server, case, other) -> None:
-    """The documents are seen one at a time, each behind the system prompt."""
-    for document in other.documents:
-        ask(server.url, text=f"{case.system}\n{document}\n", custom=EXACT)
+@contextmanager
+def _served(model: Path, name: str, progress: Progress) -> Iterator[Server]:
+    """A server with ``--enable-blend``; what it takes to come up is told every few seconds."""
+    told = time.monotonic() - 60
 
+    def waiting(seconds: float) -> None:
+        nonlocal told
+        if time.monotonic() - told >= 4:
+            told = time.monotonic()
+            progress(
+                f"starting SGLang with --enable-blend on {name} ({seconds:.0f} s; about half a "
+                "minute on two idle cores)"
+            )
 
-def speed(layers: int, documents: int, doc_tokens: int, repeats: int, progress: Progress) -> Speed:
-    """Time prompts of seen documents in a new order, exactly and blended."""
-    result = Speed()
-    with tempfile.TemporaryDirectory(prefix="sgl-blend-demo-") as folder:
-        progress(f"making a random-weight Llama of {layers} layers")
-        model = make_model(
-            Path(folder) / "model", layers=layers, hidden=512, heads=8, intermediate=1408
-        )
-        progress("starting a server with --enable-blend on it")
-        with serve(model, ["--enable-blend"], timeout=600) as server:
-            w = Workload(corpus=documents, doc_tokens=(doc_tokens, doc_tokens), vocab=2048, seed=1)
-            for prompt in w.cover(documents):
-                ask(server.url, ids=prompt.ids)
-            for custom in (EXACT, BLEND):
-                ask(server.url, ids=w.shuffled(documents).ids, custom=custom)
-            for i in range(repeats):
-                progress(f"speed: prompt {i + 1} of {repeats}")
-                # A fresh system prompt each, so that neither finds the other's prefix.
-                exact = ask(server.url, ids=w.shuffled(documents).ids, custom=EXACT)
-                prompt = w.shuffled(documents)
-                blended = ask(server.url, ids=prompt.ids, custom=BLEND)
-                result.exact.append(exact.ttft)
-                result.blended.append(blended.ttft)
-                _tokens(result, len(prompt.ids), blended)
-    return result
-
-
-def _tokens(result: Speed, tokens: int, answer: Answer) -> None:
-    b = answer.blend or {}
-    result.tokens = tokens
-    result.prefix = b.get("prefix", 0)
-    result.reused = b.get("reused", 0)
-    result.recomputed = b.get("recomputed", 0)
-    result.computed = b.get("computed", 0)
+    waiting(0.0)
+    with serve(model, ["--enable-blend"], timeout=600, waiting=waiting) as server:
+        yield server
+        progress("ending the server")

@@ -7,7 +7,6 @@ distribution whose SGLang plugin applies it in each of the server's processes. N
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,16 +162,9 @@ def broken_build(name: str) -> Iterator[None]:
 
 def install(folder: Path, name: str) -> dict[str, str]:
     """Write the distribution; returns the environment that makes a server load it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(__file__, folder / f"{PACKAGE}.py")
-    info = folder / f"{PACKAGE}-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\n{PACKAGE} = {PACKAGE}:register\n"
-    )
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    return {"PYTHONPATH": path, ENV: name}
+    import plugin_distribution  # not beside the copy that a server loads
+
+    return plugin_distribution.install(folder, __file__, PACKAGE) | {ENV: name}
 
 
 def register() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -25,16 +24,9 @@ _last = {"time": 0.0, "checks": 0}
 
 def install(folder: Path, output: Path) -> dict[str, str]:
     """Write the distribution; returns the environment that makes a server load it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(__file__, folder / f"{PACKAGE}.py")
-    info = folder / f"{PACKAGE}-0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\n{PACKAGE} = {PACKAGE}:register\n"
-    )
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
-    return {"PYTHONPATH": path, ENV: str(output)}
+    import plugin_distribution  # not beside the copy that a server loads
+
+    return plugin_distribution.install(folder, __file__, PACKAGE) | {ENV: str(output)}
 
 
 def register() -> None:
