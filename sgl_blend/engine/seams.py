@@ -1,14 +1,17 @@
-"""Every SGLang symbol that sgl-blend hooks or relies on, checked once at launch.
+"""Every SGLang symbol that sgl-blend hooks, and the check at launch of all that it relies on.
 
 SGLang logs and swallows exceptions that plugins raise, and skips hooks whose target is gone.
-A silent no-op would serve wrong expectations, so :func:`verify` resolves each target itself.
+A silent no-op would serve wrong expectations, so :func:`verify` resolves each target itself, and
+what ``sglang_symbols.py`` lists beside them.
 """
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from importlib.metadata import PackageNotFoundError, version
 
+from sgl_blend.engine.sglang_symbols import OVERRIDDEN, USED
 from sgl_blend.errors import SeamError
 
 SGLANG_VERSION = "0.5.23"
@@ -41,50 +44,11 @@ REQUEST_LEVEL_INFO = (
     ".SchedulerOutputStreamer.is_request_level_customized_info_key"
 )
 
-#: hooked, or called by name; the model's own ``forward`` is hooked on its concrete class
-TARGETS = (
-    SERVER_ARGS_ADD,
-    SERVER_ARGS_FROM,
-    SERVER_ARGS_RESOLVE,
-    VALIDATE_REQUEST,
-    UPDATE_META_INFO,
-    WAIT_ONE_RESPONSE,
-    FORWARD_BATCH_INIT,
-    PREFILL_ADD_ONE,
-    REQUEST_CREATED,
-    REQUEST_ARRIVES,
-    SCHEDULER_IDLE,
-    FLUSH_AFTER_UPDATE,
-    UPDATE_FROM_DISK,
-    UPDATE_FROM_DISTRIBUTED,
-    UPDATE_FROM_TENSOR,
-    UPDATE_FROM_IPC,
-    END_UPDATE,
-    EAGER_LOAD_BATCH,
-    PREFILL_GRAPH_CAN_RUN,
-    REQUEST_LEVEL_INFO,
-    "sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
-    "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
-    "sglang.srt.mem_cache.common.checkpoint_kv_cache",
-    "sglang.srt.mem_cache.common.release_kv_cache",
-    "sglang.srt.managers.schedule_policy.PrefillAdder.ceil_paged_tokens",
-    "sglang.srt.mem_cache.registry.register_radix_cache_backend",
-    "sglang.srt.mem_cache.radix_cache.RadixCache._split_node",
-    "sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf",
-    "sglang.srt.mem_cache.radix_cache.RadixCache._insert_cache",
-    "sglang.srt.mem_cache.radix_cache.RadixCache.checkpoint",
-    "sglang.srt.mem_cache.radix_cache.RadixCache.path_device_indices",
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer",
-    "sglang.srt.mem_cache.memory_pool.KVWriteLoc",
-    "sglang.srt.lora.lora_manager.LoRAManager.prepare_lora_batch",
-    "sglang.srt.state_capturer.routed_experts.get_global_experts_capturer",
-    "sglang.srt.eplb.expert_distribution.get_global_expert_distribution_recorder",
-    "sglang.srt.model_executor.forward_context.forward_context",
-    "sglang.srt.model_executor.forward_context.get_forward_context",
-    "sglang.srt.layers.layer_boundary.residual.batch.complete_output",
-    "sglang.srt.layers.layer_boundary.residual.batch.export_replay_handoff",
-    "sglang.srt.layers.layer_boundary.residual.batch.import_replay_handoff",
-    "sglang.srt.layers.layer_boundary.residual.batch.clear",
+#: every hooked symbol, named above; the model's own ``forward`` is hooked on its concrete class
+HOOKS = tuple(
+    value
+    for name, value in list(globals().items())
+    if name.isupper() and not name.startswith("_") and str(value).startswith("sglang.")
 )
 
 
@@ -101,13 +65,21 @@ def verify() -> None:
             f"sgl-blend is built for sglang {SGLANG_VERSION}, found {found}: install "
             f"sglang=={SGLANG_VERSION} or a matching sgl-blend"
         )
-    for target in TARGETS:
+    for target in (*HOOKS, *USED, *OVERRIDDEN):
         try:
-            pkgutil.resolve_name(target)
+            symbol = pkgutil.resolve_name(target)
         except (ImportError, AttributeError, ValueError) as e:
             raise SeamError(
-                f"sglang {found} lacks {target} ({e}); sgl-blend cannot hook it"
+                f"sglang {found} lacks {target} ({e}); sgl-blend cannot work with it"
             ) from None
+        expected = OVERRIDDEN.get(target)
+        if expected is None:
+            continue
+        takes = f"({', '.join(inspect.signature(symbol).parameters)})"
+        if takes != expected:
+            raise SeamError(
+                f"sglang {found}: {target} takes {takes}, but sgl-blend overrides {expected}"
+            )
 
 
 def install(target: str, hook, kind: str) -> None:
