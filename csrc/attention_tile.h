@@ -9,11 +9,11 @@
 
 namespace blend {
 
-constexpr int MR = 6;                                 // rows held in registers
-constexpr int NV = W == 16 ? 4 : (W == 8 ? 2 : 3);    // vectors per row held in registers
-constexpr int NR = NV * W;                            // columns of a packed strip
-constexpr int TILE = 4 * MR;                          // rows that share one score tile
-constexpr int BK = 2 * (W == 4 ? 60 : 64);            // keys per block: a multiple of NR
+constexpr int MR = 6;                               // rows held in registers
+constexpr int NV = W == 16 ? 4 : (W == 8 ? 2 : 3);  // vectors per row held in registers
+constexpr int NR = NV * W;                          // columns of a packed strip
+constexpr int TILE = 4 * MR;                        // rows that share one score tile
+constexpr int BK = 2 * (W == 4 ? 60 : 64);          // keys per block: a multiple of NR
 static_assert(BK % NR == 0, "a key block holds whole strips");
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
@@ -67,7 +67,8 @@ void pack_keys(const Cache& k, const int64_t* slots, int64_t keys, int64_t head,
       from[i] = j + i < keys ? k.at<T>(slots[j + i], head) : nullptr;
       if (j + i + W < keys) {
         const char* next = reinterpret_cast<const char*>(k.at<T>(slots[j + i + W], head));
-        for (int64_t b = 0; b < dim * (int64_t)sizeof(*from[0]); b += 64) __builtin_prefetch(next + b);
+        for (int64_t b = 0; b < dim * (int64_t)sizeof(*from[0]); b += 64)
+          __builtin_prefetch(next + b);
       }
     }
     float* column = to + j / NR * dim * NR + j % NR;

@@ -115,8 +115,7 @@ void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, int64_t layer, Te
   std::vector<Row> rows;
   for (size_t i = 0; i < k_parts.size(); ++i) {
     const TensorView k(k_parts[i]), v(v_parts[i]);
-    expect(k.dtype() == k_dst_t.dtype() && v.dtype() == v_dst_t.dtype() &&
-               k.dtype() == v.dtype(),
+    expect(k.dtype() == k_dst_t.dtype() && v.dtype() == v_dst_t.dtype() && k.dtype() == v.dtype(),
            "all of a pool's dtype");
     by_dtype(k_dst_t, [&](auto type) { parts.emplace_back(k, v, layer, type); });
     const Pool& part = parts.back();

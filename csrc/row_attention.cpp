@@ -18,8 +18,8 @@ namespace blend {
 namespace {
 
 constexpr float LOG2E = 1.44269504f;
-constexpr int64_t CHUNK = 16 * TILE;             // rows whose state stays in a core's L2
-constexpr int64_t KEPT = int64_t{4} << 20;       // scores a thread may keep for the mass
+constexpr int64_t CHUNK = 16 * TILE;        // rows whose state stays in a core's L2
+constexpr int64_t KEPT = int64_t{4} << 20;  // scores a thread may keep for the mass
 
 struct Span {
   int64_t low, high;
@@ -33,9 +33,7 @@ struct Run {
   std::vector<Span> seen;  // per row
 
   // What rows [begin, end) see together. Both bounds ascend with the rows' positions.
-  Span seen_by(int64_t begin, int64_t end) const {
-    return {seen[begin].low, seen[end - 1].high};
-  }
+  Span seen_by(int64_t begin, int64_t end) const { return {seen[begin].low, seen[end - 1].high}; }
 };
 
 struct Problem {
@@ -97,8 +95,7 @@ void pack_queries(const Problem& p, const Item& item, float* to) {
       for (int64_t d = 0; d < p.dim; ++d) column[d * MR] = 0;
       continue;
     }
-    const auto* from =
-        p.q.at<T>(item.first + i / p.group, item.head * p.group + i % p.group);
+    const auto* from = p.q.at<T>(item.first + i / p.group, item.head * p.group + i % p.group);
     for (int64_t d = 0; d < p.dim; ++d) column[d * MR] = T::get(from + d) * scale;
   }
 }
@@ -209,7 +206,8 @@ void attend(const Problem& p, const Item& item, Scratch& s, int64_t chunk) {
     for (int64_t block = seen.low, b = 0; block < seen.high; block += BK, ++b) {
       const int64_t keys = std::min<int64_t>(BK, seen.high - block);
       pack_keys<T>(run.k, run.slots + block, keys, item.head, s.keys.get());
-      if (p.value_dim > 0) pack_values<T>(run.v, run.slots + block, keys, item.head, s.values.get());
+      if (p.value_dim > 0)
+        pack_values<T>(run.v, run.slots + block, keys, item.head, s.values.get());
       for (int64_t first = 0; first < count; first += TILE) {
         const int64_t size = std::min<int64_t>(TILE, count - first);
         const Span span = tile_span(p, item, run, first, size, block, keys);
@@ -297,17 +295,30 @@ void see_extras(Run& run, const int64_t* pos, const int64_t* q_pos, int64_t rows
 void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView slots_t,
                    TensorView extra_k_t, TensorView extra_v_t, TensorView order_t,
                    TensorView extra_pos_t, TensorView q_pos_t, TensorView out_t, TensorView mass_t,
-                   TensorView weights_t, double scale, int64_t window, double cap, int64_t kv_pos0, int64_t with_mass,
-                   int64_t threads) {
+                   TensorView weights_t, double scale, int64_t window, double cap, int64_t kv_pos0,
+                   int64_t with_mass, int64_t threads) {
   const int64_t keys = slots_t.numel(), extras = order_t.numel();
   Problem p{Cache(q_t, "q: expected [R, Hq, D]"),
             Cache(out_t, "out: expected [R, Hq, Dv]"),
-            {Run{Cache(k_t, "k_cache: expected [n, Hk, D]"), Cache(v_t, "v_cache: expected [n, Hk, Dv]"),
-                 indices(slots_t, keys, "kv_slots: expected int64 [S]"), keys, {}},
+            {Run{Cache(k_t, "k_cache: expected [n, Hk, D]"),
+                 Cache(v_t, "v_cache: expected [n, Hk, Dv]"),
+                 indices(slots_t, keys, "kv_slots: expected int64 [S]"),
+                 keys,
+                 {}},
              Run{Cache(extra_k_t, "k_extra: expected [E, Hk, D]"),
                  Cache(extra_v_t, "v_extra: expected [E, Hk, Dv]"),
-                 indices(order_t, extras, "extra order: expected int64 [E]"), extras, {}}},
-            0, 0, 0, 0, 0, (float)scale, (float)cap, with_mass != 0, nullptr};
+                 indices(order_t, extras, "extra order: expected int64 [E]"),
+                 extras,
+                 {}}},
+            0,
+            0,
+            0,
+            0,
+            0,
+            (float)scale,
+            (float)cap,
+            with_mass != 0,
+            nullptr};
   p.rows = p.q.tokens, p.dim = p.q.dim, p.value_dim = p.out.dim;
   p.kv_heads = p.runs[0].k.heads;
   expect(p.kv_heads > 0 && p.dim > 0 && p.q.heads % p.kv_heads == 0, "q heads over key heads");
@@ -331,9 +342,8 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
   see_extras(p.runs[1], extra_pos, q_pos, p.rows, window);
   threads = std::max<int64_t>(threads, 1);
   by_dtype(k_t, [&](auto type) {
-    by_dtype(q_t, [&](auto q_type) {
-      run_all<decltype(type), decltype(q_type)>(p, mass, threads);
-    });
+    by_dtype(q_t,
+             [&](auto q_type) { run_all<decltype(type), decltype(q_type)>(p, mass, threads); });
   });
 }
 

@@ -75,8 +75,7 @@ inline vf exp2(vf x) {
 // tanh, absolute error below 2e-7 and relative error below 1e-6.
 inline vf tanh(vf x) {
   const vf small = x * x;
-  const vf series =
-      x * (1.0f + small * (-1.0f / 3 + small * (2.0f / 15 + small * (-17.0f / 315))));
+  const vf series = x * (1.0f + small * (-1.0f / 3 + small * (2.0f / 15 + small * (-17.0f / 315))));
   const vf bounded = x > 20.0f ? splat(20.0f) : (x < -20.0f ? splat(-20.0f) : x);
   const vf grown = exp2(bounded * 2.885390082f);
   const vf closed = 1.0f - 2.0f / (grown + 1.0f);

@@ -24,10 +24,14 @@ Imports run downward only (``.ci/imports.py`` checks it). From the top floor to 
 Importing this package imports nothing heavy (no torch, no sglang, no zmq).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "Engine":
         from sgl_blend.engine.launch.offline import Engine
 

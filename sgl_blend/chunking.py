@@ -18,12 +18,17 @@ its namespace (model, ``extra_key``, ``cache_salt``): tenants can't meet.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
 from sgl_blend.errors import ConfigError, RequestError
+
+#: token ids of a prompt or a chunk; as ``array('q')`` or int64 they are read without a copy
+Tokens = Sequence[int] | np.ndarray | array
 
 WINDOW = 3
 DIGEST_BYTES = 16
@@ -99,10 +104,10 @@ def check_boundaries(boundaries: Sequence[int], n_prompt: int) -> np.ndarray:
     return arr
 
 
-def as_tokens(token_ids) -> np.ndarray:
+def as_tokens(token_ids: Tokens) -> np.ndarray:
     """int64 view (a copy only where the input is no int64 buffer) of a token sequence."""
     try:
-        arr = np.frombuffer(token_ids, dtype=np.int64)
+        arr = np.frombuffer(cast(Any, token_ids), dtype=np.int64)
     except (TypeError, ValueError):
         return np.ascontiguousarray(token_ids, dtype=np.int64)
     wide = getattr(token_ids, "itemsize", 8) == 8
@@ -149,10 +154,10 @@ def _strong_ends(tokens: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def cut_points(
-    token_ids,
+    token_ids: Tokens,
     config: ChunkingConfig,
     strong: np.ndarray,
-    boundaries: np.ndarray | None = None,
+    boundaries: Sequence[int] | np.ndarray | None = None,
     start: int = 0,
 ) -> np.ndarray:
     """int64 cuts, ascending, from ``start`` to ``len(token_ids)``, both included.
@@ -202,7 +207,7 @@ def cut_points(
 
 
 def document_starts(
-    token_ids,
+    token_ids: Tokens,
     config: ChunkingConfig,
     strong: np.ndarray,
     boundaries: Sequence[int] | np.ndarray | None = None,
@@ -226,7 +231,7 @@ def document_starts(
 
 
 def suffix_start(
-    token_ids,
+    token_ids: Tokens,
     n_prompt: int,
     strong: np.ndarray,
     boundaries: Sequence[int] | np.ndarray | None = None,
@@ -266,13 +271,13 @@ def namespace_digest(
     return digest.digest()
 
 
-def chunk_hasher(namespace: bytes):
+def chunk_hasher(namespace: bytes) -> hashlib.blake2b:
     """A BLAKE2b object to ``copy()`` for each chunk of a namespace: the namespace's 32 bytes
     are its salt and person, which costs no block of hashing (a key would)."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES, salt=namespace[:16], person=namespace[16:32])
 
 
-def chunk_digest(namespace: bytes, token_ids) -> bytes:
+def chunk_digest(namespace: bytes, token_ids: Tokens) -> bytes:
     """16 bytes: identity of the chunk ``token_ids`` (hashed as little-endian int64)."""
     digest = chunk_hasher(namespace)
     digest.update(as_tokens(token_ids).astype("<i8", copy=False).tobytes())

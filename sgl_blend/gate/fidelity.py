@@ -41,7 +41,7 @@ class Mean(NamedTuple):
 
     kl: float
     top1: float
-    count: int
+    count: int  # type: ignore[assignment]  # takes the place of tuple.count
 
     def __str__(self) -> str:
         return (

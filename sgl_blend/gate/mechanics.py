@@ -255,18 +255,20 @@ class _Meter:
     ) -> tuple[float, float]:
         """Error of K and of V at ``layer``."""
         ours, theirs = self.model.kv(ran, layer), self.model.kv(self.exact, layer)
-        return tuple(
-            _quantile(_tokens_apart(x, y, rows), self.quantile if quantile is None else quantile)
-            for x, y in zip(ours, theirs, strict=True)
-        )
+        q = self.quantile if quantile is None else quantile
+        k, v = (_quantile(_tokens_apart(x, y, rows), q) for x, y in zip(ours, theirs, strict=True))
+        return k, v
 
 
-def _tokens_apart(ours: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor | None):
+def _tokens_apart(
+    ours: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor | None
+) -> torch.Tensor:
     """fp32 [tokens]: each token's error (see the module's docstring)."""
     ours, exact = ours.float().flatten(1), exact.float().flatten(1)
     norm = exact.norm(dim=1)
     error = (ours - exact).norm(dim=1) / norm.clamp(min=norm.median()).clamp(min=1e-20)
-    return error if rows is None else error[rows.to(error.device)]
+    picked: torch.Tensor = error if rows is None else error[rows.to(error.device)]
+    return picked
 
 
 def _quantile(errors: torch.Tensor, q: float) -> float:

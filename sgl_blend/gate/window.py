@@ -31,7 +31,7 @@ class LiveWindow:
         if not self.gate.on or ratio < self.gate.ratio - 1e-9:
             return None
         self._samples.append(sample)
-        measured = self.mean()
+        measured = mean(self._samples)
         if measured.count < LEAST or within(measured, self.config):
             return None
         self._samples.clear()

@@ -24,12 +24,21 @@ class PlainAttention:
     def bring_in(self, layer: int) -> None:
         """Nothing is reused."""
 
-    def __call__(self, spec: AttentionSpec, q: torch.Tensor, k, v) -> torch.Tensor:
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         """q [R, Hq, D] -> [R, Hq, Dv]."""
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         return torch.cat([self._one(spec, s, q, k_cache, v_cache) for s in self.segments])
 
-    def _one(self, spec: AttentionSpec, s: RowSegment, q, k_cache, v_cache) -> torch.Tensor:
+    def _one(
+        self,
+        spec: AttentionSpec,
+        s: RowSegment,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor:
         group = q.shape[1] // k_cache.shape[1]
         keys = k_cache[s.kv_slots].float().repeat_interleave(group, dim=1)
         values = v_cache[s.kv_slots].float().repeat_interleave(group, dim=1)

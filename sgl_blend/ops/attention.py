@@ -149,14 +149,14 @@ def _extra(
 ) -> _Extra | None:
     given = [k is not None, pos is not None] + ([v is not None] if v_cache is not None else [])
     require(all(given) or not any(given), "k_extra, v_extra and extra_pos go together")
-    if k is None:
+    if k is None or pos is None:
         return None
     checks.floats("k_cache", k_cache, 3)
     checks.floats("k_extra", k, 3, k_cache.device)
     checks.same_layout("k_extra", k, k_cache, "k_cache")
     pos = checks.index("extra_pos", pos, k_cache.device)
     require(k.shape[0] == pos.shape[0], f"k_extra has {k.shape[0]} keys, extra_pos {pos.shape[0]}")
-    if v_cache is not None:
+    if v_cache is not None and v is not None:
         checks.floats("v_extra", v, 3, k_cache.device)
         checks.same_layout("v_extra", v, v_cache, "v_cache")
         require(v.shape[0] == k.shape[0], f"v_extra has {v.shape[0]} keys, k_extra {k.shape[0]}")
@@ -176,7 +176,8 @@ def _run(
     kv_pos0: int,
     with_mass: bool,
     row_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> AttentionWithMass:
+    """Without ``v_cache`` the output's head size is 0; without ``with_mass`` the mass is empty."""
     checks.floats("q", q, 3)
     checks.floats("k_cache", k_cache, 3, q.device)
     if v_cache is not None:
@@ -206,7 +207,7 @@ def _run(
         row_weights = row_weights.float()
     module = cpu_module(q.device)
     if module is None:
-        return reference.row_attention(
+        attended, summed = reference.row_attention(
             q,
             k_cache,
             v_cache,
@@ -222,6 +223,10 @@ def _run(
             with_mass=with_mass,
             row_weights=row_weights,
         )
+        return AttentionWithMass(
+            q.new_empty(rows, q_heads, 0) if attended is None else attended,
+            q.new_zeros(0, dtype=torch.float32) if summed is None else summed,
+        )
     # The kernel walks keys in ascending position, so that each row sees one run of them.
     extra_pos, order = torch.sort(extra.pos) if extra else (pos[:0], pos[:0])
     out_dim = v_cache.shape[2] if v_cache is not None else 0
@@ -232,7 +237,10 @@ def _run(
         weights = torch.ones(rows if with_mass else 0, dtype=torch.float32)
     keys = extra.k if extra else k_cache[:0]
     no_values = k_cache[:0, :, :0]
-    values = no_values if v_cache is None else (extra.v if extra else v_cache[:0])
+    if v_cache is None:
+        values = no_values
+    else:
+        values = v_cache[:0] if extra is None or extra.v is None else extra.v
     launch(
         module.row_attention,
         (
@@ -251,7 +259,7 @@ def _run(
         ),
         (scale, window, logit_cap, kv_pos0, int(with_mass), torch.get_num_threads()),
     )
-    return (out if v_cache is not None else None), (mass if with_mass else None)
+    return AttentionWithMass(out, mass)
 
 
 def _weigh(mass: torch.Tensor, value_norm: torch.Tensor | None) -> torch.Tensor:

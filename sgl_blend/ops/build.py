@@ -18,6 +18,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,8 +52,9 @@ def source_dir() -> Path:
     raise KernelError(f"csrc/ is neither inside nor beside {_PACKAGE}; reinstall sgl-blend")
 
 
-def cpu_module(device: torch.device) -> object | None:
-    """The compiled module for CPU tensors; ``None`` where the torch reference is to be used."""
+def cpu_module(device: torch.device) -> Any | None:
+    """The compiled module (one function a kernel) for CPU tensors; ``None`` where the torch
+    reference is to be used."""
     return _load() if device.type == "cpu" else None
 
 
@@ -71,7 +73,7 @@ def launch(
 
 
 @functools.cache
-def _load() -> object | None:
+def _load() -> Any | None:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(_SCRIPTS))
     if compiler is None or ninja is None:
@@ -136,8 +138,9 @@ def _on_path(folder: Path) -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _exclusive(path: Path) -> object:
+def _exclusive(path: Path) -> contextlib.AbstractContextManager[Any]:
     """Tensor-parallel ranks start together: one builds, the others wait and load."""
     from tvm_ffi.utils import FileLock
 
-    return FileLock(str(path))
+    lock: contextlib.AbstractContextManager[Any] = FileLock(str(path))
+    return lock

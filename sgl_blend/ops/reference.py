@@ -93,10 +93,9 @@ def row_attention(
             scores = logit_cap * torch.tanh(scores / logit_cap)
         probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
         probs[blind] = 0
-        if out is not None:
-            out[:, part] = (
-                (probs @ gather(v_cache, v_extra, head)).unflatten(0, (rows, group)).to(q.dtype)
-            )
+        if out is not None and v_cache is not None:
+            values = probs @ gather(v_cache, v_extra, head)
+            out[:, part] = values.unflatten(0, (rows, group)).to(q.dtype)
         if mass is not None:
             part_of = probs[:, :keys]
             if row_weights is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,14 @@ from sgl_blend.errors import KernelError
 from sgl_blend.ops import checks, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
+
+
+class RotaryModule(Protocol):
+    """What is read of an SGLang rotary module (``layers/rotary_embedding/``, 0.5.23)."""
+
+    cos_sin_cache: torch.Tensor
+    rotary_dim: int
+    is_neox_style: bool
 
 
 class Rotation(NamedTuple):
@@ -52,7 +60,7 @@ class Rope:
         )
 
     @classmethod
-    def from_module(cls, rotary_emb: object) -> Rope:
+    def from_module(cls, rotary_emb: RotaryModule) -> Rope:
         """From an SGLang rotary module's ``cos_sin_cache``, ``rotary_dim`` and ``is_neox_style``.
 
         The table is read as it is now: a module that grows its table needs a new ``Rope``. On a

@@ -9,12 +9,16 @@ enters the pool, and sums how much they attend to each reused token. Tensors onl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from sgl_blend import ops
 from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
+
+if TYPE_CHECKING:
+    from sgl_blend.prefill.attention_cuda import FlashInferRows
 
 
 @dataclass
@@ -75,7 +79,7 @@ class BatchAttention:
         self.scores = scores
         self.segments: list[RowSegment] = []
         self.copies: list[tuple[int, Incoming]] = []
-        self._device_rows = None
+        self._device_rows: FlashInferRows | None = None
 
     def stage(self, segments: list[RowSegment], copies: list[tuple[int, Incoming]]) -> None:
         """``copies``: (first layer, tokens): each is brought in at that layer and all later ones."""
@@ -170,7 +174,9 @@ class QuestionAttention:
             parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _leading(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+    def _leading(
+        self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         """Exact rows: everything before them is in the prefix or among themselves."""
         return ops.row_attention(
             q[: s.lead],
@@ -186,7 +192,9 @@ class QuestionAttention:
             extra_pos=s.positions[: s.lead],
         )
 
-    def _question(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+    def _question(
+        self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         # All keys and leading rows precede the question: number them in this order.
         turn = torch.arange(s.key_slots.numel(), s.key_slots.numel() + len(k), device=q.device)
         out = ops.row_attention_with_mass(
@@ -205,7 +213,9 @@ class QuestionAttention:
         s.mass += out.mass[s.reused]
         return out.out
 
-    def _windowed(self, spec, s: Scratch, q, k, v) -> torch.Tensor:
+    def _windowed(
+        self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         """All scratch rows in a sliding-window layer.
 
         In plain torch: where each row's window begins among keys with holes between them is no

@@ -9,10 +9,14 @@ set of rows and per kind of layer (window, soft cap, head sizes), not per layer.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
 from sgl_blend.prefill.rows import AttentionSpec, RowSegment
+
+if TYPE_CHECKING:
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -34,7 +38,7 @@ class FlashInferRows:
         self.kv_indptr = self._indptr(lengths)
         self.kv_indices = torch.cat([s.kv_slots for s in segments]).to(torch.int32)
         self.last_page = torch.ones(len(segments), dtype=torch.int32, device=self.device)
-        self._planned: dict[tuple, object] = {}
+        self._planned: dict[tuple, BatchPrefillWithPagedKVCacheWrapper] = {}
 
     def _indptr(self, counts: list[int]) -> torch.Tensor:
         total = [0]
@@ -62,11 +66,14 @@ class FlashInferRows:
         wrapper = self._planned.get(key)
         if wrapper is None:
             wrapper = self._planned[key] = self._plan(spec, q, k_cache, v_cache)
-        return wrapper.run(q.contiguous(), (k_cache.unsqueeze(1), v_cache.unsqueeze(1)))
+        out: torch.Tensor = wrapper.run(
+            q.contiguous(), (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
+        )
+        return out
 
     def _plan(
         self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> object:
+    ) -> BatchPrefillWithPagedKVCacheWrapper:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         # Custom masks are served by the FA2 kernels.

@@ -16,6 +16,7 @@ SGLang: layers, the pool and collectives come in through protocols.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -23,15 +24,16 @@ import torch
 
 from sgl_blend import ops
 from sgl_blend.config import BlendConfig
+from sgl_blend.errors import ConfigError
 from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
-from sgl_blend.prefill.pieces import HostTokens, Piece, PieceBlend
-from sgl_blend.prefill.rows import PoolView
+from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
+from sgl_blend.prefill.rows import Incoming, PoolView
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.selection import Need, ReusedTokens, budget_of
 
 
 class Layers(Protocol):
-    """The model as slices of layers over a set of rows (``engine/slices.py`` fills it)."""
+    """The model as slices of layers over a set of rows (``engine/forward/slices.py`` fills it)."""
 
     num_layers: int
 
@@ -121,53 +123,31 @@ def run(
 
     scores: of the pool's slots; needed for ``Need.STORED``. Rows that run are scored anew.
     """
-    passes = [_PiecePass(p, config) for p in pieces]
-    asking = [s for s in passes if s.need is Need.QUERY]
+    passes = [_PiecePass(p) if p.blend is None else _BlendPass(p, p.blend) for p in pieces]
+    asking = _of_need(passes, Need.QUERY)
     if asking:
         _question_pass(asking, layers, pool, ranks, config)
-    scored = [s for s in passes if s.need is Need.STORED]
+    scored = _of_need(passes, Need.STORED)
     if scored:
+        if scores is None:
+            raise ConfigError("a piece selects by stored scores, and no scores are kept")
         _choose(scored, [s.stored(scores) for s in scored], ranks, config)
     return _main_pass(passes, layers, pool, ranks, config, scores)
 
 
 class _PiecePass:
-    """A piece while it is being prefilled: its current rows and what is still to be copied."""
+    """An ordinary piece while it is being prefilled: all of its rows run."""
 
-    def __init__(self, piece: Piece, config: BlendConfig) -> None:
+    def __init__(self, piece: Piece) -> None:
         self.piece = piece
-        self.blend = piece.blend
-        self.config = config
-        self.need = self.blend.policy.need if self.blend else None
         self.device = piece.kv_slots.device
         self.copy_from = 0  # first layer whose reused KV the question pass has not brought in
         #: local rows that run now, ascending; None: all of them
         self.rows: torch.Tensor | None = None
-        #: indices into ``reused`` that are (still) computed; None: all
-        self.alive: torch.Tensor | None = None
-        if self.blend is not None:
-            is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
-            is_reused[self.blend.reused] = True
-            if self.blend.host is not None:
-                is_reused[self.blend.host.given] = True
-            # A stable sort instead of nonzero(): the count is known, the device is not awaited.
-            self.must = torch.sort(is_reused.int(), stable=True).indices[
-                : piece.rows - self.blend.tokens.count - self.blend.given
-            ]
-            if self.need is Need.NOTHING:
-                self.keep(self.blend.fixed.to(self.device))
-            elif self.blend.given:
-                self.rows = torch.sort(torch.cat([self.must, self.blend.reused])).values
 
     @property
     def count(self) -> int:
         return self.piece.rows if self.rows is None else self.rows.numel()
-
-    def keep(self, chosen: torch.Tensor) -> None:
-        """From now on only ``chosen`` (ascending indices into ``reused``) and ``must`` run."""
-        self.alive = chosen
-        self.blend.chosen = chosen.numel()
-        self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
 
     def local_rows(self) -> torch.Tensor:
         if self.rows is None:
@@ -177,48 +157,85 @@ class _PiecePass:
     def batch_rows(self) -> torch.Tensor:
         return self.local_rows() + self.piece.row0
 
-    def copy_all(self) -> list[KvCopy | HostTokens]:
+    def copy_rest(self) -> list[Incoming]:
+        """The reused tokens that do not run."""
+        return []
+
+
+class _BlendPass(_PiecePass):
+    """A blended piece: its current rows and what is still to be copied."""
+
+    def __init__(self, piece: Piece, blend: PieceBlend) -> None:
+        super().__init__(piece)
+        self.blend = blend
+        #: indices into ``reused`` that are (still) computed; None: all
+        self.alive: torch.Tensor | None = None
+        is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
+        is_reused[blend.reused] = True
+        if blend.host is not None:
+            is_reused[blend.host.given] = True
+        # A stable sort instead of nonzero(): the count is known, the device is not awaited.
+        self.must = torch.sort(is_reused.int(), stable=True).indices[
+            : piece.rows - blend.tokens.count - blend.given
+        ]
+        if blend.fixed is not None:
+            self.keep(blend.fixed.to(self.device))
+        elif blend.given:
+            self.rows = torch.sort(torch.cat([self.must, blend.reused])).values
+
+    def keep(self, chosen: torch.Tensor) -> None:
+        """From now on only ``chosen`` (ascending indices into ``reused``) and ``must`` run."""
+        self.alive = chosen
+        self.blend.chosen = chosen.numel()
+        self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
+
+    def copy_all(self) -> list[Incoming]:
         """Every reused token, from its source into the request's own slots."""
         b = self.blend
         rows = b.reused if b.host is None else b.reused[b.host.pool_index]
-        dst_pos = rows + self.piece.begin
-        copies: list[KvCopy | HostTokens] = []
+        copies: list[Incoming] = []
         if rows.numel():
-            copies.append(KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos))
+            copies.append(self._pool_copy(rows))
         if b.host is not None:
             copies.append(b.host.kv)
         return copies
 
-    def copy_rest(self) -> list[KvCopy | HostTokens]:
+    def _pool_copy(self, rows: torch.Tensor) -> KvCopy:
+        """All tokens whose source lies in the pool; ``rows``: their local rows."""
+        dst_pos = rows + self.piece.begin
+        b = self.blend
+        return KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos)
+
+    def copy_rest(self) -> list[Incoming]:
         """The reused tokens that do not run; none while all of them do.
 
         With sources of both kinds all are copied: which of either kind run is known on the device
         alone, and those that do overwrite their copies in the same layer.
         """
-        if self.blend is None:
-            return []
+        host = self.blend.host
         if self.alive is None:
-            return [self.blend.host.kv] if self.blend.given else []
-        if self.blend.host is not None:
+            return [] if host is None or not self.blend.given else [host.kv]
+        if host is not None:
             return self.copy_all()
         n = self.blend.tokens.count
         runs = torch.zeros(n, dtype=torch.bool, device=self.device)
         runs[self.alive] = True
         rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
-        return [copy.take(rest) for copy in self.copy_all()] if rest.numel() else []
+        return [self._pool_copy(self.blend.reused).take(rest)] if rest.numel() else []
 
     def stored(self, scores: ScoreTable) -> torch.Tensor:
         """fp32 [n]: the reused tokens' scores at their sources, NaN where those have none."""
         found = scores.read(self.blend.src_slots)
-        if self.blend.host is None:
+        host = self.blend.host
+        if host is None:
             return found
         out = found.new_full((self.blend.tokens.count,), float("nan"))
-        out[self.blend.host.pool_index] = found
+        out[host.pool_index] = found
         return out
 
-    def cached_v(self, pool: PoolView, layer: int) -> torch.Tensor:
-        """V [n, Hk, Dv] of the reused tokens at their sources."""
-        b, host = self.blend, self.blend.host
+    def cached_v(self, host: HostSources, pool: PoolView, layer: int) -> torch.Tensor:
+        """V [n, Hk, Dv] of the reused tokens at their sources, some of which are ``host``'s."""
+        b = self.blend
         cache = pool.v(layer)
         out = cache.new_empty((b.tokens.count, *cache.shape[1:]))
         out[host.pool_index] = cache[b.src_slots]
@@ -226,17 +243,24 @@ class _PiecePass:
         return out
 
 
+def _of_need(passes: Sequence[_PiecePass], need: Need) -> list[_BlendPass]:
+    """Those whose policy selects by ``need``."""
+    return [s for s in passes if isinstance(s, _BlendPass) and s.blend.policy.need is need]
+
+
 def _question_pass(
-    asking: list[_PiecePass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+    asking: list[_BlendPass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
 ) -> None:
     """Run the questions over the cached KV and choose each piece's rows by attention mass."""
     depth = query_depth(layers.num_layers, config)
     scratch, ids, positions, row = [], [], [], 0
     for s in asking:
         b, begin = s.blend, s.piece.begin
+        if b.question_ids is None or b.question_pos is None:
+            raise ConfigError(f"policy {b.policy.name!r} asks a question, and the piece has none")
         m = b.question_ids.numel()
-        # Exact tokens that begin the piece are one with the prefix; others stand behind the reused
-        # ones, where their attention mass is nobody's.
+        # Exact tokens at the piece's head count as prefix. The others are keys behind the reused
+        # ones: ``reused`` leaves their attention mass out.
         head = begin + (0 if b.host is None else b.host.head)
         positions_of = [torch.arange(head, device=s.device), b.reused + begin]
         if b.host is not None:
@@ -270,7 +294,7 @@ def _question_pass(
 
 
 def _choose(
-    passes: list[_PiecePass], scores: list[torch.Tensor], ranks: Ranks, config: BlendConfig
+    passes: list[_BlendPass], scores: list[torch.Tensor], ranks: Ranks, config: BlendConfig
 ) -> None:
     """Each piece keeps the tokens that its policy selects by ``scores``, summed over ranks."""
     total = ranks.sum(torch.cat(scores))
@@ -288,7 +312,7 @@ def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Te
 
 
 def _main_pass(
-    passes: list[_PiecePass],
+    passes: Sequence[_PiecePass],
     layers: Layers,
     pool: PoolView,
     ranks: Ranks,
@@ -296,7 +320,7 @@ def _main_pass(
     scores: ScoreTable | None,
 ) -> Any:
     attention = BatchAttention(pool, scores)
-    checking = [s for s in passes if s.need is Need.DEVIATION]
+    checking = _of_need(passes, Need.DEVIATION)
     filters = {id(s): _filters(s.blend, config) for s in checking}
 
     pruned = any(s.rows is not None for s in passes)
@@ -327,7 +351,7 @@ def _main_pass(
 
 
 def _check(
-    s: _PiecePass,
+    s: _BlendPass,
     layer: int,
     tokens: ReusedTokens,
     pool: PoolView,
@@ -342,15 +366,15 @@ def _check(
     if b.host is None:
         score = ops.v_deviation(pool.v(layer), fresh, b.src_slots[alive])
     else:
-        apart = pool.v(layer)[fresh].float() - s.cached_v(pool, layer)[alive].float()
+        apart = pool.v(layer)[fresh].float() - s.cached_v(b.host, pool, layer)[alive].float()
         score = apart.square().sum(dim=(1, 2))
     score = ranks.sum(score)
     s.keep(alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))])
 
 
-def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
+def _stage(attention: BatchAttention, passes: Sequence[_PiecePass]) -> None:
     segments, row = [], 0
-    groups: dict[int, list[KvCopy | HostTokens]] = {}
+    groups: dict[int, list[Incoming]] = {}
     for s in passes:
         segments.append(s.piece.segment(row, s.local_rows()))
         row += s.count
@@ -361,7 +385,7 @@ def _stage(attention: BatchAttention, passes: list[_PiecePass]) -> None:
     attention.stage(segments, copies)
 
 
-def _together(copies: list[KvCopy | HostTokens]) -> list[KvCopy | HostTokens]:
+def _together(copies: list[Incoming]) -> list[Incoming]:
     """Copies within the pool as one; what comes from the host stays apart."""
     inside = KvCopy.cat([c for c in copies if isinstance(c, KvCopy)])
     return ([] if inside is None else [inside]) + [c for c in copies if not isinstance(c, KvCopy)]

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from sgl_blend.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -75,6 +77,13 @@ class Policy(ABC):
         score's values: rows are counted without waiting for the device. :func:`highest` keeps all
         of this.
         """
+
+
+def scored(policy: Policy, score: torch.Tensor | None) -> torch.Tensor:
+    """``score``, of a policy that needs one. Raises :class:`ConfigError` where there is none."""
+    if score is None:
+        raise ConfigError(f"policy {policy.name!r} selects by a score and was given none")
+    return score
 
 
 def highest(reused: ReusedTokens, score: torch.Tensor) -> torch.Tensor:

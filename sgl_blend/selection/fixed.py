@@ -21,7 +21,9 @@ class All(Policy):
     def budget(self, count: int, ratio: float) -> int:
         return count
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
         import torch
 
         return torch.arange(reused.count, dtype=torch.int64)
@@ -35,7 +37,9 @@ class None_(Policy):
     def budget(self, count: int, ratio: float) -> int:
         return 0
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
         import torch
 
         return torch.zeros(0, dtype=torch.int64)
@@ -49,7 +53,9 @@ class Leading(Policy):
 
     name = "leading"
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
         import torch
 
         if config.leading_tokens:
@@ -65,7 +71,9 @@ class Random(Policy):
 
     name = "random"
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
         import torch
 
         gen = torch.Generator().manual_seed(reused.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
 
 if TYPE_CHECKING:
     import torch
@@ -24,5 +24,7 @@ class Hkvd(Policy):
     name = "hkvd"
     need = Need.DEVIATION
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
-        return highest(reused, score)
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
+        return highest(reused, scored(self, score))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,12 @@ class Query(Policy):
     name = "query"
     need = Need.QUERY
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
-        return highest(reused, spread(score, reused.positions, config.query_smoothing))
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
+        return highest(
+            reused, spread(scored(self, score), reused.positions, config.query_smoothing)
+        )
 
 
 def spread(score: torch.Tensor, positions: torch.Tensor, radius: int) -> torch.Tensor:

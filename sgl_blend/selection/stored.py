@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,10 @@ class Stored(Policy):
     name = "stored"
     need = Need.STORED
 
-    def select(self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig):
-        return highest(reused, filled(score, reused))
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
+        return highest(reused, filled(scored(self, score), reused))
 
 
 def filled(score: torch.Tensor, reused: ReusedTokens) -> torch.Tensor:

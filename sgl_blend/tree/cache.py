@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,11 +49,11 @@ __all__ = ["BlendRadixCache", "RadixConfig", "is_marked", "marked_key"]
 class _ExactEvents(KVCacheEventRecorder):
     """KV events of exact nodes alone: routers must not take approximate KV for the real thing."""
 
-    def record_store(self, node, *args, **kwargs) -> None:
+    def record_store(self, node: TreeNode, *args: Any, **kwargs: Any) -> None:
         if not is_marked(node.key.extra_key):
             super().record_store(node, *args, **kwargs)
 
-    def record_remove(self, node, *args, **kwargs) -> None:
+    def record_remove(self, node: TreeNode, *args: Any, **kwargs: Any) -> None:
         if not is_marked(node.key.extra_key):
             super().record_remove(node, *args, **kwargs)
 
@@ -79,8 +79,8 @@ class BlendRadixCache(ChunkRadixCache):
         super().__init__(params, config, strong=strong, fingerprint=fingerprint)
         self._namespace_of = namespace_of
         self._boundaries_of = boundaries_of
-        self.kv_events = _ExactEvents(
-            enabled=self.kv_events.enabled,
+        self.kv_events: KVCacheEventRecorder = _ExactEvents(
+            enabled=params.enable_kv_cache_events,
             page_size=self.page_size,
             dynamo_format=params.dynamo_kv_event_format,
             lora_names=params.kv_event_lora_names,
@@ -120,6 +120,8 @@ class BlendRadixCache(ChunkRadixCache):
             if node is None:
                 continue
             top = self._approximate_top(node)
+            if top is None:
+                continue
             start = top.blend.start  # Read it now: matching may split the node.
             total, last = self._match_below(top, key, result)
             if total > result.device_prefix_len:
@@ -182,16 +184,19 @@ class BlendRadixCache(ChunkRadixCache):
         page = self.page_size
         token_ids = req.full_untruncated_fill_ids[:up_to]
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx, :up_to]
-        if top is None:
+        namespace: str | None
+        if top is not None:
+            exact = top.blend.start
+            node = top.parent
+            namespace = self._namespace_of(req, len(req.origin_input_ids))
+            extra_key = top.key.extra_key
+        elif record is not None:
             exact = record.exact_len(up_to)
             node = self._insert_head(req, token_ids, row, exact // page * page)
             namespace = record.namespace
             extra_key = marked_key(namespace, req.extra_key) if namespace else None
         else:
-            exact = top.blend.start
-            node = top.parent
-            namespace = self._namespace_of(req, len(req.origin_input_ids))
-            extra_key = top.key.extra_key
+            raise IntegrityError(f"request {req.rid}: nothing says which of its KV is approximate")
         end = up_to // page * page
         if req.finished() and extra_key is not None and end > node_end(node):
             node = self._insert_tail(

@@ -23,6 +23,7 @@ from sgl_blend.plan import EXACT
 
 if TYPE_CHECKING:
     import numpy as np
+    from sglang.srt.mem_cache.radix_cache import TreeNode
 
 NONE = -1
 
@@ -76,7 +77,7 @@ class ChunkIndex:
         """Number of distinct chunks."""
         return len(self._heads)
 
-    def node(self, entry: int):
+    def node(self, entry: int) -> TreeNode:
         return self._nodes[entry]
 
     def end(self, entry: int) -> int:
@@ -97,13 +98,13 @@ class ChunkIndex:
         """Sorts copies as ``copies`` does, across chunks: exact ones first, then the oldest."""
         return self._generations[entry] != EXACT, self._serials[entry]
 
-    def last_end(self, node, limit: int) -> int | None:
+    def last_end(self, node: TreeNode, limit: int) -> int | None:
         """The largest end at ``node`` that is at most ``limit``."""
         entries = node.blend.entries
         at = bisect_right(entries, limit, key=self._ends.__getitem__)
         return self._ends[entries[at - 1]] if at else None
 
-    def add(self, digest: bytes, node, end: int, generation: int) -> bool:
+    def add(self, digest: bytes, node: TreeNode, end: int, generation: int) -> bool:
         """Anchor a copy at ``node``. False where it is there already, or the chunk has its
         ``max_copies`` (an exact copy then takes the place of the newest approximate one)."""
         first = self._heads.get(digest, NONE)
@@ -146,7 +147,7 @@ class ChunkIndex:
             entries.insert(bisect_right(entries, end, key=self._ends.__getitem__), new)
         return True
 
-    def split(self, upper, lower) -> None:
+    def split(self, upper: TreeNode, lower: TreeNode) -> None:
         """``upper`` was split off ``lower``'s front: it takes the entries that end in it."""
         entries = lower.blend.entries
         at = bisect_right(entries, lower.blend.start, key=self._ends.__getitem__)
@@ -155,7 +156,7 @@ class ChunkIndex:
         for entry in upper.blend.entries:
             self._nodes[entry] = upper
 
-    def drop(self, node) -> None:
+    def drop(self, node: TreeNode) -> None:
         """Forget all that is anchored at ``node``."""
         for entry in node.blend.entries:
             self._unlink(entry)
@@ -163,6 +164,8 @@ class ChunkIndex:
 
     def _unlink(self, entry: int) -> None:
         digest = self._digests[entry]
+        if digest is None:
+            raise IntegrityError(f"entry {entry} is not in use; it cannot be unlinked")
         before = self._heads[digest]
         if before == entry:
             if self._next[entry] == NONE:

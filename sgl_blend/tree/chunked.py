@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from sgl_blend.chunking import (
     ChunkingConfig,
+    Tokens,
     as_tokens,
     chunk_hasher,
     cut_points,
@@ -133,12 +134,12 @@ class ChunkRadixCache(RadixCache):
             digest = self._tenants[pair] = namespace_digest(self._fingerprint, *pair)
         return digest
 
-    def cuts(self, token_ids, boundaries: Sequence[int] | None = None) -> np.ndarray:
+    def cuts(self, token_ids: Tokens, boundaries: Sequence[int] | None = None) -> np.ndarray:
         """int64 cuts of a whole prompt, for ``find_spans``."""
         return cut_points(token_ids, self.config.chunking, self.strong, boundaries)
 
     def suffix_start(
-        self, token_ids, n_prompt: int, boundaries: Sequence[int] | None = None
+        self, token_ids: Tokens, n_prompt: int, boundaries: Sequence[int] | None = None
     ) -> int:
         """Where the question of a prompt begins."""
         return suffix_start(
@@ -150,13 +151,15 @@ class ChunkRadixCache(RadixCache):
             self.config.max_suffix,
         )
 
-    def document_starts(self, token_ids, boundaries: Sequence[int] | None = None) -> np.ndarray:
+    def document_starts(
+        self, token_ids: Tokens, boundaries: Sequence[int] | None = None
+    ) -> np.ndarray:
         """int64: where the documents of a prompt begin."""
         return document_starts(token_ids, self.config.chunking, self.strong, boundaries)
 
     def find_spans(
         self,
-        token_ids,
+        token_ids: Tokens,
         *,
         extra_key: str | None,
         cache_salt: str | None,
@@ -278,7 +281,7 @@ class ChunkRadixCache(RadixCache):
         if self.on_fresh is not None:
 
             def usable(a: int, b: int) -> int | None:
-                if bad is None:
+                if bad is None or labels is None:
                     return EXACT
                 return None if bad[b] > bad[a] else int(labels[a:b].max())
 

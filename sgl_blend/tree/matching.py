@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
 from sgl_blend.chunking import chunk_hasher
 from sgl_blend.plan import EXACT, ReuseSpan
@@ -88,7 +88,7 @@ def forbidden(labels: np.ndarray, max_generation: int) -> np.ndarray:
 
 
 def walk_left(
-    tokens: array, at: int, node, offset: int, floor: int, max_generation: int
+    tokens: array, at: int, node: TreeNode, offset: int, floor: int, max_generation: int
 ) -> tuple[list[Segment], int]:
     """Segments, from right to left, that hold ``tokens[i:at]`` for the smallest ``i >= floor``
     that the path ending before ``node``'s ``offset`` allows; and ``at - i``."""
@@ -113,7 +113,7 @@ def walk_left(
 
 
 def walk_right(
-    tokens: array, at: int, node, offset: int, ceiling: int, rules: MatchRules
+    tokens: array, at: int, node: TreeNode, offset: int, ceiling: int, rules: MatchRules
 ) -> tuple[list[Segment], int]:
     """Segments, from left to right, that hold ``tokens[at:i]`` for the largest ``i <= ceiling``
     that the tree below ``node``'s ``offset`` allows; and ``i - at``."""
@@ -157,7 +157,7 @@ def _joined(left: list[Segment], right: list[Segment]) -> list[Segment]:
     return left + right
 
 
-def _touch(node) -> None:
+def _touch(node: TreeNode | None) -> None:
     """As a prefix match does: what serves as a source must not look idle to the eviction."""
     now = time.monotonic()
     while node is not None:
@@ -212,7 +212,16 @@ class _Found(NamedTuple):
 class _Matcher:
     """State of one ``match_spans``."""
 
-    def __init__(self, index, tokens, cuts, tenant, begin, end, rules) -> None:
+    def __init__(
+        self,
+        index: ChunkIndex,
+        tokens: array,
+        cuts: np.ndarray,
+        tenant: bytes,
+        begin: int,
+        end: int,
+        rules: MatchRules,
+    ) -> None:
         self.index = index
         self.tokens = tokens
         self.cuts = cuts.tolist()

@@ -6,11 +6,15 @@ the whole prompt, so each length first compares the last few tokens before that.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sgl_blend.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.radix_cache import TreeNode
 
 PROBE = 8
 
@@ -24,7 +28,7 @@ class PromptKey(NamedTuple):
     probe: bytes
 
 
-def probe_bytes(tokens, length: int) -> bytes:
+def probe_bytes(tokens: array[int], length: int) -> bytes:
     """``tokens``: ``array('q')``."""
     return tokens[max(0, length - PROBE) : length].tobytes()
 
@@ -37,12 +41,12 @@ class PromptRegistry:
 
     def clear(self) -> None:
         self._lengths: list[int] = []
-        self._by_length: dict[int, dict[tuple[bytes, bytes], dict[str, Any]]] = {}
+        self._by_length: dict[int, dict[tuple[bytes, bytes], dict[str, TreeNode]]] = {}
 
     def __len__(self) -> int:
         return sum(len(ns) for probes in self._by_length.values() for ns in probes.values())
 
-    def add(self, key: PromptKey, node) -> None:
+    def add(self, key: PromptKey, node: TreeNode) -> None:
         """Register. A prompt that is registered already stays where it is: what answers a
         repeated prompt must not change while it lives."""
         probes = self._by_length.get(key.length)
@@ -54,7 +58,7 @@ class PromptRegistry:
             names[key.namespace] = node
             node.blend.prompts.append(key)
 
-    def drop(self, node) -> None:
+    def drop(self, node: TreeNode) -> None:
         """Forget the prompts that end at ``node``."""
         for key in node.blend.prompts:
             probes = self._by_length[key.length]
@@ -68,8 +72,8 @@ class PromptRegistry:
         node.blend.prompts = []
 
     def candidates(
-        self, tokens, tenant: bytes, shortest: int, longest: int
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        self, tokens: array[int], tenant: bytes, shortest: int, longest: int
+    ) -> Iterator[tuple[int, dict[str, TreeNode]]]:
         """Longest first: ``(length, {namespace: node})`` of registered prompts of ``shortest``
         to ``longest`` tokens that end as ``tokens`` (``array('q')``) does at that length."""
         lengths = self._lengths
