@@ -119,7 +119,7 @@ def options_of(config_class: type) -> tuple[Option, ...]:
         Option(
             name=f.name,
             kind=kind_of(hints[f.name]),
-            default=f.default if f.default is not MISSING else f.default_factory(),
+            default=f.default if f.default_factory is MISSING else f.default_factory(),
             optional=types.NoneType in typing.get_args(hints[f.name]),
             told=f.metadata["option"],
         )
@@ -129,7 +129,7 @@ def options_of(config_class: type) -> tuple[Option, ...]:
 
 def check_bounds(config: Any, what: str) -> None:
     """Raise :class:`ConfigError` for the first option of ``config`` outside its bounds."""
-    for o in options_of(type(config)):
+    for o in options_of(type(config)):  # type: ignore[arg-type]  # classes are hashable
         value = getattr(config, o.name)
         fault = o.fault(value)
         if fault:
@@ -159,7 +159,7 @@ class OptionSet(Generic[T]):
 
     @property
     def options(self) -> tuple[Option, ...]:
-        return options_of(self.cls)
+        return options_of(self.cls)  # type: ignore[arg-type]  # classes are hashable
 
     def __getitem__(self, name: str) -> Option:
         """Raises :class:`ConfigError` for an unknown name."""
@@ -313,7 +313,13 @@ class _Flag(argparse.Action):
         super().__init__(*args, **kw)
         self._option, self._parse = option, parse
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         negated = option_string == _negated(self.option_strings[0])
         try:
             if values is None:
