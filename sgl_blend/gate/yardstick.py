@@ -25,7 +25,7 @@ class PlainAttention:
         """Nothing is reused."""
 
     def __call__(
-        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
     ) -> torch.Tensor:
         """q [R, Hq, D] -> [R, Hq, Dv]."""
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sgl_blend import ops
+from sgl_blend.errors import KernelError
 from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
 
@@ -160,9 +161,13 @@ class QuestionAttention:
             copy.run(self.pool, layer)
 
     def __call__(
-        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
     ) -> torch.Tensor:
         """q [R, Hq, D], k [R, Hk, D], v [R, Hk, Dv] -> [R, Hq, Dv]."""
+        if k is None or v is None:
+            raise KernelError(
+                f"layer {spec.layer} gives scratch rows no keys and values of their own"
+            )
         parts = []
         for s in self.rows:
             mine = slice(s.first, s.last)

@@ -27,7 +27,7 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
 from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
 from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
-from sgl_blend.prefill.rows import Incoming, PoolView
+from sgl_blend.prefill.rows import Incoming, PoolView, RowAttention
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.selection import Need, ReusedTokens, budget_of
 
@@ -43,7 +43,7 @@ class Layers(Protocol):
     def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
         """Begin a pass over rows that are not the batch's and must leave no KV behind."""
 
-    def run(self, first: int, last: int, attention: Any) -> Any:
+    def run(self, first: int, last: int, attention: RowAttention) -> Any:
         """Run layers [first, last); returns the logits when ``last == num_layers``."""
 
     def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:

@@ -46,6 +46,22 @@ class PoolView(Protocol):
         """The layer's rotation; None for a layer without positions in its keys."""
 
 
+class RowAttention(Protocol):
+    """What takes the place of the model's attention: ``BatchAttention``, ``QuestionAttention``, and
+    the gate's ``PlainAttention``. scratch: the rows leave no KV in the pool."""
+
+    scratch: bool
+
+    def bring_in(self, layer: int) -> None:
+        """Write the reused tokens' KV of ``layer`` into the pool, before the rows' own."""
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q [R, Hq, D], k [R, Hk, D], v [R, Hk, Dv] -> [R, Hq, Dv]. k, v: None where a layer reads
+        another one's KV."""
+
+
 @dataclass(frozen=True)
 class RowSegment:
     """One request's rows in the current pass: rows [first, last), their positions (int64,

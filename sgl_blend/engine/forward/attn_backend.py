@@ -10,15 +10,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
 from sgl_blend.prefill.pieces import Piece
-from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowSegment
+from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowAttention, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class BlendAttnBackend:
@@ -28,7 +33,7 @@ class BlendAttnBackend:
     or :class:`~sgl_blend.prefill.attention.QuestionAttention` (scratch rows; nothing is written).
     """
 
-    def __init__(self, base: Any, core: Any) -> None:
+    def __init__(self, base: AttentionBackend, core: RowAttention) -> None:
         self._base = base
         self._core = core
 
@@ -36,8 +41,15 @@ class BlendAttnBackend:
         return getattr(self._base, name)
 
     def forward(
-        self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs: Any
-    ) -> Any:
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         core = self._core
         unknown = [name for name, value in kwargs.items() if value is not None]
         if unknown:
@@ -47,7 +59,7 @@ class BlendAttnBackend:
             )
         heads, kv_heads = layer.tp_q_head_num, layer.tp_k_head_num
         q = q.reshape(-1, heads, layer.qk_head_dim)
-        if k is not None:
+        if k is not None and v is not None:
             k = k.reshape(-1, kv_heads, layer.qk_head_dim)
             v = v.reshape(-1, kv_heads, layer.v_head_dim)
         core.bring_in(layer.layer_id)
@@ -62,7 +74,11 @@ class ScoringAttnBackend:
     """The wrapped backend's attention, and the rows' scores at the layer where they are measured."""
 
     def __init__(
-        self, base: Any, scores: ScoreTable, pool: PoolView, segments: list[RowSegment]
+        self,
+        base: AttentionBackend,
+        scores: ScoreTable,
+        pool: PoolView,
+        segments: list[RowSegment],
     ) -> None:
         self._base = base
         self._scores = scores
@@ -72,8 +88,16 @@ class ScoringAttnBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
-    def forward(self, q, k, v, layer, *args: Any, **kwargs: Any) -> Any:
-        out = self._base.forward(q, k, v, layer, *args, **kwargs)
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        out: torch.Tensor = self._base.forward(q, k, v, layer, *args, **kwargs)
         if layer.layer_id == self._scores.layer:
             # The rows' K lies in the pool by now.
             rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -84,7 +108,7 @@ class ScoringAttnBackend:
 
 @contextlib.contextmanager
 def scoring(
-    scores: ScoreTable, pool: PoolView, pieces: list[Piece], forward_batch: Any
+    scores: ScoreTable, pool: PoolView, pieces: list[Piece], forward_batch: ForwardBatch
 ) -> Iterator[None]:
     """The model's own forward of ``pieces``, none of them blended, is scored meanwhile."""
     segments = [
@@ -100,7 +124,7 @@ def scoring(
         yield
 
 
-def _spec(layer: Any) -> AttentionSpec:
+def _spec(layer: RadixAttention) -> AttentionSpec:
     window = layer.sliding_window_size
     return AttentionSpec(
         layer.layer_id,

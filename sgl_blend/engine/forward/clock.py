@@ -6,11 +6,14 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sgl_blend.tiering.speeds import Speeds
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class ForwardClock:
@@ -18,9 +21,9 @@ class ForwardClock:
 
     def __init__(self, speeds: Speeds, device: torch.device) -> None:
         self._speeds, self._cuda = speeds, device.type == "cuda"
-        self._pending: deque[tuple[Any, Any, int]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
 
-    def ordinary(self, forward_batch: Any) -> Any:
+    def ordinary(self, forward_batch: ForwardBatch) -> contextlib.AbstractContextManager[None]:
         """A context for the model's own forward: measured where it is one prompt's prefill."""
         prefixes = forward_batch.extend_prefix_lens_cpu
         alone = (

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sgl_blend.config import BlendConfig
 
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(server_args: Any) -> Any:
+def load_tokenizer(server_args: ServerArgs) -> PreTrainedTokenizerBase | None:
     """The server's Hugging Face tokenizer; None under ``--skip-tokenizer-init``."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -28,7 +32,7 @@ def load_tokenizer(server_args: Any) -> Any:
     )
 
 
-def strong_tokens(tokenizer: Any, config: BlendConfig) -> np.ndarray:
+def strong_tokens(tokenizer: PreTrainedTokenizerBase | None, config: BlendConfig) -> np.ndarray:
     """Token ids (int64, ascending): special tokens, and tokens whose text has a separator in it.
 
     Without a tokenizer (None) there are none; content-defined chunking needs none.
@@ -38,7 +42,7 @@ def strong_tokens(tokenizer: Any, config: BlendConfig) -> np.ndarray:
     return strong_tokens_of(tokenizer, config.separators)
 
 
-def strong_tokens_of(tokenizer: Any, separators: tuple[str, ...]) -> np.ndarray:
+def strong_tokens_of(tokenizer: PreTrainedTokenizerBase, separators: tuple[str, ...]) -> np.ndarray:
     """As above, for a Hugging Face tokenizer."""
     strong = set(getattr(tokenizer, "all_special_ids", []))
     strong |= {i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,12 @@ from sgl_blend.gate.fidelity import Distance, distance
 from sgl_blend.gate.model import Ask
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.window import LiveWindow
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.radix_cache import TreeNode
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ class Sample:
 
     tokens: list[int]
     ratio: float
-    root: Any
+    root: TreeNode
     logits: torch.Tensor | None = None
     tries: int = 0
 
@@ -83,7 +89,7 @@ class LiveGate:
 
     # -- while a batch is planned and run --------------------------------------------------
 
-    def pick(self, req: Any, state: RequestState, end: int, number: int) -> Sample | None:
+    def pick(self, req: Req, state: RequestState, end: int, number: int) -> Sample | None:
         """A sample, where this prefill piece completes the prompt of a request that was blended
         as the server is set. number: a hash of the prompt, 56 bits."""
         if (
@@ -105,7 +111,7 @@ class LiveGate:
         self._planned += 1
         return Sample(list(req.origin_input_ids), state.ratio, self.model.tree.root_node)
 
-    def collect(self, samples: list[tuple[int, Sample]], output: Any) -> None:
+    def collect(self, samples: list[tuple[int, Sample]], output: LogitsProcessorOutput) -> None:
         """Take the samples' logits before the sampler changes them in place."""
         for row, sample in samples:
             sample.logits = output.next_token_logits[row].float().clone()
@@ -114,7 +120,7 @@ class LiveGate:
 
     # -- while nothing runs ------------------------------------------------------------------
 
-    def before_idle(self, scheduler: Any) -> None:
+    def before_idle(self, scheduler: Scheduler) -> None:
         """Before ``Scheduler.on_idle``."""
         if self.waiting and scheduler.is_fully_idle():
             try:
@@ -123,9 +129,13 @@ class LiveGate:
                 logger.exception("sgl-blend: live samples of the correctness gate end here")
                 self._stop()
 
-    def _compare_one(self, scheduler: Any) -> None:
+    def _compare_one(self, scheduler: Scheduler) -> None:
         sample = self.waiting[0]
-        if not self.gate.on or sample.root is not self.model.tree.root_node:
+        if (
+            sample.logits is None
+            or not self.gate.on
+            or sample.root is not self.model.tree.root_node
+        ):
             self._drop("stale")
             return
         if not self.model.has_room(len(sample.tokens)):
@@ -154,7 +164,7 @@ class LiveGate:
             level = logging.WARNING if self.gate.on else logging.ERROR
             logger.log(level, "sgl-blend: the correctness gate: %s", decided)
 
-    def _disturbed(self, scheduler: Any) -> bool:
+    def _disturbed(self, scheduler: Scheduler) -> bool:
         """Does a request wait? Rank 0's answer."""
         source = scheduler.recv_from_tokenizer
         answer = _GO

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -28,8 +28,17 @@ from sgl_blend.gate.model import Ask, Sizes
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.yardstick import PlainAttention
 from sgl_blend.plan import ReuseSpan
+from sgl_blend.prefill.passes import Ranks
 from sgl_blend.prefill.rows import RowSegment
-from sgl_blend.selection import POLICIES, Policy
+from sgl_blend.selection import POLICIES, Policy, ReusedTokens
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sgl_blend.engine.request.planner import PlannedBatch
+    from sgl_blend.tree.cache import BlendRadixCache
 
 _RIDS = count()
 
@@ -45,7 +54,9 @@ class _Scattered(Policy):
     def budget(self, count: int, ratio: float) -> int:
         return len(self._positions)
 
-    def select(self, reused, score, config):
+    def select(
+        self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
+    ) -> torch.Tensor:
         return torch.searchsorted(reused.positions, torch.tensor(self._positions))
 
 
@@ -53,7 +64,7 @@ class _Scattered(Policy):
 class Run:
     """Fills ``gate.model.Ran``. slots: int64 [tokens], the prompt's slots."""
 
-    req: Any
+    req: Req
     logits: torch.Tensor
     reused: torch.Tensor
     slots: torch.Tensor
@@ -64,10 +75,10 @@ class SglangModel:
 
     def __init__(
         self,
-        build: Any,
-        tree: Any,
+        build: TreeCacheBuildContext,
+        tree: BlendRadixCache,
         pool: ModelPool,
-        ranks: Any,
+        ranks: Ranks,
         config: BlendConfig,
         gate: GateState,
         special: Sequence[int],
@@ -171,7 +182,7 @@ class SglangModel:
     def _tensor(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.float32, device=self.pool.k(0).device)
 
-    def _request(self, ask: Ask) -> Any:
+    def _request(self, ask: Ask) -> Req:
         from sglang.srt.managers.schedule_batch import Req
         from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -197,7 +208,7 @@ class SglangModel:
             policy = POLICIES.get(ask.policy or self.config.policy)
         spans = None
         if ask.source is not None:
-            spans = [ReuseSpan(0, ask.suffix, 0, ask.source.slots[: ask.suffix])]
+            spans = [ReuseSpan(0, ask.suffix, 0, cast(Run, ask.source).slots[: ask.suffix])]
         exact = recomputes_all(policy, ask.ratio, self.config)
         return RequestState(
             options,
@@ -252,7 +263,7 @@ class SglangModel:
         return more
 
     @contextmanager
-    def _meant(self, batch: Any) -> Iterator[None]:
+    def _meant(self, batch: ScheduleBatch) -> Iterator[None]:
         """Attention as the model means it, where the server's own is not (``gate/yardstick.py``):
         blended rows are held against what is right, and that has the soft cap."""
         if not self._uncapped:
@@ -271,7 +282,7 @@ class SglangModel:
         finally:
             self.runner.attn_backend = base
 
-    def _forward(self, batch: Any) -> tuple[torch.Tensor, Any]:
+    def _forward(self, batch: ScheduleBatch) -> tuple[torch.Tensor, PlannedBatch | None]:
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
         if batch.input_ids is None:
@@ -284,18 +295,18 @@ class SglangModel:
             plan = attach.PIECES.get(forward)
             return self.runner.forward(forward).logits_output.next_token_logits, plan
 
-    def _abandon(self, reqs: list[Any]) -> None:
+    def _abandon(self, reqs: list[Req]) -> None:
         for req in reqs:
             if req.kv.holds_kv:
                 self._release(req, keep=False)
 
-    def _release(self, req: Any, keep: bool) -> None:
+    def _release(self, req: Req, keep: bool) -> None:
         from sglang.srt.mem_cache.common import release_kv_cache
 
         release_kv_cache(req, self.tree, checkpoint=keep)
 
 
-def _leaves_out_the_cap(runner: Any) -> bool:
+def _leaves_out_the_cap(runner: ModelRunner) -> bool:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.layers.radix_attention import RadixAttention
 

@@ -6,11 +6,16 @@ back is warned about once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.server_args import ServerArgs
 
 #: Model classes whose blended KV and logits are verified against full prefill by the tests.
 VERIFIED_MODELS = frozenset(
@@ -37,7 +42,7 @@ VERIFIED_ROPES = frozenset(
 )
 
 
-def config_problems(view: Any) -> list[str]:
+def config_problems(view: ServerArgs) -> list[str]:
     """What in the resolved server arguments blending cannot serve; empty when all fits."""
 
     def get(name: str, default: Any = None) -> Any:
@@ -76,7 +81,7 @@ def config_problems(view: Any) -> list[str]:
     return [what for hit, what in rules if hit]
 
 
-def check_arguments(server_args: Any) -> None:
+def check_arguments(server_args: ServerArgs) -> None:
     """Refuse, in the launching process, what cannot work. Call after resolution.
 
     Raises :class:`UnsupportedError` for a server configuration or a model class that is not
@@ -117,7 +122,7 @@ def check_depth(config: BlendConfig, num_layers: int) -> None:
         )
 
 
-def check_model(model: Any, ctx: Any) -> None:
+def check_model(model: torch.nn.Module, ctx: TreeCacheBuildContext) -> None:
     """Raise :class:`UnsupportedError` when the loaded model or its KV pool is not served.
 
     ``ctx``: SGLang's ``TreeCacheBuildContext``.

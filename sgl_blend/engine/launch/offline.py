@@ -7,15 +7,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_blend.config import BLEND
 from sgl_blend.errors import ConfigError, unknown_name
 
+if TYPE_CHECKING:
+    from sglang.srt.entrypoints.engine import Engine as SglangEngine
+
+    from sgl_blend.config import BlendConfig
+
 PREFIX = "blend_"
 
 
-def Engine(*, enable_blend: bool = True, blend_config: str | None = None, **kwargs: Any) -> Any:
+def Engine(
+    *, enable_blend: bool = True, blend_config: str | None = None, **kwargs: Any
+) -> SglangEngine:
     """A ``sglang.Engine`` that blends.
 
     ``blend_config``: path of a YAML file. ``blend_<option>``: an option of
@@ -49,7 +56,7 @@ def Engine(*, enable_blend: bool = True, blend_config: str | None = None, **kwar
     return _blend_engine(BLEND.load(options, path=blend_config), rest)
 
 
-def _blend_engine(config: Any, kwargs: dict[str, Any]) -> Any:
+def _blend_engine(config: BlendConfig, kwargs: dict[str, Any]) -> SglangEngine:
     from sglang.srt.entrypoints.engine import Engine as SglangEngine
     from sglang.srt.plugins import load_plugins
 
