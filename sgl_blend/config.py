@@ -294,7 +294,7 @@ BLEND: OptionSet[BlendConfig] = OptionSet(
     what="blend option",
     flag="--blend-",
     # SGLang calls names that begin with ``SGL_`` deprecated, and copies each to the first spelling
-    # (``environ.py``, 0.5.23); whoever follows its advice must not be ignored.
+    # (``environ.py``, 0.5.23); a variable renamed by its advice must not be ignored.
     prefixes=("SGLANG_BLEND_", "SGL_BLEND_"),
     others=VARIABLES,
 )

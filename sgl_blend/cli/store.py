@@ -1,7 +1,7 @@
 """``sgl-blend store``: run a store, make its keys, and operate a running one.
 
 Without a verb it serves. ``keygen`` needs no store; the other verbs talk to the one ``--at``. They
-are for administrators: over ``ipc://`` the store's own user, over ``tcp://`` whoever has a key of
+are for administrators: over ``ipc://`` the store's own user, over ``tcp://`` the holder of a key of
 the store's ``--curve-admins`` (``--curve-client`` names the secret one).
 """
 

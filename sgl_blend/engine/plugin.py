@@ -3,8 +3,8 @@
 Seams touched in every process: ``ServerArgs.add_cli_args`` and ``from_cli_args`` (our flags),
 ``register_radix_cache_backend`` (the name ``blend``). Nothing else, unless ``--enable-blend`` is
 given (or ``SGL_BLEND_ENABLE=1``, which also hooks ``ServerArgs.resolve_once`` for the sake of
-``sglang.Engine``): then ``launch/switch.py`` hooks request validation in the HTTP process, and ``wiring.py`` hooks the
- forward path in each scheduler process.
+``sglang.Engine``): then ``launch/switch.py`` hooks request validation in the HTTP process, and
+``wiring.py`` hooks the forward path in each scheduler process.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRanks:
-    """Fills ``prefill.Ranks`` with SGLang's tensor-parallel group (``GroupCoordinator``)."""
+    """Implements ``passes.Ranks`` with SGLang's tensor-parallel group (``GroupCoordinator``)."""
 
     def __init__(self, group: Any) -> None:
         self._group = group

@@ -1,6 +1,6 @@
 """The protocol: every setting meets every probe in the same cache state.
 
-For each probe, one setting after the other: a state of its own (a cache salt nobody else has, or
+For each probe, one setting after the other: a state of its own (a cache salt of its own, or
 flushed caches), the warm-up requests (always exact), then each of the probe's prompts once.
 Nothing approximate can leak from one setting into another, nor from one prompt of a case into
 the next; and settings take turns, so that a drifting machine meets all of them alike.

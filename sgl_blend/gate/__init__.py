@@ -2,7 +2,7 @@
 
 ==================  ============================================================
 ``state.py``        what the gate has decided: on, on at a raised ratio, or off and why
-``model.py``        protocol: what the gate asks of a model (``engine/gate_model.py`` fills it)
+``model.py``        protocol: what the gate asks of a model (``engine/gate/model.py``)
 ``mechanics.py``    exact checks at launch on random tokens: rotation, copies, mask, recomputation
 ``fidelity.py``     blended against exact next-token distributions; the ratio ladder
 ``yardstick.py``    exact attention, where the server's own is not what the model means

@@ -1,4 +1,4 @@
-"""What the gate asks of a model. ``engine/gate_model.py`` fills it."""
+"""What the gate asks of a model. ``engine/gate/model.py`` implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention as the textbook has it, for exact prefill where the server's own leaves something out.
+"""Textbook attention, for exact prefill where the server's own leaves something out.
 
 SGLang's attention for CPUs (``torch_native``, 0.5.23) ignores a model's soft cap (Gemma 2), so
 what it computes is not what the model means, and no yardstick. This one shares no code with the
@@ -13,7 +13,7 @@ from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowSegment
 
 
 class PlainAttention:
-    """Takes the place of ``attention.BatchAttention``, for rows whose KV the pool holds."""
+    """Takes the place of ``prefill.attention.BatchAttention``, for rows whose KV the pool holds."""
 
     scratch = False
 

@@ -223,8 +223,8 @@ class QuestionAttention:
     ) -> torch.Tensor:
         """All scratch rows in a sliding-window layer.
 
-        In plain torch: where each row's window begins among keys with holes between them is no
-        single distance, and what a few rows see through a window is little.
+        In plain torch. Between keys with holes, each row's window begins at another index, which the
+        kernel does not serve; a few rows and one window make little work.
         """
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read

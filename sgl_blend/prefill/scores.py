@@ -1,9 +1,9 @@
-"""A score for each slot of the KV pool: how much its token's attention left its own document.
+"""A score for each slot of the KV pool: the share of its token's attention outside its document.
 
 Measured once, at one layer, while the token is computed, and read when its KV is reused (policy
 ``stored``; Cache-Craft, arXiv:2502.15734). A slot that is given to a token loses its score until
-that token has run through a prefill. What decoding wrote, or a store tier brought in, has none;
-neither have copies of reused tokens, which are nobody's source (``plan.BLENDED``).
+that token has run through a prefill. Tokens that were decoded, or came from a store tier, have no
+score; neither have copies of reused tokens, which are never a source (``plan.BLENDED``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class All(Policy):
-    """Recompute every reused token: exact, and as dear as full prefill. The yardstick."""
+    """Recompute every reused token: exact, and as expensive as full prefill."""
 
     name = "all"
     exact = True

@@ -33,7 +33,7 @@ class Stored(Policy):
 def filled(score: torch.Tensor, reused: ReusedTokens) -> torch.Tensor:
     """fp32 [n]: ``score`` with a guess in place of each NaN (a token that has none).
 
-    Such tokens rank by their place in their span, the head first, as policy ``leading`` has it;
+    Such tokens rank by their place in their span, the head first, as under policy ``leading``;
     their scores are spread as the known ones are, so that neither kind crowds out the other: a
     token at depth d (0 to 1) of its span gets the known score that the share d of them exceeds.
     Where none is known, the score is 1 - d. Nothing waits for the device.

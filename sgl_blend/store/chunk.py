@@ -93,10 +93,10 @@ class ChunkHeader(msgspec.Struct, frozen=True, array_like=True):
     tokens before it (``NO_CONTEXT``: computed alone); a request with the same context needs no
     recompute. generation: 0 exact, else as in ``plan.py``. checksum: xxh3-128 of the body, zero
     until ``complete_store`` brings it. serde: the lossy form that the values went through on their
-    way, or ``raw``: such a chunk is never exact, whatever its context. before, after: keys of the
-    chunks that stood next to this one where its KV was computed (empty: none, or unknown). They
-    tell who stores a document's chunks to find those at its edges, whose tokens are partly its
-    neighbours'; they are no part of the chunk's identity.
+    way, or ``raw``: such a chunk is never exact, in any context. before, after: keys of the
+    chunks that stood next to this one where its KV was computed (empty: none, or unknown). By them
+    a reader finds a document's edge chunks, which hold tokens of its neighbours too. They are no
+    part of the chunk's identity.
     """
 
     namespace: Digest

@@ -102,7 +102,7 @@ class StoreConfig:
         for name in ("curve_clients", "curve_admins"):
             if getattr(self, name) is not None and self.curve_secret is None:
                 raise ConfigError(
-                    f"store option {name} needs curve_secret: without keys nobody is told apart"
+                    f"store option {name} needs curve_secret: without keys all clients look alike"
                 )
         if not self.endpoints:
             raise ConfigError(

@@ -19,6 +19,6 @@
 
 Imports run downward in this table. A load that fails, is late or does not match its tokens is a
 miss, and is counted; nothing here raises into a scheduler, except :class:`LoadFailed` inside a
-forward pass that has begun on chunks which then did not arrive (``prefill/passes.py`` runs the
+forward pass that has begun on chunks which then did not arrive (``engine/wiring.py`` runs the
 pass again without them).
 """

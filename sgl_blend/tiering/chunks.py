@@ -30,7 +30,7 @@ class HostChunk:
     ``layers`` grows, and ``failed`` is set, under the lock of the load that it belongs to.
 
     token_ids: int64, read once from the body and compared with the prompt by the loader. exact:
-    computed in the very context in which the request has it.
+    computed in the same context as the request's.
     """
 
     header: ChunkHeader
@@ -107,8 +107,8 @@ def common_tail(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _tensor(buf: np.ndarray) -> torch.Tensor:
-    """uint8, a view of contiguous memory that may be mapped read-only, of which PyTorch knows
-    nothing; whoever has it keeps ``buf`` and does not write."""
+    """uint8, a view of contiguous memory that may be mapped read-only. PyTorch does not know that:
+    the caller must keep ``buf`` alive and must not write."""
     return torch.frombuffer(
         (ctypes.c_uint8 * buf.nbytes).from_address(buf.ctypes.data), dtype=torch.uint8
     )

@@ -180,8 +180,8 @@ class LoadingController:
     ) -> LoadPlan:
         """Which chunks to load so that the prefill ends soonest. Raises ConfigError on unknown tiers.
 
-        Tiers load side by side; one tier's loads queue. Chunks that are dearest to load for the
-        compute they save are recomputed first; every such cut is tried.
+        Tiers load side by side; one tier's loads queue. Chunks whose loading is most expensive for the
+        compute it saves are recomputed first; every such cut is tried.
         """
         for chunk in chunks:
             if chunk.tier not in tiers:

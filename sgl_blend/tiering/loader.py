@@ -42,9 +42,9 @@ class Load:
         self.ready = False
         self.done = False
         self.closed = False
-        #: the scheduler has decided to go on with what is ready (kept here by its thread)
+        #: the scheduler goes on with what is ready; set by the scheduler's thread alone
         self.settled = False
-        #: what the store knows, in tokens, whatever became of it
+        #: tokens that the store has, whether they were loaded or not
         self.found = 0
         self._spans: list[ReuseSpan] = []
         self._chunks: list[tuple[HostChunk, StoreClient]] = []
@@ -92,7 +92,7 @@ class Load:
                 self._news.wait(left)
 
     def close(self) -> None:
-        """Nothing of it is used any more. Idempotent; waits for nobody."""
+        """Nothing of it is used any more. Idempotent; does not block."""
         with self._news:
             self.closed = True
             chunks, self._chunks, self._spans = self._chunks, [], []

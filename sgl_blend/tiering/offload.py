@@ -37,7 +37,7 @@ _OUTCOMES = {
 
 
 class PoolKV(Protocol):
-    """The KV pool, layer by layer (``attention.PoolView`` without its rotations)."""
+    """The KV pool, layer by layer (``rows.PoolView`` without its rotations)."""
 
     def k(self, layer: int) -> torch.Tensor: ...
 

@@ -1,7 +1,7 @@
 """``BlendRadixCache``: the chunk-indexed tree, and a place of its own for approximate KV.
 
 Hooks no symbol. Overrides of ``RadixCache`` (sglang 0.5.23, ``mem_cache/radix_cache.py``), beside
-those in ``chunk_tree.py``:
+those in ``chunked.py``:
 
 ================  ================================================================
 ``checkpoint``    keeps approximate KV apart from exact KV
@@ -13,8 +13,8 @@ head goes into the tree as ever, down to a page boundary. The tail stays in the 
 the request has finished, and then becomes a child of the head's node under a *marked* extra key,
 which keeps it out of reach of exact matching. Nodes there carry ``labels``, which say what may
 serve as a source of chunks; tokens of the question (from the source limit to the prompt's end) are
-stored as ``BLENDED`` whatever they were: nobody else asks that question. A request that wants the
-same blending finds the tail again through ``turns.PromptRegistry``.
+stored as ``BLENDED`` in any case: no other prompt asks that question. A request that wants the
+same blending finds the tail again through ``prompts.PromptRegistry``.
 """
 
 from __future__ import annotations
@@ -283,8 +283,8 @@ class BlendRadixCache(ChunkRadixCache):
         return node
 
     def _age(self, node: TreeNode, parent: TreeNode, n_prompt: int) -> None:
-        """Where no chunk of the prompt is anchored in an approximate tail, it serves nobody but a
-        repetition of its own prompt: let eviction take it before any source."""
+        """An approximate tail in which no chunk of the prompt is anchored only serves a repetition
+        of its own prompt: let eviction take it before any source."""
         tail = []
         while node is not parent:
             if node.blend.entries and self.index.end(node.blend.entries[0]) <= n_prompt:

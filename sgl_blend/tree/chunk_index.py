@@ -1,8 +1,8 @@
 """The chunk index: chunk digest to the places in the radix tree where that chunk's KV lies.
 
 A copy of a chunk is anchored at the node that holds its *last* token, by the token's absolute
-end position. A chunk may begin in an ancestor; the walk up is unique, and since leaves are evicted first
-an ancestor outlives its descendants. Positions are absolute, so that splitting a node
+end position. A chunk may begin in an ancestor. The walk up is unique, and an ancestor outlives its
+descendants, because leaves are evicted first. Positions are absolute, so that splitting a node
 hands entries over without renumbering them.
 
 Entries live in parallel arrays, not in objects: a million of them is nothing for the garbage
@@ -34,7 +34,7 @@ class NodeInfo:
     start: absolute position of the node's first token. entries: index entries anchored here,
     sorted by end. labels: int8 per token, ``None`` where all are exact; as far as sources go,
     see ``BlendRadixCache``. tenant: namespace digest of the KV. prompts: keys under which the
-    node ends a registered prompt (``turns.py``). dead: the node has left the tree; set before its
+    node ends a registered prompt (``prompts.py``). dead: the node has left the tree; set before its
     slots are free.
     """
 

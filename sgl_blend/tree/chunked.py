@@ -1,7 +1,7 @@
 """The chunk-indexed tree: SGLang's radix cache that also knows where documents' chunks lie.
 
 This half of ``BlendRadixCache`` deals in exact KV and in the bookkeeping of nodes; approximate KV
-is ``radix.py``'s. Overrides of ``RadixCache`` (sglang 0.5.23, ``mem_cache/radix_cache.py``):
+is in ``cache.py``. Overrides of ``RadixCache`` (sglang 0.5.23, ``mem_cache/radix_cache.py``):
 
 ================  ================================================================
 ``insert``        indexes the chunks of what went in

@@ -1,4 +1,4 @@
-"""The KV pool and the model's rotations, layer by layer (fills ``attention.PoolView``)."""
+"""The KV pool and the model's rotations, layer by layer (implements ``rows.PoolView``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The gate at launch: runs the checks in each scheduler process and acts on what they find.
 
-Called by ``backend.build_tree`` when the hooks are in place and the tree is still empty.
+Called by ``wiring.build_tree`` when the hooks are in place and the tree is still empty.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class SglangModel:
         return self._allocator.size
 
     def has_room(self, tokens: int) -> bool:
-        """Are so many slots free, or cached and in nobody's use?"""
+        """Are ``tokens`` slots free, or held by cached KV that no request uses?"""
         page = self.tree.page_size
         room = self._allocator.available_size() + self.tree.evictable_size()
         return tokens + 2 * page <= room and self._rows.available_size() > 0
@@ -165,7 +165,7 @@ class SglangModel:
             self._release(one.req, keep=not one.req.skip_radix_cache_insert)
 
     def flush(self) -> None:
-        """As ``Scheduler.flush_cache``. At launch only: the tree holds nobody else's KV."""
+        """As ``Scheduler.flush_cache``. At launch only: the tree holds no other KV."""
         self.release(*self._in_use)
         self.tree.reset()
         self._rows.clear()

@@ -48,9 +48,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PlannerContext:
     """What planning needs beside the batch. max_positions: what the rotation tables cover.
-    tiers: an ``engine.tiers.StoreTier``, or None where nothing but the device holds chunks.
-    scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch) ->
-    reason | None``, why nobody in a batch can be blended (``engine/forward/company.py``)."""
+    tiers: the ``store_tier.StoreTier``, or None where nothing but the device holds chunks.
+    scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch)
+    -> reason | None``: why no request of a batch can be blended (``engine/forward/company.py``)."""
 
     tree: Any
     config: BlendConfig
@@ -78,7 +78,7 @@ class Planner:
 
     def __init__(self, context: PlannerContext) -> None:
         self.c = context
-        #: picks requests whose answers are checked later (``gate_live.LiveGate``); None: nobody
+        #: picks requests whose answers are checked later (``engine.gate.live.LiveGate``); None: no sampling
         self.live: Any = None
 
     def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
@@ -340,7 +340,7 @@ class Planner:
             if s.exact:
                 labels[s.start : s.end] = EXACT
         if state.generation != EXACT and end >= state.prompt_tokens:
-            # What follows the last reused token is the question, and nobody's document.
+            # Tokens behind the last reused one are the question, not a document.
             last = int(np.flatnonzero(labels == BLENDED)[-1]) + 1
             if state.prompt_tokens - last <= self.c.config.max_suffix_tokens:
                 labels[last : state.prompt_tokens] = BLENDED
@@ -388,7 +388,7 @@ class Planner:
 class PlannedBatch:
     """What travels on a ``ForwardBatch``: the pieces to run, how to plan them again, and which
     rows of its output the correctness gate wants to see: (row, sample). blended: False for a batch
-    that runs as SGLang has it, and is scored."""
+    that SGLang runs unchanged, and that is scored."""
 
     pieces: list[Piece]
     planned: list[_Planned]

@@ -4,7 +4,7 @@ Equal names mean that the KV may be shared: it was stored in the same way, for t
 the same rank of a tensor-parallel group, with the same weights. A tenant's digest already tells
 the weights that were loaded at launch. What replaced them later has no such identity, so it
 is told by this launch of the server and by how often its weights have been replaced: the
-data-parallel ranks of one server are sent the same updates and go on sharing, and nobody else
+data-parallel ranks of one server are sent the same updates and go on sharing. No other server
 finds what they store.
 """
 

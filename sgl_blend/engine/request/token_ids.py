@@ -18,7 +18,7 @@ def check_token_ids(input_ids: Any, vocab_size: int) -> None:
     ``vocab_size``; None, where a request has none, passes.
 
     vocab_size: rows of the checkpoint's embedding. The tokenizer may know fewer ids; the rows
-    behind them exist and are harmless. SGLang pads its own table further; those rows are nobody's.
+    behind them exist and are harmless. SGLang pads its own table further; no token has those rows.
     """
     if input_ids is None:
         return

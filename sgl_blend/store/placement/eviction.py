@@ -102,7 +102,7 @@ class TinyLFUPolicy(EvictionPolicy):
     def add(self, entry: Entry) -> None:
         self._window[entry.chunk_id] = entry
         self._window_bytes += self._size_of(entry)
-        # While the main part has room nobody need compete for it.
+        # While the main part has room, no entry needs to compete for it.
         while self._window_bytes > self._window_cap and self._main_bytes < self._main_cap:
             self._move_in(next(iter(self._window.values())))
 

@@ -18,8 +18,8 @@ Work = Callable[[], Any]
 #: (result, error): exactly one of them is not None; a job that returns None gives (None, None)
 Done = Callable[[Any, BaseException | None], None]
 
-#: While a lane has more to do, the loop hears of what is finished at most so often. Readers that
-#: wake it for each small read spend more on handing over the interpreter than on reading.
+#: Seconds between two wake-ups of the loop while a lane has more to do. Readers that wake it for
+#: each small read spend more on handing over the interpreter than on reading.
 _WAKE_S = 1e-3
 
 

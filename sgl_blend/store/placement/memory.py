@@ -25,7 +25,7 @@ def _arena_size(entry: Entry) -> int:
 class MemoryTier:
     """Single-threaded. ``on_evict(entry)`` is called after an entry lost its place here.
 
-    A region is either an entry's (``place``), or held by whoever allocated it and given back with
+    A region is either an entry's (``place``), or held by the caller that allocated it and given back with
     ``release``. Entries with ``refs`` are never evicted.
     """
 

@@ -152,7 +152,7 @@ class Residency:
                 on_durable("durable")
             return
         if on_durable is None:
-            # What nobody waits for must not fill memory with unevictable bytes.
+            # Writes that no client waits for must not fill memory with unevictable bytes.
             if self._write_bytes + entry.nbytes > self.config.memory_bytes // 4:
                 self.counters["disk_put_off"] += 1
                 self._later.append(entry)

@@ -26,7 +26,7 @@ _ONE_WAY = bytes(p.REQUEST_ID_BYTES - 1) + b"\xff"
 
 
 class Connection:
-    """Calls from several threads take turns (``turn``); ``release`` waits for nobody.
+    """Calls from several threads take turns (``turn``); ``release`` does not block.
 
     retry_s: after a missed deadline calls fail at once, for a time that doubles up to this.
     """
@@ -235,7 +235,7 @@ class Connection:
                 mapping.close()
 
     def release(self, held: Sequence[tuple[ArenaMapping, int]]) -> None:
-        """End load leases: now if the connection is free, else with whoever has it."""
+        """End load leases: now if the connection is free, else by the call that holds it."""
         self._released.extend(held)
         if self._lock.acquire(blocking=False):
             try:

@@ -111,7 +111,7 @@ class Clear(Request, frozen=True):
     """namespace: clear only this one; empty for all. pinned: those that are pinned, too.
 
     Afterwards none of them is found, nor any that was being stored when the request came. Their
-    memory is free once nobody reads it.
+    memory is free once no client reads it.
     """
 
     namespace: Annotated[bytes, msgspec.Meta(max_length=16)] = b""

@@ -1,11 +1,11 @@
-"""Who may talk to the store, and who may administer it: CURVE keys, and who may do without.
+"""Who may talk to the store and who may administer it, by address and by CURVE key.
 
 ``ipc://`` is guarded by file permissions. ``tcp://`` on a loopback address is open to the machine.
 Any other ``tcp://`` address needs CURVE keys (``sgl-blend store keygen``), or an explicit flag.
 
-Administrators, who may pin, delete, clear, drain and see everything: whoever comes over ``ipc://``
-or proves with the side socket to be the store's own user; over ``tcp://``, whoever has a key of
-``curve_admins``; and, where the flag ``insecure_admin`` says so, everyone.
+Administrators may pin, delete, clear, drain and see everything. They are the clients that come
+over ``ipc://`` or prove by the side socket to be the store's own user, those with a key of
+``curve_admins`` over ``tcp://``, and under the flag ``insecure_admin`` all clients.
 """
 
 from __future__ import annotations

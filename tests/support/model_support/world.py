@@ -22,7 +22,7 @@ from model_support.reference import Blended, Kv, Reference, RefPiece, highest
 from sgl_blend.harness.models import ARCHITECTURES, make_model
 from sgl_blend.prefill import passes as prefill
 
-#: architectures beside those of ``bench.models``
+#: architectures beside those of ``harness.models``
 ARCHITECTURES.setdefault(
     "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
 )
