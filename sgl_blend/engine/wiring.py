@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,20 +40,30 @@ from sgl_blend.prefill.scores import ScoreTable, score_layer
 from sgl_blend.selection import keeps_scores
 from sgl_blend.tiering.chunks import LoadFailed
 
+if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sgl_blend.tree.cache import BlendRadixCache
+
 logger = logging.getLogger(__name__)
 
 
 class TensorRanks:
     """Implements ``passes.Ranks`` with SGLang's tensor-parallel group (``GroupCoordinator``)."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: GroupCoordinator) -> None:
         self._group = group
 
     def sum(self, score: torch.Tensor) -> torch.Tensor:
-        return self._group.all_reduce(score)
+        total: torch.Tensor = self._group.all_reduce(score)
+        return total
 
     def agree(self, index: torch.Tensor) -> torch.Tensor:
-        return self._group.broadcast(index, 0)
+        first: torch.Tensor = self._group.broadcast(index, 0)
+        return first
 
     def least(self, values: list[int]) -> list[int]:
         """On the host: schedulers agree here, off the device's stream."""
@@ -60,7 +71,8 @@ class TensorRanks:
         torch.distributed.all_reduce(
             tensor, op=torch.distributed.ReduceOp.MIN, group=self._group.cpu_group
         )
-        return tensor.tolist()
+        agreed: list[int] = tensor.tolist()
+        return agreed
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's ``data``, equally long, in the order of ranks."""
@@ -86,7 +98,7 @@ class OneRank:
         return index
 
 
-def build_tree(ctx: Any) -> Any:
+def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     """Factory of the radix cache backend ``blend``. Raises a :class:`BlendError` subclass when
     the model or its configuration is not served; SGLang then ends the launch."""
     from sglang.srt.runtime_context import get_parallel
@@ -171,19 +183,18 @@ def _install_idle(planner: Planner) -> None:
     """What is done when no batch runs."""
     live, tiers = planner.live, planner.c.tiers
 
-    def on_idle(original: Any, scheduler: Any, *args: Any, **kw: Any) -> Any:
+    def on_idle(original: Callable[..., None], scheduler: Scheduler, *args: Any, **kw: Any) -> None:
         if live is not None:
             live.before_idle(scheduler)
-        result = original(scheduler, *args, **kw)
+        original(scheduler, *args, **kw)
         if tiers is not None:
             tiers.after_idle()
-        return result
 
     if live is not None or tiers is not None:
         seams.install(seams.SCHEDULER_IDLE, on_idle, "around")
 
 
-def _metric_labels(ctx: Any) -> dict[str, str] | None:
+def _metric_labels(ctx: TreeCacheBuildContext) -> dict[str, str] | None:
     from sglang.srt.runtime_context import get_observability
 
     if not get_observability().enable_metrics:
@@ -193,10 +204,10 @@ def _metric_labels(ctx: Any) -> dict[str, str] | None:
 
 
 def _install(
-    runner: Any,
+    runner: ModelRunner,
     planner: Planner,
     pool: ModelPool,
-    ranks: Any,
+    ranks: TensorRanks | OneRank,
     num_layers: int,
     config: BlendConfig,
     gate: GateState,

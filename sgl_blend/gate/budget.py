@@ -38,7 +38,7 @@ class Timed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def run(self, *asks: Ask) -> list[Ran]:
+    def run(self, *asks: Ask) -> Sequence[Ran]:
         begun = self.clock()
         ran = self._model.run(*asks)
         float(ran[0].logits.sum())  # a device works on after the call has returned

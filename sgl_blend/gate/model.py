@@ -70,7 +70,7 @@ class GateModel(Protocol):
 
     def sizes(self) -> Sizes: ...
 
-    def run(self, *asks: Ask) -> list[Ran]:
+    def run(self, *asks: Ask) -> Sequence[Ran]:
         """Prefill the prompts in one batch (in several, where they name pieces)."""
 
     def kv(self, ran: Ran, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

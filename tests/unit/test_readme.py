@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from sgl_blend.cli.main import COMMANDS
+from sgl_blend.engine.forward.company import PREVENTS
 from sgl_blend.engine.launch.checks import VERIFIED_MODELS
 from sgl_blend.engine.request.options import KEYS
 from sgl_blend.gate.state import TURNED_OFF
@@ -56,14 +57,15 @@ def test_every_verified_model_is_named():
 
 def test_every_reason_to_fall_back_is_listed():
     source = "".join(
-        (ROOT / "sgl_blend" / "engine" / "request" / name).read_text()
-        for name in ("state.py", "planner.py")
+        (ROOT / "sgl_blend" / "engine" / name).read_text()
+        for name in ("request/state.py", "request/planner.py", "forward/company.py")
     )
     reasons = set(
         re.findall(r'(?:return|reason =|fallback =|_fall_back\(state,) "([^"]+)"', source)
     )
     assert len(reasons) > 8
-    assert {r for r in reasons | {TURNED_OFF} if f"`{r}`" not in COMPATIBILITY} == set()
+    reasons |= {TURNED_OFF, *PREVENTS.values()}
+    assert {r for r in reasons if f"`{r}`" not in COMPATIBILITY} == set()
 
 
 def test_the_readme_is_short_and_says_first_where_it_has_run():

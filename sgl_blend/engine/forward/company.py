@@ -13,7 +13,12 @@ prompt (the rows from their start on always run).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 #: One value for the batch or one entry a request: true of pruned rows as it is.
 KEPT = frozenset(
@@ -45,7 +50,7 @@ PRUNED = frozenset(
 EMBEDDED = frozenset({"replace_embeds", "replace_positions"})
 #: The whole batch's slots for its whole forward; nothing on the path of pruned rows reads them.
 SLOTS = frozenset("kv_loc_plan kv_loc_cols out_cache_loc_virtual out_cache_loc_is_physical".split())
-#: Set for a request that is prepared by rows or positions of the whole batch: nobody is blended.
+#: Set for a request that is prepared by rows or positions of the whole batch: no request is blended.
 PREVENTS = {
     # As SGLang prepares it, such a batch holds fewer embeddings than rows.
     "input_embeds": "input embeddings in the batch",
@@ -79,7 +84,9 @@ REFUSED = frozenset(
 )
 
 
-def why_not(forward_batch: Any, batch: Any, model: Any) -> str | None:
+def why_not(
+    forward_batch: ForwardBatch, batch: ScheduleBatch, model: torch.nn.Module
+) -> str | None:
     """Why no request of this prefill batch can be blended, or None.
 
     batch: the ``ScheduleBatch`` that ``forward_batch`` was made of.
@@ -111,8 +118,8 @@ def _notes_experts_of_each_token() -> bool:
     return recorder.recording and get_exec().moe.expert_distribution_recorder_mode == "per_token"
 
 
-def capture_nothing(forward_batch: Any) -> None:
-    """No request of the batch asks for hidden states: the server captures them for whoever may."""
+def capture_nothing(forward_batch: ForwardBatch) -> None:
+    """No request of the batch asks for hidden states: the server captures them only in case one does."""
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
     forward_batch.capture_hidden_mode = CaptureHiddenMode.NULL

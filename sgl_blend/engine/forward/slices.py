@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
@@ -22,6 +22,25 @@ from sglang.srt.model_executor.forward_context import forward_context, get_forwa
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
+from sgl_blend.prefill.rows import RowAttention
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.lora.lora_manager import LoRAManager
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class SplitModel(Protocol):
+    """A model class of SGLang that runs in slices of layers."""
+
+    def forward_split_prefill(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        split_interval: tuple[int, int],
+        input_embeds: torch.Tensor | None = None,
+    ) -> LogitsProcessorOutput | None: ...
 
 
 class ModelSlices:
@@ -33,11 +52,11 @@ class ModelSlices:
 
     def __init__(
         self,
-        model: Any,
-        forward_batch: Any,
+        model: SplitModel,
+        forward_batch: ForwardBatch,
         num_layers: int,
         input_embeds: torch.Tensor | None = None,
-        lora: Any = None,
+        lora: LoRAManager | None = None,
     ) -> None:
         """input_embeds [rows, hidden]: in place of the tokens' embeddings, for the whole batch.
         lora: SGLang's ``LoRAManager``, or None where adapters are not served."""
@@ -71,7 +90,7 @@ class ModelSlices:
         self._set_counts([n])
         self._prepare_adapters()
 
-    def run(self, first: int, last: int, attention: Any) -> Any:
+    def run(self, first: int, last: int, attention: RowAttention) -> Any:
         fb = self.fb
         context = get_forward_context()
         backend = BlendAttnBackend(context.attn_backend, attention)
@@ -127,13 +146,13 @@ class ModelSlices:
     def _spread_experts(self, first: int, last: int) -> None:
         """Put the experts that the layers have noted row by row where the whole batch's rows are."""
         capturer = get_global_experts_capturer()
-        if capturer is not None:
+        if capturer is not None and self._rows is not None:
             noted = capturer.device_cache.buffer
             noted[self._rows, first:last] = noted[: self._rows.numel(), first:last].clone()
 
-    def _spread_hidden_states(self, result: Any) -> None:
+    def _spread_hidden_states(self, result: LogitsProcessorOutput) -> None:
         """Where all rows' hidden states are captured they are read by the whole batch's rows; those
-        of rows that did not run are zero, and nobody's."""
+        of rows that did not run are zero, and no request reads them."""
         if result.hidden_states is not None and self.fb.capture_hidden_mode.is_full():
             hidden = result.hidden_states
             result.hidden_states = hidden.new_zeros(

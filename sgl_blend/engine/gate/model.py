@@ -24,7 +24,7 @@ from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
 from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.request.options import RequestOptions
 from sgl_blend.engine.request.state import Probe, RequestState, recomputes_all
-from sgl_blend.gate.model import Ask, Sizes
+from sgl_blend.gate.model import Ask, Ran, Sizes
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.yardstick import PlainAttention
 from sgl_blend.plan import ReuseSpan
@@ -156,11 +156,12 @@ class SglangModel:
         self._in_use += runs
         return runs
 
-    def kv(self, ran: Run, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.pool.k(layer)[ran.slots], self.pool.v(layer)[ran.slots]
+    def kv(self, ran: Ran, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = cast(Run, ran).slots
+        return self.pool.k(layer)[slots], self.pool.v(layer)[slots]
 
-    def release(self, *ran: Run) -> None:
-        for one in ran:
+    def release(self, *ran: Ran) -> None:
+        for one in cast(tuple[Run, ...], ran):
             self._in_use.remove(one)
             self._release(one.req, keep=not one.req.skip_radix_cache_insert)
 

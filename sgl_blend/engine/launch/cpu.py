@@ -15,9 +15,12 @@ import os
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ RUNNING = 64
 SPINS = "2000"
 
 
-def choose_early(server_args: Any) -> None:
+def choose_early(server_args: ServerArgs) -> None:
     """The dtype, before anything reads the model's configuration. ``server_args`` is unresolved."""
     if applies(server_args) and server_args.dtype == "auto" and not has_amx():
         server_args.dtype = "float32"
@@ -77,7 +80,7 @@ def choose(defaults: Any, environ: MutableMapping[str, str] = os.environ) -> Non
         logger.info("sgl-blend: %s", line)
 
 
-def applies(server_args: Any) -> bool:
+def applies(server_args: ServerArgs) -> bool:
     """Does this server run on the portable CPU platform?"""
     from sglang.srt.platforms import current_platform
 
@@ -88,7 +91,7 @@ def applies(server_args: Any) -> bool:
     return device == "cpu" and f"{kind.__module__}.{kind.__qualname__}" == PORTABLE_CPU
 
 
-def ranks(server_args: Any) -> int:
+def ranks(server_args: ServerArgs) -> int:
     """Scheduler processes on this machine."""
     return max(1, server_args.tp_size * server_args.dp_size // server_args.nnodes)
 
@@ -100,7 +103,7 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def pool_tokens(server_args: Any) -> int:
+def pool_tokens(server_args: ServerArgs) -> int:
     """Slots of the KV pool: a share of the memory that is free now, a cgroup's limit included."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
 

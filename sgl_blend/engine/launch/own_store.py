@@ -1,21 +1,26 @@
-"""The server's own chunk store: a child process that is started at launch and ends with the server."""
+"""The server's own chunk store: a child process that lives as long as the server."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import StoreError
 
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+    from sgl_blend.store.embedded import EmbeddedStore
+
 _LEAST, _MOST = 256 << 20, 16 << 30
 
-#: stores that this process has started; each ends with the process, however that ends
-_stores: list[Any] = []
+#: stores that this process has started; each ends with the process
+_stores: list[EmbeddedStore] = []
 
 
-def start_store(server_args: Any) -> None:
+def start_store(server_args: ServerArgs) -> None:
     """Start the server's own chunk store, unless it has one, is told of another, or wants none.
 
     Raises :class:`StoreError` when it does not start, :class:`ConfigError` for its options.

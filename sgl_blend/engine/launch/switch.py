@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from sgl_blend import attach
 from sgl_blend.config import BLEND, ENV_ENABLE, BlendConfig
 from sgl_blend.errors import BlendError, ConfigError
 from sgl_blend.option_kinds import truth
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
 
 BACKEND = "blend"
 
@@ -44,7 +48,7 @@ def refuse(error: BlendError) -> NoReturn:
     sys.exit(2)
 
 
-def switch_on(server_args: Any, config: BlendConfig) -> None:
+def switch_on(server_args: ServerArgs, config: BlendConfig) -> None:
     """Verify SGLang, put ``config`` on ``server_args`` and install the launch-time hooks.
 
     Raises :class:`SeamError` or :class:`ConfigError`.
@@ -89,7 +93,7 @@ def _install_once(target: str, hook, kind: str = "after") -> None:
         _installed.add(target)
 
 
-def resolve_once(original, server_args: Any) -> None:
+def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None:
     """AROUND ``ServerArgs.resolve_once``; in place while blending may be switched on.
 
     ``sglang.Engine(...)`` builds its arguments without a command line: under

@@ -9,14 +9,22 @@ Seams (SGLang 0.5.23): ``req.customized_info`` travels with the output once
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+
+    from sgl_blend.engine.request.state import RequestState
 
 KEY = "blend"
 
 
-def put_report(req: Any, state: Any) -> None:
+def put_report(req: Req, state: RequestState) -> None:
     """Put the counts so far on the request; the response carries the last ones."""
     c = state.counts
     record = state.record
@@ -46,9 +54,9 @@ def is_request_level(result: bool, streamer: Any, key: str) -> bool | None:
 
 def take_report(
     original: Any,
-    manager: Any,
+    manager: TokenizerManager,
     meta_info: dict,
-    state: Any,
+    state: ReqState,
     customized_info: dict,
     index: int,
     *args: Any,
@@ -66,7 +74,13 @@ def take_report(
     return original(manager, meta_info, state, customized_info, index, *args, **kw)
 
 
-async def show_report(original: Any, manager: Any, obj: Any, *args: Any, **kw: Any) -> Any:
+async def show_report(
+    original: Callable[..., AsyncGenerator[Any]],
+    manager: TokenizerManager,
+    obj: GenerateReqInput,
+    *args: Any,
+    **kw: Any,
+) -> AsyncIterator[Any]:
     """AROUND ``TokenizerManager._wait_one_response`` (an asynchronous generator): the report, one
     mapping, in every chunk."""
     state = manager.rid_to_state.get(obj.rid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from sgl_blend.errors import RequestError
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import BlendRecord, ReuseSpan
 from sgl_blend.selection import POLICIES, Need, Policy
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
 
 
 @dataclass
@@ -94,16 +97,16 @@ class RequestState:
             return StateMark(self.generation, None, None, 0)
         return StateMark(self.generation, record, record.labels, record.tail_label)
 
-    def reset_to(self, mark: StateMark, req: Any) -> None:
+    def reset_to(self, mark: StateMark, req: Req) -> None:
         """Forget the labels given since ``mark``. Labels are replaced, never written into."""
         self.generation = mark.generation
         self.record = mark.record
         attach.RECORD.set(req, mark.record)
-        if mark.record is not None:
+        if mark.record is not None and mark.labels is not None:
             mark.record.labels, mark.record.tail_label = mark.labels, mark.tail_label
 
 
-def state_of(req: Any, config: BlendConfig, gate: GateState) -> RequestState:
+def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
     """The request's state, made at first sight, which has to be its arrival (``read_options``): for
     beam search SGLang puts other sampling parameters in place of the request's own. Never raises: what the HTTP process let
     through and is malformed all the same falls back to full prefill."""
@@ -132,7 +135,7 @@ def read_options(config: BlendConfig, gate: GateState):
     """AFTER ``Scheduler._create_generation_req``, "extension point for request-local state" (SGLang
     0.5.23)."""
 
-    def created(req: Any, *args: Any, **kw: Any) -> None:
+    def created(req: Req, *args: Any, **kw: Any) -> None:
         state_of(req, config, gate)
 
     return created
@@ -147,7 +150,7 @@ def recomputes_all(policy: Policy, ratio: float, config: BlendConfig) -> bool:
     return policy.budget(1, ratio) == 1
 
 
-def namespace_of(req: Any, upto: int, config: BlendConfig, gate: GateState) -> str | None:
+def namespace_of(req: Req, upto: int, config: BlendConfig, gate: GateState) -> str | None:
     """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
     the request must never see approximate KV.
 
@@ -166,7 +169,7 @@ def namespace_of(req: Any, upto: int, config: BlendConfig, gate: GateState) -> s
     return h.hexdigest()
 
 
-def unservable(req: Any) -> str | None:
+def unservable(req: Req) -> str | None:
     """Why this request needs full prefill, or None. Attributes are ``Req``'s (SGLang 0.5.23)."""
     if req.multimodal_inputs is not None:
         return "multimodal input"
