@@ -1,7 +1,8 @@
 """How long the launch gate may take, and what it leaves out to keep to that.
 
-Each prefill tells how long a pass and a token take on this model and this machine as it is now. What would go over the limit is made smaller, or left out and named in one
-line. Tensor-parallel ranks must decide alike, and their clocks differ: rank 0's decides.
+Each prefill tells how long a pass and a token take on this model and this machine as it is now.
+What would go over the limit is made smaller, or left out and named in one line. Tensor-parallel
+ranks must decide alike, and their clocks differ: rank 0's decides.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Work(NamedTuple):
 class Timed:
     """A ``GateModel`` that knows what its prefills cost: ``done`` in ``seconds``, the cheapest pass
     in ``cheapest``. Everything else is passed on."""
+
+    seconds: float
+    cheapest: float
+    done: Work
 
     def __init__(self, model: GateModel, clock: Callable[[], float] = time.perf_counter) -> None:
         self._model = model
@@ -95,7 +100,7 @@ class Budget:
             pace, least = model.seconds / done.tokens, model.cheapest
             shorter = max(0.0, 1 - (work.tokens / work.passes) / (done.tokens / done.passes))
         spent, pace, least = model.agree([model.clock() - self._begun, pace, least])
-        return spent + work.tokens * pace + work.passes * least * shorter <= self._seconds
+        return bool(spent + work.tokens * pace + work.passes * least * shorter <= self._seconds)
 
     def leave_out(self, what: str) -> None:
         self.left_out.append(what)

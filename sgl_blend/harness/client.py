@@ -176,9 +176,10 @@ def map_threads(do: Callable[[Item], Result], items: Iterable[Item], threads: in
     def work() -> None:
         while not errors:
             with lock:
-                i, item = next(pending, (-1, None))
-            if i < 0:
+                entry = next(pending, None)
+            if entry is None:
                 return
+            i, item = entry
             try:
                 results[i] = do(item)
             except BaseException as e:
