@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from forks import Forks
 
 from sgl_blend.harness import server as launcher
 from sgl_blend.harness.models import make_model
@@ -19,6 +22,22 @@ START_TIMEOUT = 600.0
 def model(tmp_path_factory) -> Path:
     """A random-weight Llama: 4 layers, hidden size 64."""
     return make_model(tmp_path_factory.mktemp("model"), layers=4, hidden=64, heads=4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks():
+    """Servers are forked from a process that has imported SGLang (``forks.py``)."""
+    forks = Forks()
+    with mock.patch.object(launcher, "popen", forks.popen):
+        yield
+    forks.close()
+
+
+def _end(server: Server) -> None:
+    """At once: SGLang looks every five seconds whether it was told to end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.process.pid, signal.SIGKILL)
+    server.stop()
 
 
 @contextlib.contextmanager
@@ -36,7 +55,7 @@ def _starter(tmp_path_factory):
                 timeout=START_TIMEOUT,
                 log=log,
             )
-            stack.callback(server.stop)
+            stack.callback(_end, server)
             return server
 
         yield go
@@ -50,7 +69,7 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _start_shared(tmp_path_factory):
+def _start_shared(tmp_path_factory, _forks):
     with _starter(tmp_path_factory) as go:
         yield go
 

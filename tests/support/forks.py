@@ -1,0 +1,198 @@
+"""Servers forked from one process that has imported SGLang already.
+
+Importing SGLang takes most of a server's start: 10 s of processor time in each of its processes.
+``Forks`` starts a process that imports it once; each server is a child of that which runs the
+module ``sglang.launch_server`` as ``python -m`` does, in a session and with an environment of its
+own, and forks its scheduler and detokenizer where SGLang would spawn them. Servers that export
+metrics or set SGLang's variables are started as usual: ``prometheus_client`` and some modules of
+SGLang read the environment when they are imported.
+Needs: CPU, a POSIX system.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+MODULE = "sglang.launch_server"
+#: variables of SGLang's that are read when a server starts, not at import
+READ_LATE = {"SGLANG_CPU_OMP_THREADS_BIND"}
+
+
+class Forked:
+    """A server's first process, used as a ``subprocess.Popen``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.ended = threading.Event()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self.ended.wait(timeout):
+            raise subprocess.TimeoutExpired(MODULE, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forks:
+    """The process that servers are forked from. It and they end with ``close``, or with us."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._lock = threading.Lock()
+        self._servers: dict[int, Forked] = {}
+        self._started = threading.Semaphore(0)
+        self._last: Forked | None = None
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def popen(
+        self, command: Sequence[str], *, stdout: IO, stderr: int, env: dict[str, str], **more
+    ) -> Forked | subprocess.Popen:
+        """As ``subprocess.Popen``, of a server's command line."""
+        sglang = {k for k, v in env.items() if k.startswith("SGLANG_") and os.environ.get(k) != v}
+        if "--enable-metrics" in command or sglang - READ_LATE or command[1:3] != ["-m", MODULE]:
+            return subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, **more)
+        case = {"args": list(command[3:]), "env": env, "log": stdout.name}
+        with self._lock:
+            self._process.stdin.write(json.dumps(case) + "\n")
+            self._process.stdin.flush()
+            if not self._started.acquire(timeout=300.0):
+                raise RuntimeError("the process that forks servers does not answer")
+            return self._last
+
+    def _listen(self) -> None:
+        for line in self._process.stdout:
+            pid, status = json.loads(line)
+            if status is None:
+                self._last = self._servers[pid] = Forked(pid)
+                self._started.release()
+            else:
+                server = self._servers.pop(pid)
+                server.returncode = status
+                server.ended.set()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+# -- in the other process ------------------------------------------------------------------
+
+
+def _preload() -> None:
+    import sglang.srt.entrypoints.http_server  # noqa: F401
+    import sglang.srt.managers.detokenizer_manager  # noqa: F401
+    import sglang.srt.managers.scheduler  # noqa: F401
+    import sglang.srt.models.llama  # noqa: F401
+    import transformers  # noqa: F401
+
+    import sgl_blend.engine.wiring  # noqa: F401
+    from sgl_blend.engine import seams
+
+    seams.verify()  # imports what every launch with --enable-blend imports
+
+
+def _serve(case: dict) -> int:
+    """In the child: the launch command, from here on."""
+    os.setsid()
+    with open(case["log"], "ab") as log, open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(case["env"])
+    added = [p for p in case["env"].get("PYTHONPATH", "").split(os.pathsep) if p]
+    sys.path[:0] = [p for p in added if p not in sys.path]
+    importlib.invalidate_caches()
+    sys.argv = [MODULE, *case["args"]]
+    choose = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: choose("fork", force=True)
+    try:
+        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    return status
+
+
+def main() -> None:
+    _preload()
+    gc.collect()
+    gc.freeze()  # what is here stays in pages that all children share
+    children: set[int] = set()
+    buffer = b""
+
+    def say(*what) -> None:
+        os.write(1, (json.dumps(what) + "\n").encode())
+
+    while True:
+        ready, _, _ = select.select([0], [], [], 0.05)
+        for pid in list(children):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                children.discard(pid)
+                say(pid, os.waitstatus_to_exitcode(status))
+        if not ready:
+            continue
+        got = os.read(0, 1 << 20)
+        if not got:
+            break
+        *lines, buffer = (buffer + got).split(b"\n")
+        for line in lines:
+            pid = os.fork()
+            if pid == 0:
+                status = _serve(json.loads(line))
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+            children.add(pid)
+            say(pid, None)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGTERM)
+    until = time.monotonic() + 10.0
+    while children and time.monotonic() < until:
+        children = {p for p in children if os.waitpid(p, os.WNOHANG)[0] == 0}
+        time.sleep(0.05)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its names are tests'
+    main()
