@@ -3,9 +3,8 @@
 Importing SGLang takes most of a server's start: 10 s of processor time in each of its processes.
 ``Forks`` starts a process that imports it once; each server is a child of that which runs the
 module ``sglang.launch_server`` as ``python -m`` does, in a session and with an environment of its
-own, and forks its scheduler and detokenizer where SGLang would spawn them. Servers that export
-metrics or set SGLang's variables are started as usual: ``prometheus_client`` and some modules of
-SGLang read the environment when they are imported.
+own, and forks its scheduler and detokenizer where SGLang would spawn them. Servers that set SGLang's
+variables are started as usual: some of its modules read them when they are imported.
 Needs: CPU, a POSIX system.
 """
 
@@ -80,7 +79,7 @@ class Forks:
     ) -> Forked | subprocess.Popen:
         """As ``subprocess.Popen``, of a server's command line."""
         sglang = {k for k, v in env.items() if k.startswith("SGLANG_") and os.environ.get(k) != v}
-        if "--enable-metrics" in command or sglang - READ_LATE or command[1:3] != ["-m", MODULE]:
+        if sglang - READ_LATE or command[1:3] != ["-m", MODULE]:
             return subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, **more)
         case = {"args": list(command[3:]), "env": env, "log": stdout.name}
         with self._lock:
@@ -134,6 +133,9 @@ def _serve(case: dict) -> int:
     added = [p for p in case["env"].get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:0] = [p for p in added if p not in sys.path]
     importlib.invalidate_caches()
+    # It reads at import whether several processes share the metrics; SGLang says so at launch.
+    for name in [n for n in sys.modules if n.split(".")[0] == "prometheus_client"]:
+        del sys.modules[name]
     sys.argv = [MODULE, *case["args"]]
     choose = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: choose("fork", force=True)
