@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from pathlib import Path
 from unittest import mock
 
@@ -28,15 +27,14 @@ def model(tmp_path_factory) -> Path:
 def _forks():
     """Servers are forked from a process that has imported SGLang (``forks.py``)."""
     forks = Forks()
-    with mock.patch.object(launcher, "popen", forks.popen):
+    with mock.patch.object(launcher, "Child", forks.child):
         yield
     forks.close()
 
 
 def _end(server: Server) -> None:
     """At once: SGLang looks every five seconds whether it was told to end."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.kill()
     server.stop()
 
 

@@ -4,7 +4,8 @@ Importing SGLang takes most of a server's start: 10 s of processor time in each 
 ``Forks`` starts a process that imports it once; each server is a child of that which runs the
 module ``sglang.launch_server`` as ``python -m`` does, in a session and with an environment of its
 own, and forks its scheduler and detokenizer where SGLang would spawn them. Servers that set SGLang's
-variables are started as usual: some of its modules read them when they are imported.
+variables are started as usual: some of its modules read them when they are imported. So are those
+whose command line is not ``harness.server``'s own (which leaves SGLang's warm-up request out).
 Needs: CPU, a POSIX system.
 """
 
@@ -25,9 +26,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
+
+from sgl_blend.harness.process import Child
 
 MODULE = "sglang.launch_server"
 #: variables of SGLang's that are read when a server starts, not at import
@@ -35,30 +40,50 @@ READ_LATE = {"SGLANG_CPU_OMP_THREADS_BIND"}
 
 
 class Forked:
-    """A server's first process, used as a ``subprocess.Popen``."""
+    """A server's first process, used as a ``harness.process.Child``."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.returncode: int | None = None
+        self.grace_s = self.drain_s = 0.0
+        self.status: int | None = None
         self.ended = threading.Event()
 
     def poll(self) -> int | None:
-        return self.returncode
+        return self.status
 
-    def wait(self, timeout: float | None = None) -> int:
-        if not self.ended.wait(timeout):
-            raise subprocess.TimeoutExpired(MODULE, timeout)
-        return self.returncode
+    def wait(self, timeout_s: float | None = None) -> int:
+        if not self.ended.wait(timeout_s):
+            raise subprocess.TimeoutExpired(MODULE, timeout_s)
+        return self.status
 
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
+    def pause(self) -> None:
+        os.killpg(self.pid, signal.SIGSTOP)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+    def resume(self) -> None:
+        os.killpg(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM, SIGKILL after ``grace_s``; a store may go on writing for ``drain_s``."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.processes = psutil.Process(self.pid).children(recursive=True)
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
+        self.ended.wait(self.grace_s)
+        self._signal(signal.SIGKILL)
+        _, left = psutil.wait_procs(self.processes, self.drain_s)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return self.wait(60.0)
+
+    processes: Sequence[psutil.Process] = ()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
 
 class Forks:
@@ -74,20 +99,32 @@ class Forks:
         self._last: Forked | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def popen(
-        self, command: Sequence[str], *, stdout: IO, stderr: int, env: dict[str, str], **more
-    ) -> Forked | subprocess.Popen:
-        """As ``subprocess.Popen``, of a server's command line."""
+    def child(
+        self,
+        command: Sequence[str],
+        *,
+        stdout: IO,
+        stderr: int,
+        env: Mapping[str, str],
+        grace_s: float,
+        drain_s: float,
+    ) -> Forked | Child:
+        """As ``harness.process.Child``, of a server's command line."""
         sglang = {k for k, v in env.items() if k.startswith("SGLANG_") and os.environ.get(k) != v}
-        if sglang - READ_LATE or command[1:3] != ["-m", MODULE]:
-            return subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, **more)
-        case = {"args": list(command[3:]), "env": env, "log": stdout.name}
+        as_usual = "--skip-server-warmup" not in command or sglang - READ_LATE
+        if as_usual or list(command[1:3]) != ["-m", MODULE]:
+            return Child(
+                command, stdout=stdout, stderr=stderr, env=env, grace_s=grace_s, drain_s=drain_s
+            )
+        case = {"args": list(command[3:]), "env": dict(env), "log": stdout.name}
         with self._lock:
             self._process.stdin.write(json.dumps(case) + "\n")
             self._process.stdin.flush()
             if not self._started.acquire(timeout=300.0):
                 raise RuntimeError("the process that forks servers does not answer")
-            return self._last
+            server = self._last
+        server.grace_s, server.drain_s = grace_s, drain_s
+        return server
 
     def _listen(self) -> None:
         for line in self._process.stdout:
@@ -97,7 +134,7 @@ class Forks:
                 self._started.release()
             else:
                 server = self._servers.pop(pid)
-                server.returncode = status
+                server.status = status if status >= 0 else 128 - status
                 server.ended.set()
 
     def close(self) -> None:
