@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from sgl_blend.store.chunk import HEADER_ENCODER, LayerRange, Layout
 from sgl_blend.store.errors import ChunkCorrupt, TierMiss
 from sgl_blend.store.placement.index import Entry
 from sgl_blend.store.serde import SERDES
+from sgl_blend.store.tiers import disk
 from sgl_blend.store.tiers.base import TierItem
 from sgl_blend.store.tiers.disk import BLOCK, DiskTier
 
@@ -330,4 +333,66 @@ def test_kill_at_any_moment_loses_nothing_acknowledged(tmp_path):
         else:
             np.testing.assert_array_equal(found[header.key], body)
     assert len([n for n in alive if make_chunk(n)[0].key not in found]) <= 12
+    tier.close()
+
+
+@pytest.mark.parametrize("how", ["open", "read"])
+def test_a_rebuild_keeps_files_that_it_cannot_read_now(tmp_path, monkeypatch, how):
+    """Out of descriptors, a bad moment of the device: the files are as good as ever."""
+    made = [make_chunk(i) for i in range(4)]
+    tier = DiskTier(tmp_path, fsync=False)
+    tier.put([TierItem(h, b) for h, b in made])
+    bad = str(tier.path_of(made[2][0].chunk_id))
+    tier.close()
+    (tmp_path / "index.sqlite").unlink()
+    for path in (tmp_path / "data").rglob("*"):
+        if path.is_file():
+            os.utime(path, (1, 1))
+    opened, real_open, real_read = {}, os.open, disk.read_into
+
+    def failing_open(path, *args, **kw):
+        if how == "open" and str(path) == bad:
+            raise OSError(errno.EMFILE, "too many open files")
+        fd = real_open(path, *args, **kw)
+        opened[fd] = str(path)
+        return fd
+
+    def failing_read(fd, *args):
+        if how == "read" and opened.get(fd) == bad:
+            raise OSError(errno.EIO, "input/output error")
+        return real_read(fd, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "open", failing_open)
+        patch.setattr(disk, "read_into", failing_read)
+        tier = DiskTier(tmp_path, fsync=False)
+        tier.set_pinned([made[0][0]], True)
+        assert tier.sweep() == 0
+        assert {r.chunk_id for r in tier.scan()} == {
+            h.chunk_id for h, _ in made if str(tier.path_of(h.chunk_id)) != bad
+        }
+        tier.close()
+    tier = DiskTier(tmp_path, fsync=False)
+    found = {r.chunk_id: r.pinned for r in tier.scan()}
+    assert found == {h.chunk_id: h == made[0][0] for h, _ in made}
+    assert tier.sweep() == 0
+    tier.close()
+
+
+def test_an_index_that_cannot_be_opened_now_is_not_thrown_away(tmp_path, monkeypatch):
+    made = make_chunk(1)
+    tier = DiskTier(tmp_path, fsync=False)
+    tier.put([TierItem(*made)])
+    tier.set_pinned([made[0]], True)
+    tier.close()
+
+    def locked(path):
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "_connect", staticmethod(locked))
+        with pytest.raises(ConfigError, match="database is locked"):
+            DiskTier(tmp_path, fsync=False)
+    tier = DiskTier(tmp_path, fsync=False)
+    assert [(r.chunk_id, r.pinned) for r in tier.scan()] == [(made[0].chunk_id, True)]
     tier.close()

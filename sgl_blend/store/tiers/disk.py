@@ -105,7 +105,11 @@ class DiskTier(Tier):
         (self.root / "tmp").mkdir(exist_ok=True)
         for i in range(256):
             (self.root / "data" / f"{i:02x}").mkdir(exist_ok=True)
-        self._db = self._open_index()
+        try:
+            self._db = self._open_index()
+        except ConfigError:
+            os.close(self._lock_fd)
+            raise
 
     def _open_index(self) -> sqlite3.Connection:
         path = self.root / "index.sqlite"
@@ -135,11 +139,8 @@ class DiskTier(Tier):
         return db
 
     def _rebuild(self, db: sqlite3.Connection) -> None:
-        """Fill an index from the heads of the files: one block read for each.
-
-        A file that cannot be read now stays, and is tried again when the store starts the next
-        time; one that can be read and is damaged goes.
-        """
+        """Fill an index from the heads of the files: one block read for each. A file that cannot be
+        read now stays, and is tried again at the next start; one that is damaged goes."""
         rows = []
         for path in self._files():
             try:
@@ -162,10 +163,7 @@ class DiskTier(Tier):
             finally:
                 os.close(fd)
         if self._unread:
-            log.warning(
-                "%d files of the disk tier could not be read; they are left as they are",
-                len(self._unread),
-            )
+            log.warning("%d files of the disk tier cannot be read; they stay", len(self._unread))
         rows.sort(key=lambda r: r[0])
         db.execute("begin")
         db.executemany(_INSERT.replace("replace", "ignore"), [row for _, row in rows])
