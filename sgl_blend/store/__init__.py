@@ -7,6 +7,8 @@ Names below load on first use.
 
 from __future__ import annotations
 
+from typing import Any
+
 _HOMES = {
     "StoreClient": "wire.client",
     "LoadedChunk": "wire.views",
@@ -25,7 +27,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

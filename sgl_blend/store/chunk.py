@@ -11,13 +11,17 @@ is the xxh3-128 of the whole body. Pure data: no I/O, no torch.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import xxhash
 
 from sgl_blend.store.errors import ProtocolError
+
+if TYPE_CHECKING:
+    import torch
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Key = Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
@@ -178,12 +182,12 @@ def make_namespace(*parts: str | int | bytes) -> bytes:
     return h.digest()
 
 
-def checksum(body) -> bytes:
+def checksum(body: np.ndarray | bytes | memoryview) -> bytes:
     """xxh3-128 of a body (any buffer), 16 bytes."""
     return xxhash.xxh3_128_digest(body)
 
 
-def pack_tokens(token_ids, out: np.ndarray) -> None:
+def pack_tokens(token_ids: np.ndarray | Sequence[int], out: np.ndarray) -> None:
     """Write token ids and their zero padding into ``out`` (uint8, the body or longer)."""
     ids = np.ascontiguousarray(token_ids, dtype=np.int32).view(np.uint8)
     padded = (ids.nbytes + ALIGN - 1) // ALIGN * ALIGN
@@ -231,7 +235,7 @@ class BodyView:
         v = self.buf[mid : at + h.layer_bytes].view(kind)
         return k, v.reshape(h.n_tokens, lay.n_kv_heads, lay.v_head_dim)
 
-    def torch_layer(self, i: int):
+    def torch_layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``layer``, as torch CPU tensors of the chunk's own dtype that share the memory."""
         import torch
 

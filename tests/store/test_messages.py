@@ -97,3 +97,9 @@ def test_version_is_told_apart_from_noise():
         p.check_preamble(p.MAGIC + b"\0")
     with pytest.raises(ProtocolError, match="not a message"):
         p.check_preamble(b"HTTP1")
+
+
+def test_an_answer_of_another_kind_is_a_protocol_error():
+    assert p.answer((p.Done(3), []), p.Done).count == 3
+    with pytest.raises(ProtocolError, match="answered Done; expected Found"):
+        p.answer((p.Done(3), []), p.Found)

@@ -30,11 +30,12 @@ _PLANE = struct.Struct("<BII")
 _local = threading.local()
 
 
-def _codec():
+def _codec() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
     """One compressor and decompressor a thread: zstandard's are not to be shared."""
     if not hasattr(_local, "pair"):
         _local.pair = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
-    return _local.pair
+    pair: tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor] = _local.pair
+    return pair
 
 
 class CacheGenSerde(LossySerde):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -72,7 +72,7 @@ class Caller:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
     def _space(self, namespace: bytes | None) -> bytes:
@@ -122,11 +122,11 @@ class Caller:
         space = self._space(namespace)
         return self._count(keys, lambda some: p.Delete(space, some))
 
-    def _count(self, keys: Sequence[bytes], request) -> int:
+    def _count(self, keys: Sequence[bytes], request: Callable[[list[bytes]], p.Request]) -> int:
         keys, n = list(keys), 0
         with self._turn(None) as until:
             for part in self._batches(len(keys), until):
-                n += self._wire.call(request(keys[part]), (), until)[0].count
+                n += p.answer(self._wire.call(request(keys[part]), (), until), p.Done).count
         return n
 
     def clear(
@@ -140,7 +140,7 @@ class Caller:
         """Remove one namespace's chunks (or all), those that are being stored included; pinned
         ones only with ``pinned``."""
         of = b"" if everything else self._space(namespace)
-        return self.call(p.Clear(of, pinned), deadline_s=deadline_s)[0].count
+        return p.answer(self.call(p.Clear(of, pinned), deadline_s=deadline_s), p.Done).count
 
     def list(
         self,
@@ -153,15 +153,16 @@ class Caller:
         """Some of one namespace's chunks (or of all), in no particular order; ``limit`` of them at
         most, ``protocol.MAX_BATCH`` in any case."""
         of = b"" if everything else self._space(namespace)
-        return self.call(p.List(of, offset, limit))[0]
+        return p.answer(self.call(p.List(of, offset, limit)), p.Listing)
 
     def stats(self) -> dict:
         """The store's gauges and counters (see ``service.operations.Operations.stats``)."""
-        return msgspec.json.decode(self.call(p.Stats())[0].json)
+        report = p.answer(self.call(p.Stats()), p.Report)
+        return msgspec.json.decode(report.json, type=dict)
 
     def drain(self, stop: bool = False, deadline_s: float = 60.0) -> int:
         """Write out what only memory holds; returns what could not be (0 when all is safe)."""
-        return self.call(p.Drain(stop), deadline_s=deadline_s)[0].count
+        return p.answer(self.call(p.Drain(stop), deadline_s=deadline_s), p.Done).count
 
     def set_read_only(self, on: bool) -> None:
         self.call(p.SetReadOnly(on))

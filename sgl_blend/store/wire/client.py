@@ -11,8 +11,9 @@ valid until ``complete_load``. Elsewhere they are the frames that arrived.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,9 @@ class StoreClient(Caller):
         with self._turn(deadline_s) as until:
             for part in self._batches(len(keys), until):
                 request = p.Lookup(space, keys[part], contexts[part], remote)
-                hits += _answers(self._wire.call(request, (), until)[0].hits, len(keys[part]))
+                hits += _answers(
+                    p.answer(self._wire.call(request, (), until), p.Found).hits, len(keys[part])
+                )
         return hits
 
     def prepare_load(
@@ -120,7 +123,7 @@ class StoreClient(Caller):
             raise
         return loaded
 
-    def _patience(self, wait_s: float | None, deadline_s: float | None):
+    def _patience(self, wait_s: float | None, deadline_s: float | None) -> Callable[[], int]:
         """Tells, whenever it is called, for how many milliseconds the store may still gather."""
         deadline = self.deadline_s if deadline_s is None else deadline_s
         wait = deadline * 0.8 if wait_s is None else min(wait_s, deadline)
@@ -130,9 +133,10 @@ class StoreClient(Caller):
     def _granted(self, request: p.PrepareLoad, until: float) -> list[LoadedChunk | None]:
         """One request's chunks, all of them or an error; within a turn."""
         reply, frames = self._wire.call(request, (), until)
+        grants = p.answer((reply, frames), p.Loads).grants
         loaded: list[LoadedChunk | None] = []
         try:
-            for grant in _answers(reply.grants, len(request.keys)):
+            for grant in _answers(grants, len(request.keys)):
                 loaded.append(self._loaded(grant, frames, request.layers))
         except StoreError:
             self._wire.unhold([c._mapping for c in loaded if c is not None])
@@ -140,7 +144,9 @@ class StoreClient(Caller):
             raise
         return loaded
 
-    def _loaded(self, grant: p.LoadGrant | None, frames: list, layers) -> LoadedChunk | None:
+    def _loaded(
+        self, grant: p.LoadGrant | None, frames: list, layers: LayerRange | None
+    ) -> LoadedChunk | None:
         if grant is None:
             return None
         if grant.offset >= 0:
@@ -187,12 +193,12 @@ class StoreClient(Caller):
             answers: list[bool] = []
             for some in self._batches(len(leases), until):
                 request = p.ExtendLoad(leases[some], part, patience())
-                there = self._wire.call(request, (), until)[0].there
+                there = p.answer(self._wire.call(request, (), until), p.Extended).there
                 answers += _answers(there, len(leases[some]))
             # The store may have come back as another one in between, whose leases are others.
             same = [c._mapping is self._wire.mapping for c in chunks]
-        there = iter(answers)
-        return [yes and next(there) and now for yes, now in zip(mine, same, strict=True)]
+        asked = iter(answers)
+        return [yes and next(asked) and now for yes, now in zip(mine, same, strict=True)]
 
     def complete_load(self, chunks: Sequence[LoadedChunk | None]) -> None:
         """Done reading; the views must not be used any more. Waits for nothing, never raises."""
@@ -201,7 +207,9 @@ class StoreClient(Caller):
             self._wire.release(held)
 
     @contextmanager
-    def load(self, keys: Sequence[bytes], contexts: Sequence[bytes] = (), **options) -> Iterator:
+    def load(
+        self, keys: Sequence[bytes], contexts: Sequence[bytes] = (), **options: Any
+    ) -> Iterator[list[LoadedChunk | None]]:
         """``with client.load(keys) as chunks:`` completes the load at its end."""
         chunks = self.prepare_load(keys, contexts, **options)
         try:
@@ -229,10 +237,11 @@ class StoreClient(Caller):
 
     def _asked(self, headers: list[ChunkHeader], until: float) -> list[StoreSlot]:
         """One request's slots, all of them or an error; within a turn."""
-        reply, _ = self._wire.call(p.PrepareStore(headers), (), until)
+        reply, frames = self._wire.call(p.PrepareStore(headers), (), until)
+        granted = p.answer((reply, frames), p.Grants).grants
         slots: list[StoreSlot] = []
         try:
-            grants = _answers(reply.grants, len(headers))
+            grants = _answers(granted, len(headers))
             for header, grant in zip(headers, grants, strict=True):
                 slots.append(self._slot(header, grant))
         except StoreError:
@@ -265,7 +274,7 @@ class StoreClient(Caller):
         it raises, some of them may be published; the rest is given back.
         """
         granted = [s for s in slots if s.granted]
-        sums = {s._lease: checksum(s.buf) for s in granted}
+        sums = {s._lease: checksum(s.buf) for s in granted if s.buf is not None}
         status: list[str] = []
         with self._turn(deadline_s) as until:
             live = [s for s in granted if s._mapping is self._wire.mapping]
@@ -274,8 +283,8 @@ class StoreClient(Caller):
                     leases = [s._lease for s in live[some]]
                     frames = [s.buf for s in live[some] if s._mapping is None]
                     request = p.CompleteStore(leases, [sums[i] for i in leases], durable)
-                    reply, _ = self._wire.call(request, frames, until)
-                    status += _answers(reply.status, len(leases))
+                    stored = p.answer(self._wire.call(request, frames, until), p.Stored)
+                    status += _answers(stored.status, len(leases))
             except StoreError:
                 self._wire.abandon(s._lease for s in live[len(status) :])
                 raise
@@ -306,12 +315,12 @@ class StoreClient(Caller):
         self._wire.unhold([s._mapping for s in slots])
 
     def put(
-        self, headers: Sequence[ChunkHeader], bodies: Sequence[np.ndarray], *, durable=False
+        self, headers: Sequence[ChunkHeader], bodies: Sequence[np.ndarray], *, durable: bool = False
     ) -> list[str]:
         """Store whole bodies (uint8 [body_bytes] each): prepare, copy, complete."""
         slots = self.prepare_store(headers)
         for slot, body in zip(slots, bodies, strict=True):
-            if slot.granted:
+            if slot.buf is not None:
                 np.copyto(slot.buf, body)
         return self.complete_store(slots, durable=durable)
 

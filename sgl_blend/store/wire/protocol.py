@@ -26,6 +26,8 @@ one packet of the same parts in a row: two wake-ups a round trip where ZeroMQ ha
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from sgl_blend.store.errors import ProtocolError, VersionMismatch
@@ -79,11 +81,15 @@ REQUEST_ID_BYTES = 8
 MAX_PACKET = 64 << 10
 MAX_PACKET_BATCH = 128
 
+R = TypeVar("R", bound=Reply)
+D = TypeVar("D")
+Body = bytes | bytearray | memoryview
+
 # fmt: off
 __all__ = [
     "VERSION", "MAGIC", "PREAMBLE", "MAX_FRAMES", "REQUEST_ID_BYTES", "MAX_PACKET",
     "MAX_PACKET_BATCH", "fits_packet", "pack", "unpack", "encode", "decode_request",
-    "decode_reply", "check_preamble", "context_of", "MAX_BATCH", "MAX_BODY", "AbortStore",
+    "decode_reply", "answer", "check_preamble", "context_of", "MAX_BATCH", "MAX_BODY", "AbortStore",
     "AnyReply", "AnyRequest", "Clear", "CompleteLoad", "CompleteStore", "Delete", "Done",
     "Drain", "ExtendLoad", "Extended", "Failure", "Found", "Grants", "Hello", "Hit", "Limits",
     "List", "Listed", "Listing", "LoadGrant", "Loads", "Lookup", "Pin", "PrepareLoad",
@@ -114,7 +120,7 @@ def pack(request_id: bytes, message: Request | Reply) -> bytes:
     return PREAMBLE + request_id + encode(message)
 
 
-def unpack(packet) -> tuple[bytes, memoryview]:
+def unpack(packet: Body) -> tuple[bytes, memoryview]:
     """(request id, body) of a packet. Raises ProtocolError."""
     at = len(PREAMBLE) + REQUEST_ID_BYTES
     if len(packet) <= at:
@@ -124,15 +130,15 @@ def unpack(packet) -> tuple[bytes, memoryview]:
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_REQUESTS = msgspec.msgpack.Decoder(AnyRequest)
-_REPLIES = msgspec.msgpack.Decoder(AnyReply)
+_REQUESTS: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)
+_REPLIES: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
 
 
 def encode(message: Request | Reply) -> bytes:
     return _ENCODER.encode(message)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder, body):
+def _decode(decoder: msgspec.msgpack.Decoder[D], body: Body) -> D:
     if len(body) > MAX_BODY:
         raise ProtocolError(f"message body of {len(body)} bytes is over the limit of {MAX_BODY}")
     try:
@@ -142,18 +148,18 @@ def _decode(decoder: msgspec.msgpack.Decoder, body):
         raise ProtocolError(f"message does not follow protocol version {VERSION}: {e}") from e
 
 
-def decode_request(body) -> AnyRequest:
+def decode_request(body: Body) -> AnyRequest:
     """Raises ProtocolError on anything that is not a well-formed, bounded request."""
     message = _decode(_REQUESTS, body)
-    contexts = getattr(message, "contexts", None)
-    if contexts and len(contexts) != len(message.keys):
-        raise ProtocolError(f"{len(contexts)} contexts for {len(message.keys)} keys")
+    contexts, keys = getattr(message, "contexts", None), getattr(message, "keys", ())
+    if contexts and len(contexts) != len(keys):
+        raise ProtocolError(f"{len(contexts)} contexts for {len(keys)} keys")
     if isinstance(message, CompleteStore) and len(message.checksums) != len(message.leases):
         raise ProtocolError(f"{len(message.checksums)} checksums for {len(message.leases)} leases")
     return message
 
 
-def decode_reply(body) -> AnyReply:
+def decode_reply(body: Body) -> AnyReply:
     return _decode(_REPLIES, body)
 
 
@@ -167,6 +173,15 @@ def check_preamble(frame: bytes) -> None:
             "upgrade the older of store and server"
         )
     raise ProtocolError("not a message of the chunk store")
+
+
+def answer(said: tuple[Reply, list], kind: type[R]) -> R:
+    """What a store said, reply and payload frames: the reply, which must be a ``kind``. Raises
+    ProtocolError."""
+    reply = said[0]
+    if not isinstance(reply, kind):
+        raise ProtocolError(f"the store answered {type(reply).__name__}; expected {kind.__name__}")
+    return reply
 
 
 def context_of(contexts: list[bytes], i: int) -> bytes | None:

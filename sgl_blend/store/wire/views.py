@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import BodyView, ChunkHeader, LayerRange
 from sgl_blend.store.wire.shm import ArenaMapping
 
@@ -51,7 +52,8 @@ class LoadedChunk:
     @property
     def address(self) -> int:
         """Address of ``buf``'s first byte, for copies by native code."""
-        return self.buf.__array_interface__["data"][0]
+        first: int = self.buf.__array_interface__["data"][0]
+        return first
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,4 +72,6 @@ class StoreSlot:
 
     @property
     def body(self) -> BodyView:
+        if self.buf is None:
+            raise StoreError(f"a slot that is {self.status} has no body")
         return BodyView(self.header, self.buf)
