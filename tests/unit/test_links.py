@@ -1,4 +1,4 @@
-"""Relative links in the documentation: the file exists, and so does the heading. Runs on CPU."""
+"""Links and file names in the documentation: the file exists, and so does the heading. CPU."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+#: a code span that names a file by its path
+_NAMED = re.compile(r"`([\w.*-]+/[\w./*-]*\.(?:py|md|txt|json|cpp|h))`")
+#: folders that such a path may start from
+_BASES = (ROOT, ROOT / "sgl_blend", ROOT / "sgl_blend" / "store")
 _FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 
 
@@ -41,9 +45,20 @@ def broken(page: Path) -> list[str]:
     return found
 
 
+def missing(page: Path) -> set[str]:
+    """Files that ``page`` names by a path and that are not there."""
+    named = set(_NAMED.findall(_FENCE.sub("", page.read_text())))
+    return {n for n in named if not any(any(b.glob(n)) for b in (*_BASES, page.parent))}
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     assert broken(page) == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_exist(page):
+    assert missing(page) == set()
 
 
 def test_broken_links_are_found(tmp_path):
@@ -53,3 +68,5 @@ def test_broken_links_are_found(tmp_path):
         "```\n[code](not-a-link)\n```\n"
     )
     assert broken(page) == ["gone.md", "page.md#d"]
+    page.write_text("`engine/gone.py` `store/tiers/hicache*.py` `.ci/imports.py` `gone.py`\n")
+    assert missing(page) == {"engine/gone.py"}
