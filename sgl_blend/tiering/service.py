@@ -116,7 +116,7 @@ class StoreService:
             self.tally.chunk("dropped", len(job.chunks))
 
     def empty_store(self) -> None:
-        """Make the store forget everything, whoever stored it: what has been stored until now, or
+        """Make the store forget everything, of all servers: what has been stored until now, or
         is being stored, is not found again.
 
         Waits for the store, a second at most. Where it does not answer, this goes on in the

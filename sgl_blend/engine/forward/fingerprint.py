@@ -50,7 +50,7 @@ def model_fingerprint(model: torch.nn.Module, model_config: Any, pool: Any, rank
 def weights_digest(model: torch.nn.Module) -> bytes:
     """16 bytes: xxh3 over name, shape, dtype and bytes of each parameter and persistent buffer.
 
-    Random where a tensor has no bytes to read (meta device): such a model shares KV with nobody,
+    Random where a tensor has no bytes to read (meta device): such a model shares KV with no other,
     and a warning says so.
     """
     digest = xxhash.xxh3_128()
@@ -63,8 +63,8 @@ def weights_digest(model: torch.nn.Module) -> bytes:
                         digest.update(block)
     except (RuntimeError, TypeError) as e:
         logger.warning(
-            "sgl-blend: the weights cannot be told from others (%s: %s); what this server stores is "
-            "reused by nobody else, nor after a restart",
+            "sgl-blend: the weights cannot be identified (%s: %s); no other server reuses what this "
+            "one stores, and neither does this one after a restart",
             name,
             " ".join(str(e).split()),
         )

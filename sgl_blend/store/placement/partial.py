@@ -1,7 +1,7 @@
 """Chunks that come into memory by ranges of layers, each into its place of one whole body.
 
 A reader that can begin with the first layers asks for them alone, and for later ones while it works
-(CacheBlend, arXiv:2405.16444, section 5). Once every byte has been asked for by somebody, the chunk
+(CacheBlend, arXiv:2405.16444, section 5). Once every byte has been asked for, the chunk
 lies in memory like any other and the next reader finds it there; nothing is read twice.
 """
 
@@ -21,7 +21,7 @@ OnRange = Callable[["PartialBody | None", ChunkHeader | None], None]
 class PartialBody:
     """One body in the making. offset: of the whole body. holds: reads under way or to come, and
     readers; the last one to let go gives the memory back, unless all of it came and it became the
-    entry's. waiting: what somebody asked for. ahead: what will be asked for, read when nothing is."""
+    entry's. waiting: ranges that a reader asked for. ahead: ranges that will be asked for, read meanwhile."""
 
     __slots__ = (
         "entry",
@@ -57,7 +57,7 @@ class PartialBodies:
         return len(self._by_id)
 
     def __contains__(self, entry: Entry) -> bool:
-        """Is somebody in the middle of reading it?"""
+        """Is a reader in the middle of it?"""
         body = self._by_id.get(entry.chunk_id)
         return body is not None and body.entry is entry
 
@@ -66,7 +66,7 @@ class PartialBodies:
     ) -> None:
         """``ready(body, header)`` when ``layers`` lie in their place, ``(None, None)`` when they
         cannot be had. The callee has one hold on the body, and must ``let_go`` of it. ahead: what
-        is read next, for nobody yet, behind what others are waiting for by then."""
+        is read next, for no reader yet, after the ranges that readers wait for by then."""
         body = self._by_id.get(entry.chunk_id)
         if body is None or body.entry is not entry:
             offset = self.res.memory.allocate(entry.nbytes, 0 if self.res.disk.direct else None)
@@ -103,7 +103,7 @@ class PartialBodies:
             self.res.memory.release(body.offset)
 
     def _next(self, body: PartialBody) -> None:
-        """One read at a time, so that nobody's verified bytes are written again."""
+        """One read at a time, so that verified bytes are never written again."""
         while not body.reading and (body.waiting or body.ahead):
             layers, ready = (body.waiting or body.ahead).popleft()
             if _parts(layers) <= body.have:

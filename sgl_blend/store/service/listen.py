@@ -17,7 +17,7 @@ from sgl_blend.store.wire.security import Gate, split_endpoint
 
 
 class Door(NamedTuple):
-    """One endpoint. address: as bound. all_admins: whoever comes in here is an administrator."""
+    """One endpoint. address: as bound. all_admins: every client of this endpoint is an administrator."""
 
     router: zmq.Socket
     address: str
@@ -61,7 +61,7 @@ def listen(context: zmq.Context, config: StoreConfig) -> tuple[Gate | None, list
     for endpoint in config.endpoints:
         router = context.socket(zmq.ROUTER)
         router.linger = 0
-        # A reply that nobody takes is an error, so that what it grants can be taken back.
+        # A reply that cannot be delivered is an error, so that what it grants can be taken back.
         router.router_mandatory = True
         # Bounds what libzmq will allocate for one frame before we have seen it.
         router.maxmsgsize = max(config.max_chunk_bytes, p.MAX_BODY) + 4096

@@ -4,7 +4,7 @@ Every call has a deadline, for all of it. What goes wrong is a ``StoreError`` (`
 ``StoreRefused``, ``ProtocolError``). After a store's restart the client finds its way back by
 itself.
 
-A store takes so many keys, headers or leases in one request (``Welcome.limits.batch``). Calls with
+A store bounds the keys, headers or leases of one request (``Welcome.limits.batch``). Calls with
 more of them are made in several requests, one after the other.
 """
 

@@ -77,7 +77,7 @@ PREAMBLE = MAGIC + bytes((VERSION,))
 MAX_FRAMES = 3 + MAX_BATCH
 REQUEST_ID_BYTES = 8
 # The most that goes over the side socket as one packet, and the most keys or headers in it: the
-# reply to so many fits as well.
+# reply to them fits as well.
 MAX_PACKET = 64 << 10
 MAX_PACKET_BATCH = 128
 
