@@ -34,6 +34,8 @@ HEAD = (
 )
 TAIL = "\n\nQuestion: {}<|im_end|>\n<|im_start|>assistant\n"
 ANSWER_TOKENS = 24
+#: KV slots of each server: some six prompts of the handbook
+POOL = 16384
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def handbook(model: Path, progress: Progress, show: Callable[[str], None]) -> li
             answers = []
             for question, prompt in zip(QUESTIONS, prompts, strict=True):
                 progress(f"{way}: {question.text}")
-                body = greedy(prompt, ANSWER_TOKENS, custom, stop=["\n"])
+                body = greedy(prompt, ANSWER_TOKENS, custom, stop=[".", "\n"])
                 answers.append(server.client.stream(body))
                 show(f"{way:<13} {question.text}  {answers[-1].text.strip()}")
             return answers
@@ -175,6 +177,7 @@ def _served(model: Path, name: str, progress: Progress) -> Iterator[Server]:
             )
 
     waiting(0.0)
-    with serve(model, ["--enable-blend"], timeout=600, waiting=waiting) as server:
+    args = ["--enable-blend", "--max-total-tokens", str(POOL)]
+    with serve(model, args, timeout=600, waiting=waiting) as server:
         yield server
         progress("ending the server")

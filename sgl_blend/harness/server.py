@@ -167,9 +167,17 @@ def _wait(server: Server, timeout: float, waiting: Callable[[float], None]) -> N
 
 @contextlib.contextmanager
 def serve(model: str | Path, args: Sequence[str] = (), **kwargs) -> Iterator[Server]:
-    """``start`` as a context manager; the server is ended on leaving."""
+    """``start`` as a context manager; the server is ended on leaving.
+
+    A :class:`ServerError` raised inside says what the server said last, if it has ended.
+    """
     server = start(model, args, **kwargs)
     try:
         yield server
+    except ServerError as e:
+        if server.alive():
+            raise
+        code = server.process.wait()
+        raise ServerError(f"{e}\nthe server ended with {code}:\n{server.log_tail()}") from None
     finally:
         server.stop()
