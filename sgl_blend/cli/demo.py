@@ -74,7 +74,7 @@ def _handbook(asked: Sequence[Asked], speedup: float, pages: int) -> str:
     lines.append("")
     lines.append(
         table(
-            ("prefill", "prompt tokens", "reused", "recomputed", "computed", "TTFT s (median)"),
+            ("prefill", "tokens", "prefix", "reused", "recomputed", "computed", "TTFT s (median)"),
             [
                 _row("exact", [a.exact for a in asked]),
                 _row("blended", [a.blended for a in asked]),
@@ -95,15 +95,12 @@ def _handbook(asked: Sequence[Asked], speedup: float, pages: int) -> str:
 def _row(name: str, answers: Sequence[Answer]) -> tuple[str, ...]:
     """Token counts of the last prompt; the median TTFT."""
     last = answers[-1]
-    blend = last.blend or {}
-    computed = blend.get("computed", 0) + blend.get("prefix", 0)
+    blend = last.blend or dict.fromkeys(("prefix", "reused", "recomputed", "computed"), 0)
     seconds = sorted(a.ttft for a in answers)[len(answers) // 2]
     return (
         name,
         str(last.meta["prompt_tokens"]),
-        str(blend.get("reused", 0)),
-        str(blend.get("recomputed", 0)),
-        str(computed),
+        *(str(blend[kind]) for kind in ("prefix", "reused", "recomputed", "computed")),
         f"{seconds:.2f}",
     )
 
