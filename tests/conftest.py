@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for at, item in enumerate(items):
         first.setdefault(groups[item], at)
     items.sort(key=lambda item: (rank_of(groups[item]), first[groups[item]]))
+
+
+@pytest.fixture
+def short_tmp():
+    """A temporary folder with a short name: sockets lie in it, whose paths have 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ input()
 """
 
 
-def test_a_killed_owner_takes_its_server_with_it(model, tmp_path, child_env, monkeypatch) -> None:
+def test_a_killed_owner_takes_its_server_with_it(model, short_tmp, child_env, monkeypatch) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(model)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**child_env, "TMPDIR": str(tmp_path)},
+        env={**child_env, "TMPDIR": str(short_tmp)},
     )
     pid, log = owner.stdout.readline().decode().split()
     launcher = psutil.Process(int(pid))
@@ -38,10 +38,10 @@ def test_a_killed_owner_takes_its_server_with_it(model, tmp_path, child_env, mon
     owner.communicate()
     _, left = psutil.wait_procs(processes, 30)
     assert not left, left
-    assert eventually(lambda: not list(tmp_path.glob("sgl-blend-store-*")))
+    assert eventually(lambda: not list(short_tmp.glob("sgl-blend-store-*")))
     # The log is the killed owner's own folder: its next server's start clears it.
-    assert [Path(log).parent] == list(tmp_path.glob("sgl-blend-server-*"))
+    assert [Path(log).parent] == list(short_tmp.glob("sgl-blend-server-*"))
     with monkeypatch.context() as m:
-        m.setattr("tempfile.tempdir", str(tmp_path))
+        m.setattr("tempfile.tempdir", str(short_tmp))
         clear_leftovers("sgl-blend-server-")
-    assert not list(tmp_path.glob("sgl-blend-*"))
+    assert not list(short_tmp.glob("sgl-blend-*"))

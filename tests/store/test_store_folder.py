@@ -25,16 +25,16 @@ OWNER = (
 
 
 @pytest.fixture
-def owner(tmp_path, monkeypatch):
+def owner(short_tmp, monkeypatch):
     """(owner's process, the store's pid, its folder)"""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short_tmp))
     monkeypatch.setattr("tempfile.tempdir", None)
     process = subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     pid, endpoint = process.stdout.readline().decode().split()
     folder = Path(endpoint.removeprefix("ipc://")).parent
-    assert folder.parent == tmp_path and folder.is_dir()
+    assert folder.parent == short_tmp and folder.is_dir()
     yield process, int(pid), folder
     process.kill()
     process.communicate()
