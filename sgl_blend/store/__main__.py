@@ -1,7 +1,7 @@
 """``python -m sgl_blend.store``: a store whose configuration comes on standard input, as JSON.
 
 For ``EmbeddedStore`` and tests; people use ``sgl-blend store``. Prints ``ready ADDRESS...`` once
-it listens.
+it listens, or ``failed REASON``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> int:
     try:
         server = StoreServer(decode_config(sys.stdin.buffer.read()), args.parent_fd)
     except BlendError as e:
-        print(f"sgl-blend store: {e}", file=sys.stderr)
+        print("failed", e, flush=True)
         return 2
     server.install_signals()
     if server.config.metrics_port:

@@ -120,7 +120,9 @@ class EmbeddedStore:
             if not ready:
                 self.process.kill()
             code = self._end(self.config.drain_s + 5)
-            raise StoreError(f"the embedded store did not start: it ended with exit code {code}")
+            failed, _, reason = line.decode(errors="replace").strip().partition(" ")
+            reason = reason if failed == "failed" else f"it ended with exit code {code}"
+            raise StoreError(f"the chunk store did not start: {reason}")
         self.addresses = line.decode().split()[1:]
 
     def stop(self, timeout_s: float | None = None) -> int:

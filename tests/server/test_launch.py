@@ -21,6 +21,7 @@ ON = ["--enable-blend"]
 def files(tmp: Path) -> dict[str, str]:
     """Configuration files by name."""
     texts = {
+        "hurry.yaml": "drain_s: 1\n",
         "good.yaml": "recompute_ratio: 0.3\n",
         "misspelt.yaml": "recompute_ration: 0.3\n",
         "wrong.yaml": "recompute_ratio: lots\n",
@@ -96,6 +97,31 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
         [*ON, "--disable-radix-cache", "--pp-size", "2"], {}, "",
         ["--disable-radix-cache", "pipeline parallelism"]),
     "Gemma 3": ([*ON, "<gemma3>"], {}, "", ["Gemma3ForCausalLM is not verified for blending"]),
+    "no model there": (
+        [*ON, "--model-path", "/nowhere/at/all"], {}, "",
+        ["--model-path /nowhere/at/all: there is nothing", "Name a folder"]),
+    "no such model on the hub": (
+        [*ON, "--model-path", "no-such-org/no-such-model"], {"HF_HUB_OFFLINE": "1"}, "",
+        ["--model-path no-such-org/no-such-model cannot be read"]),
+    "port in use": (
+        ON, {},
+        "import socket, sys\n"
+        "s = socket.socket()\n"
+        "s.bind(('127.0.0.1', int(sys.argv[sys.argv.index('--port') + 1])))\n"
+        "s.listen()\n"
+        "sys.kept_by_the_test = s\n",
+        [" of 127.0.0.1 is in use", "choose another with --port"]),
+    "a disk that another store holds": (
+        [*ON, "--blend-store-disk-path", "<none.yaml>-disk", "--blend-store-config", "<hurry.yaml>"],
+        {},
+        "import sys\n"
+        "from sgl_blend.store.config import load_config\n"
+        "from sgl_blend.store.embedded import EmbeddedStore\n"
+        "path = sys.argv[sys.argv.index('--blend-store-disk-path') + 1]\n"
+        "sys.kept_by_the_test = EmbeddedStore(\n"
+        "    load_config(None, disk_path=path, disk_bytes='1GiB', memory_bytes='64MiB'))\n",
+        ["is held by another store", "Give each server a folder of its own",
+         "--blend-store-endpoint"]),
     "another SGLang": (
         ON, {}, "import sgl_blend.engine.seams as s; s.version = lambda name: '0.5.24'",
         ["built for sglang 0.5.23, found 0.5.24"]),

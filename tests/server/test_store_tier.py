@@ -282,7 +282,7 @@ def in_pieces(model, start, store) -> Server:
 @pytest.fixture(scope="module")
 def two_ranks(model, start, store) -> Server:
     args = ["--tp-size", "2", "--blend-store-endpoint", store[0].endpoint]
-    two = start(model, [*ARGS, *args], {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    two = start(model, [*ARGS, *args])
     yield two
     two.stop()
 

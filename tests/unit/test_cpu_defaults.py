@@ -68,6 +68,16 @@ def test_ranks_share_memory_and_processors(machine):
     environ = machine(args)
     # Half the heads, and half the memory: the same tokens on each rank.
     assert args.max_total_tokens == 81920 and environ["OMP_NUM_THREADS"] == "3"
+    assert environ[cpu.BIND].count("|") == 1
+    assert machine(arguments(tp_size=2), **{cpu.BIND: "7|8"})[cpu.BIND] == "7|8"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "bound"),
+    [(4, 2, "0,1|2,3"), (2, 2, "0|1"), (5, 2, "0,1|2,3"), (2, 3, "0|1|0"), (1, 2, "0|0")],
+)
+def test_each_rank_gets_processors_of_its_own(cpus, ranks, bound):
+    assert "|".join(cpu._shares(list(range(cpus)), ranks)) == bound
 
 
 def test_a_small_model_gets_no_more_tokens_than_a_cpu_fills(machine, monkeypatch):

@@ -6,6 +6,9 @@ back is warned about once.
 
 from __future__ import annotations
 
+import errno
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
@@ -40,6 +43,39 @@ VERIFIED_ROPES = frozenset(
         "YaRNScalingRotaryEmbedding",
     }
 )
+
+
+def check_model_path(path: str) -> None:
+    """Raise :class:`ConfigError` for a path that no model lies at.
+
+    A name of a hub (``org/model``) is SGLang's to look up; so is whatever has a scheme.
+    """
+    here = Path(path).expanduser()
+    if "://" in path or here.exists():
+        return
+    if here.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"--model-path {path}: there is nothing. Name a folder with a model, or a model of the "
+            "Hugging Face hub (org/model)"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise :class:`ConfigError` where another server listens: SGLang would say so only after it
+    has loaded the model."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, proto) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+    except OSError as e:
+        if e.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} of {host} is in use. End the server that has it, or choose another "
+                "with --port"
+            ) from None
 
 
 def config_problems(view: ServerArgs) -> list[str]:

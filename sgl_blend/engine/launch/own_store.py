@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
     from sgl_blend.store.embedded import EmbeddedStore
+
+logger = logging.getLogger(__name__)
 
 _LEAST, _MOST = 256 << 20, 16 << 30
 
@@ -33,6 +36,7 @@ def start_store(server_args: ServerArgs) -> None:
     from sgl_blend.host_memory import available_memory
     from sgl_blend.store.config import load_config
     from sgl_blend.store.embedded import EmbeddedStore
+    from sgl_blend.store.tiers.disk import HELD
 
     given: dict[str, Any] = {"disk_path": config.store_disk_path or None}
     defaults: dict[str, Any] = {}
@@ -45,13 +49,22 @@ def start_store(server_args: ServerArgs) -> None:
     options = load_config(config.store_config or None, defaults=defaults, **given)
     # A server that was ended a moment ago may still be writing to the same disk.
     patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
+    waited = False
     while True:
         try:
             store = EmbeddedStore(options, keep=True)
             break
-        except StoreError:
-            if time.monotonic() > patience:
+        except StoreError as e:
+            if HELD not in str(e):
                 raise
+            if time.monotonic() > patience:
+                raise StoreError(
+                    f"{e}. Give each server a folder of its own (--blend-store-disk-path), or let "
+                    "them share one store: sgl-blend store, and --blend-store-endpoint"
+                ) from None
+            if not waited:
+                logger.warning("sgl-blend: %s; waiting up to %.0f s for it", e, options.drain_s)
+            waited = True
             time.sleep(0.5)
     _stores.append(store)
     attach.STORE.set(server_args, store.endpoint)

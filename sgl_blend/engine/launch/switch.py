@@ -93,6 +93,17 @@ def _install_once(target: str, hook, kind: str = "after") -> None:
         _installed.add(target)
 
 
+def _resolve(original: Callable[..., None], server_args: ServerArgs) -> None:
+    """SGLang's own resolution. What it cannot read is one line on a command line."""
+    try:
+        original(server_args)
+    except OSError as e:
+        if not attach.COMMAND_LINE.get(server_args):
+            raise
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"--model-path {server_args.model_path} cannot be read: {reason}") from e
+
+
 def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None:
     """AROUND ``ServerArgs.resolve_once``; in place while blending may be switched on.
 
@@ -106,15 +117,19 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
             config = BLEND.load()
             server_args.radix_cache_backend = claim_radix_cache(server_args.radix_cache_backend)
             switch_on(server_args, config)
-        if attach.CONFIG.get(server_args) is not None:
-            choose_early(server_args)
-    original(server_args)
     if attach.CONFIG.get(server_args) is None:
+        original(server_args)
         return
-    from sgl_blend.engine.launch.checks import check_arguments
+    from sgl_blend.engine.launch.checks import check_arguments, check_model_path, check_port
     from sgl_blend.engine.launch.own_store import start_store
 
     try:
+        if not getattr(server_args, "_resolution_finished", False):
+            check_model_path(server_args.model_path)
+            if attach.COMMAND_LINE.get(server_args) and server_args.node_rank == 0:
+                check_port(server_args.host, server_args.port)
+            choose_early(server_args)
+        _resolve(original, server_args)
         check_arguments(server_args)
         if attach.LAUNCH.get(server_args) is None:
             attach.LAUNCH.set(server_args, secrets.token_hex(16))

@@ -66,6 +66,9 @@ create table if not exists chunks(
   mark blob not null, nbytes integer not null, lossy integer not null, pinned integer not null
 )"""
 
+#: why a folder cannot be opened that a running store has
+HELD = "is held by another store"
+
 
 class DiskTier(Tier):
     """``root``: a directory of its own on any local file system; one server at a time holds it.
@@ -101,7 +104,7 @@ class DiskTier(Tier):
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             os.close(self._lock_fd)
-            raise ConfigError(f"disk tier at {str(root)!r} is held by another store") from e
+            raise ConfigError(f"disk tier at {str(root)!r} {HELD}") from e
         (self.root / "tmp").mkdir(exist_ok=True)
         for i in range(256):
             (self.root / "data" / f"{i:02x}").mkdir(exist_ok=True)
