@@ -38,29 +38,30 @@ struct Cache {
   void* data;
   int64_t tokens, heads, dim, token_stride, head_stride;
 
-  explicit Cache(const TensorView& t, const char* message)
-      : data(t.data_ptr()), tokens(0), heads(0), dim(0), token_stride(0), head_stride(0) {
-    expect(t.device().device_type == kDLCPU && t.ndim() == 3, message);
-    tokens = t.size(0), heads = t.size(1), dim = t.size(2);
-    expect(t.numel() == 0 || dim == 1 || t.stride(2) == 1, message);
-    token_stride = t.stride(0), head_stride = t.stride(1);
+  explicit Cache(const TensorView& t, const char* message) : Cache(t, 0, message) {
+    data = t.data_ptr();
   }
 
   // Layer `layer` of [layers, n, heads, dim].
   template <typename T>
-  Cache(const TensorView& t, int64_t layer, T, const char* message)
-      : data(nullptr), tokens(0), heads(0), dim(0), token_stride(0), head_stride(0) {
-    expect(t.device().device_type == kDLCPU && t.ndim() == 4 && layer >= 0 && layer < t.size(0),
-           message);
-    tokens = t.size(1), heads = t.size(2), dim = t.size(3);
-    expect(t.numel() == 0 || dim == 1 || t.stride(3) == 1, message);
-    token_stride = t.stride(1), head_stride = t.stride(2);
+  Cache(const TensorView& t, int64_t layer, T, const char* message) : Cache(t, 1, message) {
+    expect(layer >= 0 && layer < t.size(0), message);
     data = static_cast<typename T::type*>(t.data_ptr()) + layer * t.stride(0);
   }
 
   template <typename T>
   typename T::type* at(int64_t token, int64_t head) const {
     return static_cast<typename T::type*>(data) + token * token_stride + head * head_stride;
+  }
+
+ private:
+  // `first`: the dimension of the tokens; heads and dim follow it and end the tensor.
+  Cache(const TensorView& t, int first, const char* message)
+      : data(nullptr), tokens(0), heads(0), dim(0), token_stride(0), head_stride(0) {
+    expect(t.device().device_type == kDLCPU && t.ndim() == first + 3, message);
+    tokens = t.size(first), heads = t.size(first + 1), dim = t.size(first + 2);
+    expect(t.numel() == 0 || dim == 1 || t.stride(first + 2) == 1, message);
+    token_stride = t.stride(first), head_stride = t.stride(first + 1);
   }
 };
 

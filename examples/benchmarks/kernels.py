@@ -176,16 +176,14 @@ def _mass_lines(
             with_mass=True,
         )
 
-    only, both, plain, theirs = timings(
+    both, plain, theirs = timings(
         args,
-        lambda: ops.attention_mass(q, k, slots, pos, scale=scale),
         lambda: ops.row_attention_with_mass(q, k, v, slots, pos, scale=scale),
         lambda: ops.row_attention(q, k, v, slots, pos, scale=scale),
         by_reference,
     )
     work = 2 * dim * heads * int((pos + 1).sum())
     name = f"D={dim} heads {heads}/{kv_heads} R={rows}"
-    report(f"{name} mass alone", only, theirs, "reference (both)", work, limits.gflops, "GFLOP/s")
     report(
         f"{name} with mass", both, theirs, "reference (both)", 2 * work, limits.gflops, "GFLOP/s"
     )

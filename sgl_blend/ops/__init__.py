@@ -4,9 +4,9 @@
 ``rotation.py``       ``Rope``; copies of KV whose K is rotated to new positions
 ``attention.py``      attention of gapped rows by true position; attention mass
 ``outward.py``        share of attention that leaves the row's document
-``deviation.py``      squared distance of cached from fresh K and V, per token
+``deviation.py``      squared distance of cached from fresh V, per token
 ``rows.py``           scores to row indices
-``checks.py``         what every launcher checks before a pointer leaves Python
+``checks.py``         what launchers check; the kernels check values (slots, order) themselves
 ``build.py``          finds and compiles ``csrc/`` at first use
 ``reference.py``      the same functions in plain torch
 ====================  =========================================================
@@ -21,11 +21,10 @@ float32, bfloat16 or float16. Bad arguments raise ``KernelError``.
 
 from sgl_blend.ops.attention import (
     AttentionWithMass,
-    attention_mass,
     row_attention,
     row_attention_with_mass,
 )
-from sgl_blend.ops.deviation import k_deviation, v_deviation
+from sgl_blend.ops.deviation import v_deviation
 from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.rotation import Parts, Rope, Rotation, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, top_rows
@@ -35,9 +34,7 @@ __all__ = [
     "Parts",
     "Rope",
     "Rotation",
-    "attention_mass",
     "covering_rows",
-    "k_deviation",
     "outward_share",
     "rotate_copy",
     "rotate_from",

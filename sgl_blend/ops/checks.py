@@ -1,4 +1,9 @@
-"""What every launcher checks before a pointer leaves Python. All failures are ``KernelError``."""
+"""What launchers check before a pointer leaves Python. All failures are ``KernelError``.
+
+Shapes, dtypes and devices are checked here for every call. What takes a pass over the values (slots
+inside the pool, ascending positions) the C++ kernels check themselves; only the torch references
+need it from here.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +48,12 @@ def in_range(name: str, values: torch.Tensor, limit: int) -> None:
     require(
         low >= 0 and high < limit, f"{name} spans [{low}, {high}]; it must lie inside [0, {limit})"
     )
+
+
+def ascending(name: str, values: torch.Tensor) -> None:
+    """No value is below the one before it. Skipped off the CPU, as ``in_range``."""
+    if values.device.type == "cpu":
+        require(bool((values[1:] >= values[:-1]).all()), f"{name} must be ascending")
 
 
 def pool(k_cache: torch.Tensor, v_cache: torch.Tensor, names: tuple[str, str]) -> None:

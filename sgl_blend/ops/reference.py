@@ -54,7 +54,7 @@ def visible(q_pos: torch.Tensor, key_pos: torch.Tensor, window: int) -> torch.Te
 def row_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
+    v_cache: torch.Tensor,
     kv_slots: torch.Tensor,
     q_pos: torch.Tensor,
     *,
@@ -67,8 +67,8 @@ def row_attention(
     extra_pos: torch.Tensor | None,
     with_mass: bool,
     row_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(out [R, Hq, Dv] or None without ``v_cache``, mass fp32 [S] or None): masked softmax, fp32."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out [R, Hq, Dv], mass fp32 [S] or None): masked softmax, fp32."""
     rows, q_heads, _ = q.shape
     kv_heads, keys = k_cache.shape[1], kv_slots.shape[0]
     group = q_heads // kv_heads
@@ -77,9 +77,7 @@ def row_attention(
         key_pos = torch.cat((key_pos, extra_pos))
     hidden = ~visible(q_pos, key_pos, window).repeat_interleave(group, dim=0)
     blind = hidden.all(dim=1)
-    out = None
-    if v_cache is not None:
-        out = torch.zeros(rows, q_heads, v_cache.shape[2], dtype=q.dtype, device=q.device)
+    out = torch.zeros(rows, q_heads, v_cache.shape[2], dtype=q.dtype, device=q.device)
     mass = torch.zeros(keys, dtype=torch.float32, device=q.device) if with_mass else None
 
     def gather(cache: torch.Tensor, extra: torch.Tensor | None, head: int) -> torch.Tensor:
@@ -93,9 +91,8 @@ def row_attention(
             scores = logit_cap * torch.tanh(scores / logit_cap)
         probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
         probs[blind] = 0
-        if out is not None and v_cache is not None:
-            values = probs @ gather(v_cache, v_extra, head)
-            out[:, part] = values.unflatten(0, (rows, group)).to(q.dtype)
+        values = probs @ gather(v_cache, v_extra, head)
+        out[:, part] = values.unflatten(0, (rows, group)).to(q.dtype)
         if mass is not None:
             part_of = probs[:, :keys]
             if row_weights is not None:

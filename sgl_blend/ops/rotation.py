@@ -137,10 +137,10 @@ def rotate_copy(
     cos, sin = checked_rotation(k_cache, dst.shape[0], cos, sin, rotary_dim)
     if dst.shape[0] == 0:
         return
-    checks.in_range("src_slots", src, k_cache.shape[0])
-    checks.in_range("dst_slots", dst, k_cache.shape[0])
     module = cpu_module(k_cache.device)
     if module is None:
+        checks.in_range("src_slots", src, k_cache.shape[0])
+        checks.in_range("dst_slots", dst, k_cache.shape[0])
         _require_disjoint(k_cache.shape[0], dst, src)
         reference.rotate_from(
             k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox
@@ -224,9 +224,9 @@ def rotate_from(
     cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
     if tokens == 0:
         return
-    checks.in_range("dst_slots", dst, k_cache.shape[0])
     module = cpu_module(k_cache.device)
     if module is None:
+        checks.in_range("dst_slots", dst, k_cache.shape[0])
         _require_disjoint(k_cache.shape[0], dst, None)
         k_src, v_src = parts.layer(layer)
         reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sgl_blend.config import BlendConfig
@@ -36,29 +37,23 @@ logger = logging.getLogger(__name__)
 SEED = 20405
 
 
+@dataclass(eq=False)
 class LaunchGate:
     """Runs the checks once. ``speaks``: whether this rank writes the log. ``seconds``: what it may
     take; the operator's own prompts may take longer, unless the option gate_seconds is set."""
 
-    def __init__(
-        self,
-        model: GateModel,
-        config: BlendConfig,
-        gate: GateState,
-        metrics: Metrics,
-        tokenizer: Any,
-        speaks: bool,
-        seconds: float = math.inf,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.model = Timed(model, clock)
-        self.budget = Budget(self.model, seconds)
-        self.seconds = seconds
-        self.config = config
-        self.gate = gate
-        self.metrics = metrics
-        self.tokenizer = tokenizer
-        self.speaks = speaks
+    probed: GateModel
+    config: BlendConfig
+    gate: GateState
+    metrics: Metrics
+    tokenizer: Any
+    speaks: bool
+    seconds: float = math.inf
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self.model = Timed(self.probed, self.clock)
+        self.budget = Budget(self.model, self.seconds)
 
     def run(self) -> None:
         """Raises :class:`GateError` where a check fails and the option ``gate`` says 'fail'."""

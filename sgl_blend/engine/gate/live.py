@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,28 +64,20 @@ class Sample:
     tries: int = 0
 
 
+@dataclass(eq=False)
 class LiveGate:
     """Picks, collects and compares. ``speaks``: whether this rank writes the log."""
 
-    def __init__(
-        self,
-        model: SglangModel,
-        config: BlendConfig,
-        gate: GateState,
-        metrics: Metrics,
-        window: LiveWindow,
-        speaks: bool,
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.gate = gate
-        self.metrics = metrics
-        self.window = window
-        self.speaks = speaks
-        self.waiting: deque[Sample] = deque()
-        self._planned = 0
-        self._seen: deque[int] = deque(maxlen=SEEN)
-        self._off = False
+    model: SglangModel
+    config: BlendConfig
+    gate: GateState
+    metrics: Metrics
+    window: LiveWindow
+    speaks: bool
+    waiting: deque[Sample] = field(default_factory=deque)
+    _planned: int = 0
+    _seen: deque[int] = field(default_factory=lambda: deque(maxlen=SEEN))
+    _off: bool = False
 
     # -- while a batch is planned and run --------------------------------------------------
 

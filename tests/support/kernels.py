@@ -1,0 +1,36 @@
+"""What the tests of the kernels share. CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_blend import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+# Both sides sum in fp32 and round once to the dtype: they differ by the sums' order, or one ulp.
+ULP = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    peak = float(theirs.abs().max()) if theirs.numel() else 1.0
+    torch.testing.assert_close(ours, theirs, rtol=ULP[dtype], atol=1e-5 * max(peak, 1e-6))
+
+
+def make_rope(rotary_dim: int, neox: bool, positions: int = 4096) -> ops.Rope:
+    freq = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * freq
+    return ops.Rope(torch.cat((angle.cos(), angle.sin()), 1).float(), rotary_dim, neox)
+
+
+def attention_args(**changes) -> dict:
+    base = dict(
+        q=torch.randn(3, 4, 16),
+        k_cache=torch.randn(20, 2, 16),
+        v_cache=torch.randn(20, 2, 8),
+        kv_slots=torch.arange(10),
+        q_pos=torch.arange(7, 10),
+        scale=1.0,
+    )
+    return {**base, **changes}
