@@ -272,8 +272,8 @@ def _install(
     seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers), "around")
     if tiers is not None:
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
-        for target, hook, kind in tiers.weights.hooks():
-            seams.install(target, hook, kind)
+        for target, hook, when in tiers.weights.hooks():
+            seams.install(target, hook, when)
     seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
     seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
     if config.report:
