@@ -3,8 +3,8 @@
     python .ci/imports.py
 
 Reads every module with ``ast``; runs none. Imports inside functions and under ``if TYPE_CHECKING:``
-count: whoever names another module's types depends on it. Prints each import that goes up a floor and each circle of modules;
-the exit status is 1 if there is one.
+count: whoever names another module's types depends on it. Prints each import that goes up a floor
+and each circle of modules; the exit status is 1 if there is one.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class BlendConfig:
     )
     coverage: float = option(
         0.0,
-        "query, hkvd, stored: recompute as few tokens as cover this share of the summed score, between min_ratio and recompute_ratio of them; 0: always recompute_ratio",
+        "query, hkvd, stored: recompute as few tokens as cover this share of the summed score, "
+        "between min_ratio and recompute_ratio of them; 0: always recompute_ratio",
         least=0.0,
         most=1.0,
     )
@@ -55,7 +56,8 @@ class BlendConfig:
     )
     check_layers: tuple[int, ...] = option(
         (1,),
-        "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to the first",
+        "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to "
+        "the first",
     )
     check_multipliers: tuple[float, ...] = option(
         (),
@@ -69,22 +71,26 @@ class BlendConfig:
     )
     query_smoothing: int = option(
         2,
-        "query: a token's attention is spread over this many neighbours on each side, with decreasing weight; 0: off",
+        "query: a token's attention is spread over this many neighbours on each side, with "
+        "decreasing weight; 0: off",
         least=0,
     )
     stored_scores: bool = option(
         False,
-        "stored: measure the scores though the default policy is another one, so that a request may ask for it",
+        "stored: measure the scores though the default policy is another one, so that a request "
+        "may ask for it",
     )
     stored_depth: float = option(
         0.75,
-        "stored: where attention is measured, at the layer that ends this share of the layers, 0 to 1",
+        "stored: where attention is measured, at the layer that ends this share of the layers, 0 "
+        "to 1",
         above=0.0,
         most=1.0,
     )
     leading_tokens: int = option(
         0,
-        "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of it",
+        "leading: tokens recomputed at the head of each reused span; 0 takes the ratio's share of "
+        "it",
         least=0,
     )
     min_reused_tokens: int = option(
@@ -98,7 +104,8 @@ class BlendConfig:
     )
     max_suffix_tokens: int = option(
         256,
-        "how far from the prompt's end the start of the question is searched for (never beyond the last quarter)",
+        "how far from the prompt's end the start of the question is searched for (never beyond the "
+        "last quarter)",
     )
     chunk_min_tokens: int = option(8, "content-defined chunks: smallest size in tokens", least=1)
     chunk_mean_tokens: int = option(17, "content-defined chunks: mean size in tokens")
@@ -109,12 +116,14 @@ class BlendConfig:
     )
     continuation: str = option(
         "same",
-        "who may reuse blended KV as a prefix: 'same' (the identical prompt) or 'extend' (also its next turn)",
+        "who may reuse blended KV as a prefix: 'same' (the identical prompt) or 'extend' (also its "
+        "next turn)",
         choices=CONTINUATIONS,
     )
     max_generation: int = option(
         4,
-        "how often KV computed over blended context may serve as a source again; 0: exact sources only",
+        "how often KV computed over blended context may serve as a source again; 0: exact sources "
+        "only",
         least=0,
         most=MAX_GENERATION,
     )
@@ -135,7 +144,8 @@ class BlendConfig:
     )
     store_memory: str = option(
         "auto",
-        "memory of the server's own store, such as 32GiB; 'auto': a sixteenth of what is free at launch, 256 MiB to 16 GiB",
+        "memory of the server's own store, such as 32GiB; 'auto': a sixteenth of what is free at "
+        "launch, 256 MiB to 16 GiB",
     )
     store_disk_path: str = option(
         "", "folder of the server's own store, kept over restarts; empty: memory alone"
@@ -149,7 +159,8 @@ class BlendConfig:
     )
     prefetch: str = option(
         "timeout",
-        "how a request waits for what it loads: 'best_effort' not at all, 'timeout' up to prefetch_timeout, 'wait' until it is there",
+        "how a request waits for what it loads: 'best_effort' not at all, 'timeout' up to "
+        "prefetch_timeout, 'wait' until it is there",
         choices=PREFETCH,
     )
     prefetch_timeout: float = option(
@@ -170,7 +181,8 @@ class BlendConfig:
     )
     gate_seconds: float = option(
         0.0,
-        "gate: what it may take at launch, kernels that are built aside; it shortens and leaves out probes, and says which; 0: 4 seconds on a GPU, 12 on a CPU (gate_prompts come on top)",
+        "gate: what it may take at launch, kernels that are built aside; it shortens and leaves "
+        "out probes, and says which; 0: 4 seconds on a GPU, 12 on a CPU (gate_prompts come on top)",
         least=0.0,
     )
     gate_prompts: str = option(

@@ -1,8 +1,9 @@
-"""Options declared once, as the fields of a frozen dataclass: the rest follows from the declaration.
+"""Options declared once, as the fields of a frozen dataclass: the rest follows from the
+declaration.
 
-A field's annotation gives its type, :func:`option` its default, help and bounds. From these come the
-command line flag, the environment variable, the key in a YAML file, the check of the value and the
-row in the reference. Precedence: flag > environment > file > default. Unknown names are refused
+A field's annotation gives its type, :func:`option` its default, help and bounds. From these come
+the command line flag, the environment variable, the key in a YAML file, the check of the value and
+the row in the reference. Precedence: flag > environment > file > default. Unknown names are refused
 with the nearest known one. Imports neither torch nor sglang.
 """
 
@@ -272,7 +273,8 @@ class OptionSet(Generic[T]):
             )
 
     def given(self, args: argparse.Namespace, dest: str = "") -> dict[str, Any]:
-        """Values by option of the flags that :meth:`add_flags` added; None where one was not given."""
+        """Values by option of the flags that :meth:`add_flags` added; None where one was not
+        given."""
         return {o.name: getattr(args, dest + o.name, None) for o in self.options}
 
     # -- reference ---------------------------------------------------------------------------

@@ -221,7 +221,8 @@ def bench_lookup(args) -> list[dict]:
 
 
 def bench_disk(args) -> list[dict]:
-    """Chunks through the disk tier of a running store, each serde; reads after a restart, page cache dropped."""
+    """Chunks through the disk tier of a running store, each serde; reads after a restart, page
+    cache dropped."""
     rows = []
     header = header_of(0, 16 * MIB)
     made = []

@@ -1,4 +1,5 @@
-"""What the sections of ``store_bench.py`` share: chunks of a size, clocks, tables, and the baselines."""
+"""What the sections of ``store_bench.py`` share: chunks of a size, clocks, tables, and the
+baselines."""
 
 from __future__ import annotations
 

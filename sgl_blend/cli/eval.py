@@ -32,9 +32,9 @@ examples:
 NOTES = """
 cost: token-layers computed over full prefill's, check layers and the question's pass counted;
 speed-up: full prefill's mean TTFT over this one's; top-1: output positions with the same
-likeliest token, up to the first difference (of at most {positions}); KL: nats a position over full prefill's {k}
-likeliest tokens and one lump of the rest (a lower bound); *: no other row is as cheap and as
-good. Brackets: {confidence:.0%} bootstrap intervals over cases.
+likeliest token, up to the first difference (of at most {positions}); KL: nats a position over full
+prefill's {k} likeliest tokens and one lump of the rest (a lower bound); *: no other row is as cheap
+and as good. Brackets: {confidence:.0%} bootstrap intervals over cases.
 """
 
 

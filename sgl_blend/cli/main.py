@@ -1,4 +1,5 @@
-"""The ``sgl-blend`` command: finds its subcommands by name, and says what went wrong in one line."""
+"""The ``sgl-blend`` command: finds its subcommands by name, and says what went wrong in one
+line."""
 
 from __future__ import annotations
 

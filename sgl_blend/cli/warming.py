@@ -16,9 +16,9 @@ _RETRY_S = 0.5
 
 @dataclass
 class Summary:
-    """prompts: more than ``documents`` where some were too long for one. cached: of ``tokens``, those
-    that the server had already. failed: source and reason. blending: whether the server is one
-    that blends (None: nothing was computed)."""
+    """prompts: more than ``documents`` where some were too long for one. cached: of ``tokens``,
+    those that the server had already. failed: source and reason. blending: whether the server is
+    one that blends (None: nothing was computed)."""
 
     documents: int = 0
     prompts: int = 0

@@ -126,7 +126,8 @@ class Metrics:
             self._count("store", tokens, kind=kind)
 
     def store_event(self, family: str, labels: dict[str, str], n: int) -> None:
-        """What ``tiering.tally.Tally`` counts: ``load``, ``chunk`` or ``error``. From any thread."""
+        """What ``tiering.tally.Tally`` counts: ``load``, ``chunk`` or ``error``. From any
+        thread."""
         self._count(family, n, **labels)
 
     def gate_failure(self, check: str) -> None:

@@ -62,8 +62,9 @@ class Step:
     """One prompt and what is expected.
 
     expected: several for a joint question, whose answer has one word for each; ``places`` says
-    which of the answer's words (punctuation marks are words) that is. first_line: only the answer's first line counts. measured: False for a step
-    that only brings the conversation where it has to be.
+    which of the answer's words (punctuation marks are words) that is. first_line: only the answer's
+    first line counts. measured: False for a step that only brings the conversation where it has to
+    be.
     """
 
     prompt: Prompt

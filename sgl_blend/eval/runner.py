@@ -38,9 +38,9 @@ ATTEMPTS = 6
 class RunOptions:
     """isolate: how states are kept apart. ``salt``: KV of another salt is out of reach, exact or
     not; quick, and spares the caches of a server in use. ``flush``: the server forgets
-    everything, which takes it about a second. top_logprobs: k of the truncated KL. logprob_positions: how many output
-    positions are compared; a longer answer is asked for again, in a state made anew, for its
-    text alone. max_prompt_tokens: documents are dropped, from the
+    everything, which takes it about a second. top_logprobs: k of the truncated KL.
+    logprob_positions: how many output positions are compared; a longer answer is asked for again,
+    in a state made anew, for its text alone. max_prompt_tokens: documents are dropped, from the
     middle, until a prompt fits; None takes prompts as they are.
     """
 

@@ -82,7 +82,8 @@ def synthetic(
             raise ConfigError(f"{count} cases asked for; take at least 1")
         if seed < 0 or seed + count > tasks.TRAINING_SEEDS:
             raise ConfigError(
-                f"seeds {seed} to {seed + count - 1} are not held out; stay in 0..{tasks.TRAINING_SEEDS - 1}"
+                f"seeds {seed} to {seed + count - 1} are not held out; stay in "
+                f"0..{tasks.TRAINING_SEEDS - 1}"
             )
         if way not in ASKING:
             raise ConfigError(f"asking is {way!r}; take one of {', '.join(ASKING)}")

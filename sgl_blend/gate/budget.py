@@ -87,9 +87,9 @@ class Budget:
     def allows(self, work: Work) -> bool:
         """Is there time for it? The same on every rank.
 
-        A pass costs a + b * tokens. What tokens have cost on average covers both for passes that are
-        as long as those before; for shorter ones a share of a is missing, and a is no more than the
-        cheapest pass took. So the answer is never too low where a and b stay what they are.
+        A pass costs a + b * tokens. What tokens have cost on average covers both for passes that
+        are as long as those before; for shorter ones a share of a is missing, and a is no more than
+        the cheapest pass took. So the answer is never too low where a and b stay what they are.
         """
         if math.isinf(self._seconds):
             return True

@@ -2,11 +2,12 @@
 
 Measured on the distribution of the token that follows the prompt: KL(exact || blended) in nats,
 and whether the most likely token stays the same, or is one that exact prefill holds for at least
-half as likely as its own: of two near equals, either is an answer. Blending is an approximation, so a sound build
-does not reach zero. The budget is a guard against what ruins answers: a prompt whose answer needs
-another document's text, read from KV that knows nothing of it, costs several nats, while the
-spread between equally good continuations costs tenths. The share of equal top tokens is counted
-from ``FEWEST`` prompts on: with fewer, one near tie is the difference between pass and fail.
+half as likely as its own: of two near equals, either is an answer. Blending is an approximation, so
+a sound build does not reach zero. The budget is a guard against what ruins answers: a prompt whose
+answer needs another document's text, read from KV that knows nothing of it, costs several nats,
+while the spread between equally good continuations costs tenths. The share of equal top tokens is
+counted from ``FEWEST`` prompts on: with fewer, one near tie is the difference between pass and
+fail.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class BatchAttention:
         self._device_rows: FlashInferRows | None = None
 
     def stage(self, segments: list[RowSegment], copies: list[tuple[int, Incoming]]) -> None:
-        """``copies``: (first layer, tokens): each is brought in at that layer and all later ones."""
+        """``copies``: (first layer, tokens): each is brought in at that layer and all later
+        ones."""
         self.segments = segments
         self.copies = copies
         self._device_rows = None
@@ -223,8 +224,8 @@ class QuestionAttention:
     ) -> torch.Tensor:
         """All scratch rows in a sliding-window layer.
 
-        In plain torch. Between keys with holes, each row's window begins at another index, which the
-        kernel does not serve; a few rows and one window make little work.
+        In plain torch. Between keys with holes, each row's window begins at another index, which
+        the kernel does not serve; a few rows and one window make little work.
         """
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read

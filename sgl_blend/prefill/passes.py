@@ -104,7 +104,8 @@ def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
 
 
 def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
-    """(check layer, tokens kept after it) for a ``Need.DEVIATION`` piece; the last is the budget."""
+    """(check layer, tokens kept after it) for a ``Need.DEVIATION`` piece; the last is the
+    budget."""
     n, ratio = b.tokens.count, b.plan.ratio
     kept = [budget_of(n, min(1.0, ratio * m)) for m in config.multipliers()]
     kept[-1] = b.recomputed()

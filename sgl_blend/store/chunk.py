@@ -224,7 +224,8 @@ class BodyView:
         return self.buf[: 4 * self.header.n_tokens].view(np.int32)
 
     def layer(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """K [n_tokens, n_kv_heads, head_dim] and V [n_tokens, n_kv_heads, v_head_dim] of layer i."""
+        """K [n_tokens, n_kv_heads, head_dim] and V [n_tokens, n_kv_heads, v_head_dim] of layer
+        i."""
         if not self.first <= i < self.last:
             raise ProtocolError(f"layer {i} is not in the loaded range [{self.first}, {self.last})")
         h, lay = self.header, self.header.layout

@@ -178,10 +178,11 @@ class LoadingController:
         prefill: PrefillSpeed,
         tiers: Mapping[str, TierSpeed],
     ) -> LoadPlan:
-        """Which chunks to load so that the prefill ends soonest. Raises ConfigError on unknown tiers.
+        """Which chunks to load so that the prefill ends soonest. Raises ConfigError on unknown
+        tiers.
 
-        Tiers load side by side; one tier's loads queue. Chunks whose loading is most expensive for the
-        compute it saves are recomputed first; every such cut is tried.
+        Tiers load side by side; one tier's loads queue. Chunks whose loading is most expensive for
+        the compute it saves are recomputed first; every such cut is tried.
         """
         for chunk in chunks:
             if chunk.tier not in tiers:

@@ -50,9 +50,9 @@ class StoreService:
     """See the module's docstring. Its methods are the scheduler's and wait for nothing.
 
     pool: where new chunks are copied from. connected: called with each client that has met its
-    store. tally: counts what comes of it all. Threads are daemons: a store that hangs keeps no server
-    from ending. Raises nothing after construction; a store that is away is a miss, and found again
-    when it is back.
+    store. tally: counts what comes of it all. Threads are daemons: a store that hangs keeps no
+    server from ending. Raises nothing after construction; a store that is away is a miss, and found
+    again when it is back.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class StoreService:
             thread.start()
 
     def request(self, wish: Wish) -> Load:
-        """Start a load. Where too many are waiting already, it is over at once and brings nothing."""
+        """Start a load. Where too many are waiting already, it is over at once and brings
+        nothing."""
         load = Load(wish, self.rules, self.speeds, self.tally)
         try:
             self._loads.put_nowait(load)

@@ -1,4 +1,5 @@
-"""What comes of loads and of new chunks, counted; what goes wrong with the store, logged as well."""
+"""What comes of loads and of new chunks, counted; what goes wrong with the store, logged as
+well."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ class Tally:
     ``failed`` (an error of the store, now or in between), ``dropped`` (not begun: too many are
     waiting, or the store is to be emptied first), ``closed`` (the request had gone).
     chunks, by outcome: ``stored``, ``known`` (there already, enough copies of its tokens are, or
-    another client is storing it), ``refused`` (no room, too large, damaged), ``lost`` (the device gave its memory away
-    before it was copied), ``failed`` (an error of the store), ``dropped`` (as for loads).
-    errors, by (call, reason): ``connect``, ``look up``, ``load``, ``extend``, ``store``, ``empty``;
-    the reason is the error's type.
+    another client is storing it), ``refused`` (no room, too large, damaged), ``lost`` (the device
+    gave its memory away before it was copied), ``failed`` (an error of the store), ``dropped`` (as
+    for loads). errors, by (call, reason): ``connect``, ``look up``, ``load``, ``extend``,
+    ``store``, ``empty``; the reason is the error's type.
     """
 
     def __init__(self, export: Export | None = None) -> None:

@@ -112,7 +112,8 @@ class ChunkRadixCache(RadixCache):
         self.strong = strong_table(strong)
         self._fingerprint = fingerprint
         self._tenants: dict[tuple[str | None, str | None], bytes] = {}
-        #: called with what the tree has newly taken in (``engine.request.store_tier.StoreTier.offer``)
+        #: called with what the tree has newly taken in
+        #: (``engine.request.store_tier.StoreTier.offer``)
         self.on_fresh: Callable[..., None] | None = None
         #: called when the tree has been emptied (``engine.request.store_tier.StoreTier.forget``)
         self.on_reset: Callable[[], None] | None = None

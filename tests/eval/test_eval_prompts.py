@@ -1,5 +1,5 @@
-"""How ``sgl-blend eval`` asks: prompts, settings and where documents begin. Needs: CPU; no server and no
-model but a tokenizer that is made here."""
+"""How ``sgl-blend eval`` asks: prompts, settings and where documents begin. Needs: CPU; no server
+and no model but a tokenizer that is made here."""
 
 from dataclasses import replace
 

@@ -1,5 +1,5 @@
-"""The order in which ``sgl-blend eval`` asks, before a client that answers from a script. Needs: CPU.
-The protocol through a real server is tested in ``tests/server/test_eval_server.py``."""
+"""The order in which ``sgl-blend eval`` asks, before a client that answers from a script. Needs:
+CPU. The protocol through a real server is tested in ``tests/server/test_eval_server.py``."""
 
 import itertools
 import math

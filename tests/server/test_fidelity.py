@@ -68,7 +68,8 @@ def test_the_default_beats_hkvd(measured):
 
 @pytest.mark.parametrize("shipped", NAMES)
 def test_the_default_holds_where_the_question_lies_in_a_later_piece(shipped):
-    """Chunked prefill: every piece but the last is selected for a question that it does not hold."""
+    """Chunked prefill: every piece but the last is selected for a question that it does not
+    hold."""
     size = 256
     rows, samples = _rows(
         shipped, {"one": 6, "joint": 4}, ("default",), "--chunked-prefill-size", str(size)

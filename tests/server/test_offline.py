@@ -38,7 +38,8 @@ def main():
     except ValueError as e:
         bad = str(e)
     engine.shutdown()
-    print("\\nRESULT " + json.dumps([out["meta_info"]["prompt_tokens"], out["meta_info"].get("blend"), bad]))
+    print("\\nRESULT " + json.dumps([out["meta_info"]["prompt_tokens"],
+    out["meta_info"].get("blend"), bad]))
 
 if __name__ == "__main__":
     main()

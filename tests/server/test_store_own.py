@@ -1,5 +1,5 @@
-"""A server's own store, which nothing has to run beside it: restarts, its end, its death. Needs: CPU,
-real servers."""
+"""A server's own store, which nothing has to run beside it: restarts, its end, its death. Needs:
+CPU, real servers."""
 
 from __future__ import annotations
 

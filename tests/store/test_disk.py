@@ -295,7 +295,8 @@ while True:
 
 
 def test_kill_at_any_moment_loses_nothing_acknowledged(tmp_path):
-    """Twelve kill -9 at random moments, one directory: every acknowledged chunk reads back whole."""
+    """Twelve kill -9 at random moments, one directory: every acknowledged chunk reads back
+    whole."""
     root = tmp_path / "d"
     rng = np.random.default_rng(11)
     alive: set[int] = set()

@@ -125,7 +125,8 @@ def test_disk_full(tmp_path):
 
 
 def test_a_file_system_without_space(tmp_path):
-    """A real ENOSPC, for chunks and for the index: a small tmpfs in a mount namespace of its own."""
+    """A real ENOSPC, for chunks and for the index: a small tmpfs in a mount namespace of its
+    own."""
     disk = tmp_path / "disk"
     disk.mkdir()
     config = _fixed(tmp_path)

@@ -188,7 +188,8 @@ def test_a_failing_backend_is_a_miss_in_time(tmp_path, monkeypatch):
 
 
 def test_backends_that_keep_nothing_are_refused():
-    """SGLang's ``shm`` answers every write with success and has nothing; ``sim`` has other bytes."""
+    """SGLang's ``shm`` answers every write with success and has nothing; ``sim`` has other
+    bytes."""
     for backend in ("shm", "sim"):
         with pytest.raises(ConfigError, match="does not give back") as caught:
             HiCacheObjects(backend)

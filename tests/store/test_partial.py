@@ -143,7 +143,8 @@ def test_damage_in_a_later_range_spares_the_earlier_ones(stored):
 
 
 def test_a_whole_read_beside_it(stored):
-    """A whole read of the same chunk takes a place of its own; the later one is dropped at its end."""
+    """A whole read of the same chunk takes a place of its own; the later one is dropped at its
+    end."""
     driver, header, body = stored
     first = ask(stored, ONE, FIRST)
     bring_up(driver, TWO, [header.key])

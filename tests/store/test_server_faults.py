@@ -1,4 +1,5 @@
-"""A store's loop that something goes wrong in: replies nobody takes, callbacks and chores that fail."""
+"""A store's loop that something goes wrong in: replies nobody takes, callbacks and chores that
+fail."""
 
 from __future__ import annotations
 

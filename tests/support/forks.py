@@ -3,10 +3,10 @@
 Importing SGLang takes most of a server's start: 10 s of processor time in each of its processes.
 ``Forks`` starts a process that imports it once; each server is a child of that which runs the
 module ``sglang.launch_server`` as ``python -m`` does, in a session and with an environment of its
-own, and forks its scheduler and detokenizer where SGLang would spawn them. Servers that set SGLang's
-variables are started as usual: some of its modules read them when they are imported. So are those
-whose command line is not ``harness.server``'s own (which leaves SGLang's warm-up request out).
-Needs: CPU, a POSIX system.
+own, and forks its scheduler and detokenizer where SGLang would spawn them. Servers that set
+SGLang's variables are started as usual: some of its modules read them when they are imported. So
+are those whose command line is not ``harness.server``'s own (which leaves SGLang's warm-up request
+out). Needs: CPU, a POSIX system.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class Docs:
         return [self.rng.randint(FIRST_ID, LAST_ID) for _ in range(n)]
 
     def prompt(self, order: Iterable[int], question: int = 40, system: int = 12) -> list[int]:
-        """``<s> system docs <|sep|> question``, nothing between documents, with a fresh system prompt and question."""
+        """``<s> system docs <|sep|> question``, nothing between documents, with a fresh system
+        prompt and question."""
         body = [t for i in order for t in self.docs[i]]
         return [1, *self.tokens(system), *body, SEP, *self.tokens(question)]
 

@@ -1,7 +1,7 @@
 """A HiCache backend as a third party would write it: only what is abstract, in files of a folder.
 
-Its faults are called for by files in that folder: ``hang`` (until it is gone), ``fail``, ``refuse``,
-``garble``. For ``backend: dynamic`` in test_store_hicache.py.
+Its faults are called for by files in that folder: ``hang`` (until it is gone), ``fail``,
+``refuse``, ``garble``. For ``backend: dynamic`` in test_store_hicache.py.
 """
 
 from __future__ import annotations

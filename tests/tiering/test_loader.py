@@ -147,8 +147,8 @@ def test_layer_by_layer_from_disk(client, store, shm, monkeypatch):
 
 
 def test_a_prompt_larger_than_what_may_be_lent_comes_in_part_and_whole_in_layers(tmp_path):
-    """Half of the store's memory may be lent out; a prompt from disk that needs more gets what fits,
-    with all of its layers, not everything up to some layer and then nothing."""
+    """Half of the store's memory may be lent out; a prompt from disk that needs more gets what
+    fits, with all of its layers, not everything up to some layer and then nothing."""
     config = StoreConfig(
         endpoints=(f"ipc://{tmp_path}/s",),
         memory_bytes=16 << 20,

@@ -1,4 +1,5 @@
-"""Chunking: cuts, suffix start, digests. Needs: CPU, numpy, hypothesis; neither torch nor SGLang."""
+"""Chunking: cuts, suffix start, digests. Needs: CPU, numpy, hypothesis; neither torch nor
+SGLang."""
 
 from __future__ import annotations
 

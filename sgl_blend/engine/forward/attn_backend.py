@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class BlendAttnBackend:
     """Runs ``core`` in place of attention; everything else is the wrapped backend's.
 
-    ``core``: :class:`~sgl_blend.prefill.attention.BatchAttention` (rows whose KV is written to the pool)
-    or :class:`~sgl_blend.prefill.attention.QuestionAttention` (scratch rows; nothing is written).
+    ``core``: :class:`~sgl_blend.prefill.attention.BatchAttention` (rows whose KV is written to the
+    pool) or :class:`~sgl_blend.prefill.attention.QuestionAttention` (scratch rows; nothing is
+    written).
     """
 
     def __init__(self, base: AttentionBackend, core: RowAttention) -> None:
@@ -71,7 +72,8 @@ class BlendAttnBackend:
 
 
 class ScoringAttnBackend:
-    """The wrapped backend's attention, and the rows' scores at the layer where they are measured."""
+    """The wrapped backend's attention, and the rows' scores at the layer where they are
+    measured."""
 
     def __init__(
         self,

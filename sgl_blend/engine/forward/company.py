@@ -50,7 +50,8 @@ PRUNED = frozenset(
 EMBEDDED = frozenset({"replace_embeds", "replace_positions"})
 #: The whole batch's slots for its whole forward; nothing on the path of pruned rows reads them.
 SLOTS = frozenset("kv_loc_plan kv_loc_cols out_cache_loc_virtual out_cache_loc_is_physical".split())
-#: Set for a request that is prepared by rows or positions of the whole batch: no request is blended.
+#: Set for a request that is prepared by rows or positions of the whole batch: no request is
+#: blended.
 PREVENTS = {
     # As SGLang prepares it, such a batch holds fewer embeddings than rows.
     "input_embeds": "input embeddings in the batch",
@@ -119,7 +120,8 @@ def _notes_experts_of_each_token() -> bool:
 
 
 def capture_nothing(forward_batch: ForwardBatch) -> None:
-    """No request of the batch asks for hidden states: the server captures them only in case one does."""
+    """No request of the batch asks for hidden states: the server captures them only in case one
+    does."""
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 
     forward_batch.capture_hidden_mode = CaptureHiddenMode.NULL

@@ -63,7 +63,8 @@ def weights_digest(model: torch.nn.Module) -> bytes:
                         digest.update(block)
     except (RuntimeError, TypeError) as e:
         logger.warning(
-            "sgl-blend: the weights cannot be identified (%s: %s); no other server reuses what this "
+            "sgl-blend: the weights cannot be identified (%s: %s); no other server reuses what "
+            "this "
             "one stores, and neither does this one after a restart",
             name,
             " ".join(str(e).split()),

@@ -5,9 +5,9 @@ Seams (SGLang 0.5.23): ``Model.forward_split_prefill(input_ids, positions, forwa
 ``forward_batch.residual_stream`` (``layers/layer_boundary/residual/``), Gemma's in
 ``forward_batch.residual``; ``forward_context(replace(get_forward_context(), attn_backend=...))``.
 What SGLang keeps by the batch's rows goes along: embeddings that replace the tokens' own reach the
-model's ``forward`` as ``input_embeds``; ``LoRAManager.prepare_lora_batch`` says which rows are which
-adapter's; ``LogitsProcessorOutput.hidden_states`` and ``RoutedExpertsCapturer`` are read by the
-whole batch's rows afterwards.
+model's ``forward`` as ``input_embeds``; ``LoRAManager.prepare_lora_batch`` says which rows are
+which adapter's; ``LogitsProcessorOutput.hidden_states`` and ``RoutedExpertsCapturer`` are read by
+the whole batch's rows afterwards.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class ModelSlices:
             self.lora.prepare_lora_batch(self.fb)
 
     def _spread_experts(self, first: int, last: int) -> None:
-        """Put the experts that the layers have noted row by row where the whole batch's rows are."""
+        """Put the experts that the layers have noted row by row where the whole batch's rows
+        are."""
         capturer = get_global_experts_capturer()
         if capturer is not None and self._rows is not None:
             noted = capturer.device_cache.buffer

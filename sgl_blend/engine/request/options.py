@@ -61,7 +61,8 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
             )
         if coverage and POLICIES.get(policy).need is Need.NOTHING:
             raise RequestError(
-                f"custom_params.blend_coverage is {coverage}: policy {policy!r} has no score to cover"
+                f"custom_params.blend_coverage is {coverage}: policy {policy!r} has no score to "
+                "cover"
             )
 
     boundaries = _boundaries(custom_params, prompt_tokens)

@@ -1,8 +1,9 @@
 """Weights that are replaced while the server runs, as far as stored chunks are concerned.
 
-Seams (SGLang 0.5.23): AROUND the four ``update_weights_from_*`` of ``SchedulerWeightUpdaterManager``
-and its ``end_weight_update``; BEFORE its ``flush_cache_after_weight_update``, which is called once
-the served model has new weights, whether or not the cache can be flushed then.
+Seams (SGLang 0.5.23): AROUND the four ``update_weights_from_*`` of
+``SchedulerWeightUpdaterManager`` and its ``end_weight_update``; BEFORE its
+``flush_cache_after_weight_update``, which is called once the served model has new weights, whether
+or not the cache can be flushed then.
 """
 
 from __future__ import annotations

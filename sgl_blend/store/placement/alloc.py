@@ -80,7 +80,8 @@ class Allocator:
         self._insert(at, size)
 
     def alloc(self, n: int, phase: int | None = None) -> int | None:
-        """phase: how many bytes into a page the offset shall lie; else it is a GRANULE's multiple."""
+        """phase: how many bytes into a page the offset shall lie; else it is a GRANULE's
+        multiple."""
         need = round_up(n)
         if phase is None:
             at = self._find(need)

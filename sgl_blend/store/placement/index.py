@@ -54,7 +54,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     def of(
         cls, header: ChunkHeader, packed: bytes | None = None, chunk_id: bytes | None = None
     ) -> Entry:
-        """A new entry that lies nowhere yet. packed, chunk_id: where the caller has them already."""
+        """A new entry that lies nowhere yet. packed, chunk_id: where the caller has them
+        already."""
         return cls(
             chunk_id=chunk_id or header.chunk_id,
             file_key=header.namespace + header.key,

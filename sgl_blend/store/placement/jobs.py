@@ -85,7 +85,8 @@ class Jobs:
         return n
 
     def close(self) -> None:
-        """Drop what has not begun. What is under way goes on, and is heard of no more. Idempotent."""
+        """Drop what has not begun. What is under way goes on, and is heard of no more.
+        Idempotent."""
         for name, lane in self._lanes.items():
             try:
                 while True:

@@ -25,8 +25,8 @@ def _arena_size(entry: Entry) -> int:
 class MemoryTier:
     """Single-threaded. ``on_evict(entry)`` is called after an entry lost its place here.
 
-    A region is either an entry's (``place``), or held by the caller that allocated it and given back with
-    ``release``. Entries with ``refs`` are never evicted.
+    A region is either an entry's (``place``), or held by the caller that allocated it and given
+    back with ``release``. Entries with ``refs`` are never evicted.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class MemoryTier:
         self._alloc.grow(self.arena.backed - self._alloc.capacity)
 
     def grow_ahead(self, jobs: Jobs) -> None:
-        """Back the next step in a worker thread before it is needed: zeroing pages takes a while."""
+        """Back the next step in a worker thread before it is needed: zeroing pages takes a
+        while."""
         have = self._alloc.capacity
         step = min(GROW_STEP, self.arena.capacity - have)
         roomy = have - self._alloc.used > GROW_STEP // 2

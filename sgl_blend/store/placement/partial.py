@@ -21,7 +21,8 @@ OnRange = Callable[["PartialBody | None", ChunkHeader | None], None]
 class PartialBody:
     """One body in the making. offset: of the whole body. holds: reads under way or to come, and
     readers; the last one to let go gives the memory back, unless all of it came and it became the
-    entry's. waiting: ranges that a reader asked for. ahead: ranges that will be asked for, read meanwhile."""
+    entry's. waiting: ranges that a reader asked for. ahead: ranges that will be asked for, read
+    meanwhile."""
 
     __slots__ = (
         "entry",

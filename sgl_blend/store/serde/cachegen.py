@@ -39,8 +39,8 @@ def _codec() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
 
 
 class CacheGenSerde(LossySerde):
-    """A part: mode and the two byte planes' lengths, steps float32 [heads * dim], low bytes and high
-    bytes of the zigzag symbols, each [heads * dim, n_tokens] through zstd."""
+    """A part: mode and the two byte planes' lengths, steps float32 [heads * dim], low bytes and
+    high bytes of the zigzag symbols, each [heads * dim, n_tokens] through zstd."""
 
     name = "cachegen"
 

@@ -36,7 +36,8 @@ class Waiting(Protocol):
 
 
 class Lending:
-    """quota: bytes that one client may hold. frame_bytes: queued in sockets. waiting: by any key."""
+    """quota: bytes that one client may hold. frame_bytes: queued in sockets. waiting: by any
+    key."""
 
     def __init__(self, res: Residency, clock: Callable[[], float] = time.monotonic):
         self.res, self.clock = res, clock

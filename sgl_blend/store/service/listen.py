@@ -17,7 +17,8 @@ from sgl_blend.store.wire.security import Gate, split_endpoint
 
 
 class Door(NamedTuple):
-    """One endpoint. address: as bound. all_admins: every client of this endpoint is an administrator."""
+    """One endpoint. address: as bound. all_admins: every client of this endpoint is an
+    administrator."""
 
     router: zmq.Socket
     address: str

@@ -1,5 +1,5 @@
-"""One ``prepare_load`` or ``extend_load`` on its way: gathers chunks from wherever they lie, replies
-once.
+"""One ``prepare_load`` or ``extend_load`` on its way: gathers chunks from wherever they lie,
+replies once.
 
 It replies when every key is readable or known missing, or at its deadline with what is readable
 by then; what is read later stays in memory for the next reader.
@@ -25,7 +25,8 @@ Answer = TypeVar("Answer")
 
 
 class _Gathering(Generic[Answer]):
-    """One answer for each of ``count`` things, and one reply: by the last answer, or by the deadline."""
+    """One answer for each of ``count`` things, and one reply: by the last answer, or by the
+    deadline."""
 
     def __init__(self, lending: Lending, client: Client, request, reply, count: int, none: Answer):
         self.lending, self.res = lending, lending.res

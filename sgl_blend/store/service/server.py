@@ -133,7 +133,8 @@ class StoreServer:
         return 0
 
     def _guarded(self, step: Callable[..., None], *args: object) -> None:
-        """The loop's steps serve everyone: what goes wrong in one of them must not end the store."""
+        """The loop's steps serve everyone: what goes wrong in one of them must not end the
+        store."""
         try:
             step(*args)
         except Exception as e:

@@ -41,11 +41,11 @@ def open_direct(path: Path | str) -> int:
 
 
 def read_into(fd: int, dest: np.ndarray, at: int, before: np.ndarray | None = None) -> int:
-    """Fill ``dest`` (uint8, contiguous) from offset ``at``; returns the bytes read, fewer than asked
-    for only at the end of the file. Any destination will do; see above for a fast one.
+    """Fill ``dest`` (uint8, contiguous) from offset ``at``; returns the bytes read, fewer than
+    asked for only at the end of the file. Any destination will do; see above for a fast one.
 
-    before: whole pages, ``aligned``, for the bytes in front of ``at`` (a multiple of PAGE then), which
-    come along in the same read; what they lack of the file is left as it was.
+    before: whole pages, ``aligned``, for the bytes in front of ``at`` (a multiple of PAGE then),
+    which come along in the same read; what they lack of the file is left as it was.
 
     Raises OSError.
     """

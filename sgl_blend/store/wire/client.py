@@ -177,10 +177,10 @@ class StoreClient(Caller):
         wait_s: float | None = None,
         deadline_s: float | None = None,
     ) -> list[bool]:
-        """Make further ``layers`` of loaded chunks readable, in ``LoadedChunk.whole``. True for each
-        chunk where they are; False for a miss, for chunks that came as frames, and for those held of
-        a store that is gone. wait_s: as in ``prepare_load``. Where it raises, the chunks stay held
-        as they were."""
+        """Make further ``layers`` of loaded chunks readable, in ``LoadedChunk.whole``. True for
+        each chunk where they are; False for a miss, for chunks that came as frames, and for those
+        held of a store that is gone. wait_s: as in ``prepare_load``. Where it raises, the chunks
+        stay held as they were."""
         part = LayerRange(*layers)
         if not part.valid:
             raise ProtocolError(f"{part} is no range of layers")

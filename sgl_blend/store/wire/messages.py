@@ -173,7 +173,8 @@ class Reply(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):
-    """held_bytes: most memory that one client may hold lent out; 0 from a server that says nothing."""
+    """held_bytes: most memory that one client may hold lent out; 0 from a server that says
+    nothing."""
 
     batch: Count
     chunk_bytes: Size

@@ -40,9 +40,9 @@ _F_ADD_SEALS, _F_SEAL_SHRINK = 1033, 0x0002
 _GREETING = struct.Struct("<8s16sQQ")
 _GREETING_MAGIC = b"SGLBSHM1"
 GROW_STEP = 64 << 20
-#: How long a client looks for its answer before it sleeps. The store answers in tens of microseconds,
-#: and a thread that sleeps takes as long to wake: gets of single 1 MiB chunks went from 50 to 61 % of
-#: memcpy's speed, of 4 MiB from 85 to 96 %.
+#: How long a client looks for its answer before it sleeps. The store answers in tens of
+#: microseconds, and a thread that sleeps takes as long to wake: gets of single 1 MiB chunks went
+#: from 50 to 61 % of memcpy's speed, of 4 MiB from 85 to 96 %.
 _SPIN_S = 5e-5
 
 

@@ -40,8 +40,8 @@ class LoadedChunk:
 
     @property
     def whole(self) -> np.ndarray | None:
-        """uint8 [body_bytes]: the whole body's place in shared memory, of which only the loaded layers
-        (and those of ``extend_load``) may be read; None for what came as frames."""
+        """uint8 [body_bytes]: the whole body's place in shared memory, of which only the loaded
+        layers (and those of ``extend_load``) may be read; None for what came as frames."""
         if self._mapping is None:
             return None
         begin = 0 if self.layers is None else self.header.layer_range(*self.layers)[0]

@@ -30,7 +30,8 @@ class Ask:
 class Outcome:
     """logits fp32 [vocab] of the prompt's last row. k, v: per layer [prompt, heads, dim], as the
     pool held them after the prefill, in its dtype. pieces: our planner's, one a prefill step,
-    None where its batch had no plan; ends: where each step ended. report: ``meta_info["blend"]``. tokens: greedy output."""
+    None where its batch had no plan; ends: where each step ended. report: ``meta_info["blend"]``.
+    tokens: greedy output."""
 
     logits: torch.Tensor
     k: list[torch.Tensor]

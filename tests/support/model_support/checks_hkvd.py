@@ -33,7 +33,8 @@ def _cached(world: World, tokens: list[int], spans: Any) -> dict[int, Any]:
 
 
 def _compare(world: World, ask: Ask) -> int:
-    """How many tokens were kept at each check layer, all of them by both; returns the last count."""
+    """How many tokens were kept at each check layer, all of them by both; returns the last
+    count."""
     world.stock()
     with watch() as chosen:
         [ours] = world.engine.run(ask)

@@ -17,7 +17,8 @@ import torch
 
 
 class Kv(NamedTuple):
-    """Per layer: raw (keys before the rotation) and v, [tokens, heads, dim]; logits of the last row."""
+    """Per layer: raw (keys before the rotation) and v, [tokens, heads, dim]; logits of the last
+    row."""
 
     raw: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -30,8 +31,8 @@ class RefPiece:
 
     fixed: positions that are recomputed, for policies without a score. budgets: tokens kept after
     each check layer (hkvd), or the one budget (query). cover: (share of the score, least tokens),
-    for the last of them. question: positions; smoothing: how many positions away a token's attention
-    still counts (query).
+    for the last of them. question: positions; smoothing: how many positions away a token's
+    attention still counts (query).
     """
 
     begin: int
