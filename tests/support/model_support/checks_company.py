@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
+from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from model_support.asks import Ask, Outcome
@@ -226,7 +227,7 @@ def experts(models: str, arch: str, page_size: int) -> dict[str, Any]:
     """In a child, of a server that notes each token's experts by its slot: a neighbour's, and those
     of a blended request's exact tokens, which others may have back as cached, are full prefill's."""
     model = model_for(Path(models), arch)
-    with _unpinned():
+    with _unpinned(), mock.patch.dict(common.ALLOC_MEMORY_FUNCS, {"cpu": _plain_memory}):
         engine = Engine(model, page_size=page_size, args=["--enable-return-routed-experts"])
         world = World(engine, model)
         cache = get_global_experts_capturer().host_cache.buffer
@@ -237,7 +238,7 @@ def experts(models: str, arch: str, page_size: int) -> dict[str, Any]:
             snapshot(one)
             n = len(one.req.origin_input_ids)
             slots = engine.rows.req_to_token[one.req.kv.req_pool_idx, :n].to(torch.int64)
-            one.req.hidden_states = [cache[slots].clone(), engine_labels(one)]
+            one.req.hidden_states = [cache[slots].clone(), _exact_tokens(one)]
 
         def neighbour() -> Ask:
             tokens, _ = world.desk.prompt((0, 3), 5)
@@ -263,7 +264,12 @@ def experts(models: str, arch: str, page_size: int) -> dict[str, Any]:
     return {"cases": cases}
 
 
-def engine_labels(one: Any) -> torch.Tensor:
+def _plain_memory(shape: tuple[int, ...], dtype: torch.dtype, **_: Any) -> torch.Tensor:
+    """In place of memory that is registered with an accelerator."""
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _exact_tokens(one: Any) -> torch.Tensor:
     """bool [prompt]: which tokens are labelled exact."""
     if one.labels is None:
         return torch.ones(len(one.req.origin_input_ids), dtype=torch.bool)

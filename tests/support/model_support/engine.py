@@ -294,7 +294,10 @@ class Engine:
             )
             planned = attach.PIECES.get(forward)
             self._pieces = None if planned is None else planned.pieces
-            self.output = out = self.runner.forward(forward).logits_output
+            ran = self.runner.forward(forward)
+            self.output = out = ran.logits_output
+            if ran.routed_experts_output is not None:
+                ran.routed_experts_output.finalize()
         return out.next_token_logits.float().clone()
 
     def _snapshot(self, one: _Live) -> None:
