@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from sgl_blend.config import BLEND
+from sgl_blend.config import BLEND, BlendConfig
+from sgl_blend.engine.launch.own_store import store_options
 from sgl_blend.errors import ConfigError
 from sgl_blend.option_kinds import parse_size, size_text
 from sgl_blend.options import OptionSet, check_bounds, option
@@ -180,6 +181,33 @@ def test_a_child_store_takes_what_its_parent_resolved_and_no_variable(monkeypatc
     config = StoreConfig(memory_bytes=1 << 30, remote_options=(("host", "a"),))
     monkeypatch.setenv("SGL_CHUNK_STORE_DISK_PATH", "/elsewhere")
     assert decode_config(encode_config(config)) == config
+
+
+@pytest.fixture
+def store_file(tmp_path):
+    path = tmp_path / "store.yaml"
+    path.write_text(f"memory_bytes: 3GiB\ndisk_path: {tmp_path}\ndisk_bytes: 5GiB\n")
+    return str(path)
+
+
+def test_the_own_stores_file_is_not_overruled_by_what_the_server_leaves_open(store_file):
+    """``store_memory: auto`` and the default of ``store_disk`` took its place."""
+    options = store_options(BlendConfig(store_config=store_file))
+    assert (options.memory_bytes, options.disk_bytes) == (3 << 30, 5 << 30)
+    stated = BlendConfig(store_config=store_file, store_memory="2GiB", store_disk="1GiB")
+    options = store_options(stated)
+    assert (options.memory_bytes, options.disk_bytes) == (2 << 30, 1 << 30)
+
+
+def test_the_own_stores_memory_goes_by_what_is_free(monkeypatch):
+    for free, memory in ((1 << 30, 256 << 20), (64 << 30, 4 << 30), (1 << 40, 16 << 30)):
+        monkeypatch.setattr("sgl_blend.host_memory.available_memory", lambda free=free: free)
+        assert store_options(BlendConfig()).memory_bytes == memory
+
+
+def test_a_disks_bound_without_a_disk_is_refused():
+    with pytest.raises(ConfigError, match="store_disk is '1GiB', but the store has no disk"):
+        store_options(BlendConfig(store_disk="1GiB"))
 
 
 def test_sizes_in_text():

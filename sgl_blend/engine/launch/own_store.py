@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
-from sgl_blend.config import BlendConfig
-from sgl_blend.errors import StoreError
+from sgl_blend.config import BLEND, BlendConfig
+from sgl_blend.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+    from sgl_blend.store.config import StoreConfig
     from sgl_blend.store.embedded import EmbeddedStore
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,32 @@ _LEAST, _MOST = 256 << 20, 16 << 30
 
 #: stores that this process has started; each ends with the process
 _stores: list[EmbeddedStore] = []
+
+
+def store_options(config: BlendConfig) -> StoreConfig:
+    """Options of the own store: the server's, over the store's variables, over ``store_config``.
+
+    Raises :class:`ConfigError`, also for a ``store_disk`` that would bound no disk.
+    """
+    from sgl_blend.host_memory import available_memory
+    from sgl_blend.store.config import load_config
+
+    given: dict[str, Any] = {"disk_path": config.store_disk_path or None}
+    defaults: dict[str, Any] = {}
+    if config.store_memory == "auto":
+        # The store's own file or variables may say it.
+        defaults["memory_bytes"] = min(_MOST, max(_LEAST, available_memory() // 16))
+    else:
+        given["memory_bytes"] = config.store_memory
+    stated = config.store_disk_path or config.store_disk != BLEND["store_disk"].default
+    (given if stated else defaults)["disk_bytes"] = config.store_disk
+    options = load_config(config.store_config or None, defaults=defaults, **given)
+    if options.disk_path is None and config.store_disk != BLEND["store_disk"].default:
+        raise ConfigError(
+            f"blend option store_disk is {config.store_disk!r}, but the store has no disk: give "
+            "store_disk_path too"
+        )
+    return options
 
 
 def start_store(server_args: ServerArgs) -> None:
@@ -33,20 +60,10 @@ def start_store(server_args: ServerArgs) -> None:
         return
     if attach.STORE.get(server_args) is not None:
         return
-    from sgl_blend.host_memory import available_memory
-    from sgl_blend.store.config import load_config
     from sgl_blend.store.embedded import EmbeddedStore
     from sgl_blend.store.tiers.disk import HELD
 
-    given: dict[str, Any] = {"disk_path": config.store_disk_path or None}
-    defaults: dict[str, Any] = {}
-    if config.store_memory == "auto":
-        # The store's own file or variables may say it.
-        defaults["memory_bytes"] = min(_MOST, max(_LEAST, available_memory() // 16))
-    else:
-        given["memory_bytes"] = config.store_memory
-    (given if config.store_disk_path else defaults)["disk_bytes"] = config.store_disk
-    options = load_config(config.store_config or None, defaults=defaults, **given)
+    options = store_options(config)
     # A server that was ended a moment ago may still be writing to the same disk.
     patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
     waited = False
