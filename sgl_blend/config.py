@@ -284,7 +284,8 @@ class BlendConfig:
 
 #: Every variable that the environment may hold beside the options, by what follows the prefix
 VARIABLES = {
-    "ENABLE": "1 switches blending on, as --enable-blend does; for sglang.Engine, which takes no flags",
+    "ENABLE": "1 switches blending on, as --enable-blend does; "
+    "for sglang.Engine, which takes no flags",
     "CONFIG": "path of a YAML file with options, as --blend-config",
     "CACHE_DIR": "folder of the compiled CPU kernels (default: ~/.cache/sgl_blend)",
 }
@@ -292,9 +293,12 @@ VARIABLES = {
 #: Variables of others that this package reads: what they change here
 READ_BESIDE = {
     "CXX": "C++ compiler of the CPU kernels (default: c++, then g++)",
-    "SGLANG_USE_CPU_ENGINE": "1: SGLang's own CPU engine runs the model, not the CPU platform of this package",
-    "XDG_RUNTIME_DIR": "folder of the usual address of a chunk store (default: /tmp/sgl-blend-<user id>)",
-    "OMP_NUM_THREADS": "CPU server: threads a process (default: the usable CPUs, divided by the ranks)",
+    "SGLANG_USE_CPU_ENGINE": "1: SGLang's own CPU engine runs the model, "
+    "not the CPU platform of this package",
+    "XDG_RUNTIME_DIR": "folder of the usual address of a chunk store "
+    "(default: /tmp/sgl-blend-<user id>)",
+    "OMP_NUM_THREADS": "CPU server: threads a process "
+    "(default: the usable CPUs, divided by the ranks)",
     "OMP_WAIT_POLICY": "CPU server: how threads wait (default: PASSIVE, they sleep)",
     "GOMP_SPINCOUNT": "CPU server: where it is set, OMP_WAIT_POLICY is left alone",
     "PYTHONPATH": "a store or server that is started as a child finds this package by it",

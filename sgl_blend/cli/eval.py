@@ -116,7 +116,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--logprob-positions",
         type=int,
         default=r.logprob_positions,
-        help=f"output positions compared; longer answers take a second request ({r.logprob_positions})",
+        help="output positions compared; longer answers take a second request "
+        f"({r.logprob_positions})",
     )
     out.add_argument("--resamples", type=int, default=b.resamples, help=f"({b.resamples})")
     out.add_argument("--confidence", type=float, default=b.confidence, help=f"({b.confidence})")

@@ -78,7 +78,9 @@ USED = (
 #: overridden method -> its parameters
 OVERRIDDEN = {
     "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_remove": "(self, node, medium)",
-    "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_store": "(self, node, medium, session_id)",
+    "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_store": (
+        "(self, node, medium, session_id)"
+    ),
     "sglang.srt.mem_cache.radix_cache.RadixCache._delete_leaf": "(self, node)",
     "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": "(self, key, child, split_len)",
     "sglang.srt.mem_cache.radix_cache.RadixCache.checkpoint": "(self, req, up_to)",

@@ -9,7 +9,10 @@ import sys
 
 from sgl_blend.folders import OwnedFolder
 
-OWN = "from sgl_blend.folders import OwnedFolder as F; f = F({!r}); print(f.path, flush=True); input()"
+OWN = (
+    "from sgl_blend.folders import OwnedFolder as F; "
+    "f = F({!r}); print(f.path, flush=True); input()"
+)
 
 
 def test_an_owned_folder_goes_with_its_owner_or_with_the_next_one(tmp_path, monkeypatch) -> None:
