@@ -299,8 +299,11 @@ READ_BESIDE = {
     "(default: /tmp/sgl-blend-<user id>)",
     "OMP_NUM_THREADS": "CPU server: threads a process "
     "(default: the usable CPUs, divided by the ranks)",
-    "OMP_WAIT_POLICY": "CPU server: how threads wait (default: PASSIVE, they sleep)",
-    "GOMP_SPINCOUNT": "CPU server: where it is set, OMP_WAIT_POLICY is left alone",
+    "OMP_WAIT_POLICY": "CPU server: how threads wait; where it is set, GOMP_SPINCOUNT "
+    "is left alone",
+    "GOMP_SPINCOUNT": "CPU server: turns that a thread waits awake (default: 2000)",
+    "SGLANG_CPU_OMP_THREADS_BIND": "CPU server with several ranks: the CPUs of each "
+    "(default: even shares of the usable ones)",
     "PYTHONPATH": "a store or server that is started as a child finds this package by it",
     "PATH": "where compiler and ninja are searched",
 }
