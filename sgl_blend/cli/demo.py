@@ -58,8 +58,8 @@ def _handbook(asked: Sequence[Asked], speedup: float, pages: int) -> str:
 
     lines = [
         f"\nPart 1. The server has read {pages} pages of a handbook one at a time. Each question "
-        "comes with\nall pages in the prompt, in a new order, and needs one of them; part 2's need "
-        "two documents.\n"
+        "comes with\nall pages in the prompt, in a new order, and needs one of them; some of "
+        "part 2's need two.\n"
     ]
     for a in asked:
         lines.append(f"{a.question.text}")
