@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 from groups import group_of, rank_of
 from polling import eventually
 
@@ -35,7 +36,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark each test by its folder and its group, and put groups that take longest first."""
     groups = {}
     for item in items:
@@ -48,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for at, item in enumerate(items):
         first.setdefault(groups[item], at)
     items.sort(key=lambda item: (rank_of(groups[item]), first[groups[item]]))
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            # The scheduler reads the group from the id. pytest-xdist 3.8 sets an attribute for that
+            # which pytest 9.2 no longer reads.
+            item._id = coerce_node_id(f"{item.nodeid}@{groups[item]}")
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ first, so that both workers end at about the same time.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 #: session servers of tests/server/conftest.py: whatever uses one of them is one group
@@ -15,7 +17,7 @@ SHARED = {"plain", "blend", "_blend", "packed", "_packed"}
 ENGINES = {"broken", "measured", "shipped", "which"}
 #: groups that take minutes, the longest first
 LONGEST = (
-    "shared servers",
+    "shared_servers",
     "tests/server/test_store_tier",
     "tests/server/test_fidelity",
     "tests/server/test_soak",
@@ -27,19 +29,24 @@ LONGEST = (
 
 
 def group_of(item: pytest.Item) -> str:
+    """The name of a test's group, of letters, digits and ``_ - . /``."""
+    return re.sub(r"[^\w./-]+", "_", _group_of(item))
+
+
+def _group_of(item: pytest.Item) -> str:
     """Tests of one file are one group, but for those that use the shared servers, checks of one
     engine, and tests whose engines are children of their own."""
     fixtures = set(getattr(item, "fixturenames", ()))
     file = item.nodeid.split("::")[0].removesuffix(".py")
     if fixtures & SHARED:
-        return "shared servers"
+        return "shared_servers"
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if "checked" in fixtures:
-        return f"{file} {params['arch']} {sorted(params['options'].items())}".replace("@", "")
+        return f"{file} {params['arch']} {sorted(params['options'].items())}"
     for name in sorted(ENGINES & fixtures & params.keys()):
-        return f"{file} {params[name]}".replace("@", "")
+        return f"{file} {params[name]}"
     if "jobs" in fixtures:
-        return f"{file} {item.name}".replace("@", "")
+        return f"{file} {item.name}"
     return file
 
 
