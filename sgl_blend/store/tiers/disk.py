@@ -4,9 +4,8 @@ Why this engine. Measured side by side (``store_bench.py engines``), LMDB with p
 writes and replaces chunks of mixed sizes about as fast (larger ones faster), and reads what is not
 in the page cache more slowly and at two to three times the processor time. It reads through mmap,
 where a truncated file or a bad sector is a SIGBUS that kills the server; here it is a short read
-and a miss. Files are read past the page cache straight into shared memory, by layer ranges if need
-be, and give their space back at once. SQLite is the best-kept crash-safe index there is, comes with
-Python, and reads with ``pread`` too.
+and a miss. Files are read past the page cache straight into shared memory, by layer ranges too, and
+give their space back at once. SQLite is crash-safe, comes with Python, and reads with ``pread``.
 
 Crash safety. A chunk is written to ``tmp/``, synced, renamed into place, then entered in the
 index; ``put`` returns after that. A kill in between leaves a file that no row names: ``tmp/`` is
@@ -66,7 +65,7 @@ create table if not exists chunks(
   mark blob not null, nbytes integer not null, lossy integer not null, pinned integer not null
 )"""
 
-#: why a folder cannot be opened that a running store has
+#: why the folder of a running store cannot be opened
 HELD = "is held by another store"
 
 
