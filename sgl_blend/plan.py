@@ -5,7 +5,8 @@ A *position* is a token's index in its request's sequence (0-based; prompt, then
 
 * ``EXACT`` (0): as full prefill computes it.
 * ``g`` in 1..``MAX_GENERATION``: all layers were computed for this token, over a context in
-  which some KV was blended (``g - 1`` is the highest generation among that context's sources).
+  which some KV was blended (``g - 1`` is the highest generation among the sources of the tokens
+  before it; a source that stays where it was, behind the same text, counts as ``g``).
   It may serve as a chunk source, after exact copies, up to the configured generation.
 * ``BLENDED`` (-1): reused from elsewhere, recomputed in part or not at all. It is never a
   source: errors must not compound.
@@ -46,7 +47,8 @@ class ReuseSpan:
     slots: int64 [length], the source's KV-pool slots, on the pool's device; ``None`` where the KV
     lies in host memory, in ``parts``. tier: ``"device"`` or where the store found it.
     generation: label of the source, 0 for exact. exact: computed at this position behind this
-    very text, so that nothing of it needs to be recomputed.
+    very text, so that nothing of it needs to be recomputed. in_place: the same of a source that
+    is not exact.
     """
 
     start: int
@@ -57,6 +59,7 @@ class ReuseSpan:
     generation: int = EXACT
     parts: tuple[HostPart, ...] = ()
     exact: bool = False
+    in_place: bool = False
 
     @property
     def end(self) -> int:
@@ -65,6 +68,16 @@ class ReuseSpan:
     @property
     def shift(self) -> int:
         return self.start - self.source_start
+
+    @property
+    def next_generation(self) -> int:
+        """Label of a token that is computed behind this span, as far as this span matters.
+
+        KV that stays in place is to what follows as an earlier piece of the same prefill: no
+        further step away from exact KV.
+        """
+        step = 0 if self.in_place and self.generation != EXACT else 1
+        return min(MAX_GENERATION, self.generation + step)
 
     def within(self, begin: int, end: int) -> ReuseSpan | None:
         """What of this span lies in ``[begin, end)``; None when nothing does."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from sgl_blend.errors import BlendError
+from sgl_blend.plan import EXACT
+from sgl_blend.store.chunk import NO_CONTEXT
 
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import ChunkHeader
@@ -55,6 +57,12 @@ class HostChunk:
             self._add(first, last, part.buf[self.header.tokens_bytes if tokens else 0 :])
         self.parts.append(part)
         self.layers = last
+
+    def in_place_at(self, start: int, context: bytes) -> bool:
+        """Was it computed, not exactly, at position ``start`` behind the text of ``context``?"""
+        h = self.header
+        known = start == 0 or context != NO_CONTEXT
+        return h.generation != EXACT and known and (h.start, h.context) == (start, context)
 
     @property
     def extends(self) -> bool:

@@ -50,6 +50,7 @@ def _span(
         generation=chunk.header.generation,
         parts=(HostPart(chunk, first, length),),
         exact=chunk.exact,
+        in_place=chunk.in_place_at(start, candidate.context),
     )
 
 
@@ -62,7 +63,8 @@ def joined(spans: list[ReuseSpan], across_tiers: bool = False) -> list[ReuseSpan
             last is not None
             and last.end == span.start
             and last.shift == span.shift
-            and (last.generation, last.exact) == (span.generation, span.exact)
+            and (last.generation, last.in_place, last.exact)
+            == (span.generation, span.in_place, span.exact)
             and (across_tiers or last.tier == span.tier)
         ):
             out[-1] = replace(last, length=last.length + span.length, parts=last.parts + span.parts)

@@ -65,7 +65,8 @@ class Load:
         marks = np.zeros(len(self.wish.tokens), dtype=np.int64)
         for s in self.spans():
             shift = s.shift + (1 << 40)
-            marks[s.start : s.end] = (shift << 8 | s.generation) << 1 | s.exact
+            label = s.generation << 2 | s.in_place << 1 | s.exact
+            marks[s.start : s.end] = shift << 10 | label
         return marks
 
     def keep(self, agreed: np.ndarray) -> None:

@@ -12,9 +12,8 @@ A request whose ``BlendRecord`` is not all exact has an exact head and an approx
 head goes into the tree as ever, down to a page boundary. The tail stays in the request's row until
 the request has finished, and then becomes a child of the head's node under a *marked* extra key,
 which keeps it out of reach of exact matching. Nodes there carry ``labels``, which say what may
-serve as a source of chunks; tokens of the question (from the source limit to the prompt's end) are
-stored as ``BLENDED`` in any case: no other prompt asks that question. A request that wants the
-same blending finds the tail again through ``prompts.PromptRegistry``.
+serve as a source of chunks. A request that wants the same blending finds the tail again through
+``prompts.PromptRegistry``.
 """
 
 from __future__ import annotations
@@ -279,15 +278,17 @@ class BlendRadixCache(ChunkRadixCache):
                 probe = probe_bytes(req.full_untruncated_fill_ids, n_prompt)
                 self.prompts.add(PromptKey(n_prompt, namespace, tenant, probe), upper)
         if self.config.continuation == "same":
-            self._age(node, parent, n_prompt)
+            question = self.suffix_start(req.origin_input_ids, n_prompt, self._stated)
+            self._age(node, parent, question)
         return node
 
-    def _age(self, node: TreeNode, parent: TreeNode, n_prompt: int) -> None:
-        """An approximate tail in which no chunk of the prompt is anchored only serves a repetition
-        of its own prompt: let eviction take it before any source."""
+    def _age(self, node: TreeNode, parent: TreeNode, question: int) -> None:
+        """Where no chunk before the question is anchored in an approximate tail, it serves only a
+        repetition of its own prompt and the next turn behind it: let eviction take it before any
+        source of documents."""
         tail = []
         while node is not parent:
-            if node.blend.entries and self.index.end(node.blend.entries[0]) <= n_prompt:
+            if node.blend.entries and self.index.end(node.blend.entries[0]) <= question:
                 return
             tail.append(node)
             node = node.parent
@@ -298,15 +299,12 @@ class BlendRadixCache(ChunkRadixCache):
         self, req: Req, record: BlendRecord | None, exact: int, token_ids: array
     ) -> np.ndarray:
         """int8 [len(token_ids)]: labels to store. Behind the exact head nothing is exact, so
-        what the record leaves open there is no source; nor is the question."""
+        what the record leaves open there is no source."""
         n = len(token_ids)
         labels = np.zeros(n, dtype=np.int8) if record is None else record.labels_for(n)
         tail = labels[exact:]
         tail[tail == EXACT] = BLENDED
         labels[:exact] = EXACT
-        n_prompt = len(req.origin_input_ids)
-        limit = self.suffix_start(req.origin_input_ids, n_prompt, self._stated)
-        labels[max(limit, exact) : n_prompt] = BLENDED
         return labels
 
     def _adopt(self, req: Req, row: torch.Tensor, matched: int, node: TreeNode, owned: int) -> None:

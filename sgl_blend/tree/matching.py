@@ -165,7 +165,19 @@ def _touch(node: TreeNode | None) -> None:
         node = node.parent
 
 
-def _span(start: int, length: int, segments: list[Segment]) -> ReuseSpan:
+def _same_text_before(tokens: array, at: int, node, offset: int) -> bool:
+    """Are ``tokens[:at]`` what stands on the path that ends before ``node``'s ``offset``?"""
+    while node.parent is not None:
+        size = min(offset, at)
+        if common_suffix(node.key.token_ids, offset, tokens, at, size) < offset:
+            return False
+        at -= offset
+        node = node.parent
+        offset = 0 if node.parent is None else len(node.key)
+    return at == 0
+
+
+def _span(tokens: array, start: int, length: int, segments: list[Segment]) -> ReuseSpan:
     parts = [s.node.value[s.begin : s.end] for s in segments]
     _touch(segments[-1].node)
     generation = EXACT
@@ -174,12 +186,16 @@ def _span(start: int, length: int, segments: list[Segment]) -> ReuseSpan:
         if labels is not None:
             generation = max(generation, int(labels[s.begin : s.end].max()))
     first = segments[0]
+    source_start = first.node.blend.start + first.begin
+    # An exact source in place would have been the prefix.
+    stays = generation != EXACT and source_start == start
     return ReuseSpan(
         start=start,
         length=length,
-        source_start=first.node.blend.start + first.begin,
+        source_start=source_start,
         slots=parts[0] if len(parts) == 1 else torch.cat(parts),
         generation=generation,
+        in_place=stays and _same_text_before(tokens, start, first.node, first.begin),
     )
 
 
@@ -242,7 +258,7 @@ class _Matcher:
             if found is None or found.length < self.rules.min_span:
                 continue
             found = self._oldest(found, at)
-            spans.append(_span(found.start, found.length, found.segments))
+            spans.append(_span(self.tokens, found.start, found.length, found.segments))
             self.floor = found.start + found.length
             at = max(at, bisect_left(cuts, self.floor))
         return spans

@@ -38,6 +38,7 @@ BLEND = (
     "as_reference_bites",
     "report_is_true",
 )
+REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
 GATE = ("gate_passes",)
 RANDOM = ("random_traffic", "random_traffic_bites")
 
@@ -49,6 +50,7 @@ def _cases() -> list:
         # Pages do not depend on the architecture: one dense model, one with experts.
         for a in ("llama", "qwen3-moe")
     ]
+    table += [("llama", {"page_size": 1}, REUSE)]
     table += [(a, {"dtype": "bfloat16", "page_size": 16}, GATE) for a in ARCHITECTURES]
     table += [("gemma2", {"dtype": "bfloat16"}, GATE)]
     for arch in ("llama", "llama-yarn", "qwen3"):

@@ -121,7 +121,7 @@ def test_computed_tokens_behind_blended_ones_are_sources_and_blended_ones_are_no
             assert BLENDED not in node.blend.labels[np.array(ends, dtype=int) - 1]
     spans = find(world, doc(50, 23) + B + C + A + OTHER_QUESTION + QUESTION)
     lengths = {(s.length, s.generation) for s in spans}
-    assert lengths == {(len(B), 0), (len(C), 1), (len(A), 0)}
+    assert lengths == {(len(B), 0), (len(C), 1), (len(A), 0), (len(OTHER_QUESTION), 1)}
     source = next(s for s in spans if s.length == len(A))
     assert source.source_start == len(SYSTEM)
     text = list(req.output_ids)[:20]

@@ -330,20 +330,14 @@ class Planner:
         else:
             labels[: min(begin, len(known))] = known[:begin]
         if blended:
-            state.generation = min(
-                MAX_GENERATION, max([state.generation, *(s.generation + 1 for s in scored)])
-            )
-            labels[scored[0].start : end] = state.generation
+            # Attention is causal: only what stands before a token counts against it.
             for s in scored:
+                state.generation = max(state.generation, s.next_generation)
                 labels[s.start : s.end] = BLENDED
+                labels[s.end : end] = state.generation
         for s in spans:
             if s.exact:
                 labels[s.start : s.end] = EXACT
-        if state.generation != EXACT and end >= state.prompt_tokens:
-            # Tokens behind the last reused one are the question, not a document.
-            last = int(np.flatnonzero(labels == BLENDED)[-1]) + 1
-            if state.prompt_tokens - last <= self.c.config.max_suffix_tokens:
-                labels[last : state.prompt_tokens] = BLENDED
         record.labels = labels
         record.tail_label = state.generation
 

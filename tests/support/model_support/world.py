@@ -232,6 +232,7 @@ def run_checks(
         checks_gate,
         checks_hkvd,
         checks_random,
+        checks_reuse,
         checks_special,
         checks_stored,
     )
