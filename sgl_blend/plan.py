@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sgl_blend.config import MAX_GENERATION
+
 if TYPE_CHECKING:
     import torch
 

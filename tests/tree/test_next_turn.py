@@ -8,7 +8,8 @@ import pytest
 from cache_world import World, covered, doc, find
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sgl_blend.plan import MAX_GENERATION, ReuseSpan
+from sgl_blend.config import MAX_GENERATION
+from sgl_blend.plan import ReuseSpan
 from sgl_blend.tree.cache import RadixConfig
 from sgl_blend.tree.integrity import tree_nodes
 
