@@ -269,7 +269,7 @@ def _install(
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
     seams.install(seams.REQUEST_CREATED, read_options(config, gate), "after")
-    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers), "around")
+    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers, planner), "around")
     if tiers is not None:
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
         for target, hook, when in tiers.weights.hooks():

@@ -36,7 +36,7 @@ class ReusedTokens:
     within its span. span_lengths: int64 [n], the length of each token's span. All on CPU.
     budget: how many of the ``n`` tokens to recompute. coverage: when not 0, recompute as few as
     cover this share of the summed score, at least ``floor`` and at most ``budget`` tokens.
-    seed: the same for the same prompt.
+    seed: the same for the same prompt; 0 for a policy that is not ``seeded``.
     """
 
     positions: torch.Tensor
@@ -59,6 +59,8 @@ class Policy(ABC):
     need: ClassVar[Need] = Need.NOTHING
     #: True when every reused token is recomputed, so that the result is exact
     exact: ClassVar[bool] = False
+    #: True when ``select`` reads ``ReusedTokens.seed``
+    seeded: ClassVar[bool] = False
 
     def budget(self, count: int, ratio: float) -> int:
         """Tokens to recompute out of ``count`` reused ones."""

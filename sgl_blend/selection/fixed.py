@@ -70,6 +70,7 @@ class Random(Policy):
     """A random choice, the same each time for the same prompt: the baseline at equal cost."""
 
     name = "random"
+    seeded = True
 
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig

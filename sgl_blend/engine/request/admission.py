@@ -6,8 +6,10 @@ behind it go ahead.
 Rows to recompute are selected piece by piece, so a cut changes the choice, and with it the answer.
 SGLang cuts the last request of a prefill batch wherever the others have left room
 (``--chunked-prefill-size`` counts the batch's tokens), and the answer would depend on company. A
-request that is to be blended is therefore not cut behind others: it waits for the next batch,
-where it is first, and is cut at the full piece size if it has to be.
+request that is blended is therefore not cut behind others: it waits for the next batch, where it
+is first, and is cut at the full piece size if it has to be. Whether it is blended is looked up
+when it does not fit; all other requests are packed and cut as SGLang does. Where the policy of the
+queue sorts others before it again and again, it is cut all the same after ``PATIENCE`` batches.
 
 With ``--enable-mixed-chunk`` running requests take their token each out of the piece size; there
 a long prompt's cuts still depend on how many run.
@@ -15,14 +17,31 @@ a long prompt's cuts still depend on how many run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.state import state_of
 from sgl_blend.gate.state import GateState
 
+#: batches that a request waits for, at most, in order not to be cut behind others
+PATIENCE = 8
 
-def admit(config: BlendConfig, gate: GateState, tiers: Any | None):
+
+class Loads(Protocol):
+    """What requests load from a store (``store_tier.StoreTier``)."""
+
+    def admits(self, req: Any) -> bool:
+        """May the request be scheduled now?"""
+
+
+class Blends(Protocol):
+    """Who knows what is blended (``planner.Planner``)."""
+
+    def would_blend(self, req: Any) -> bool:
+        """Would the request be blended if it ran now?"""
+
+
+def admit(config: BlendConfig, gate: GateState, tiers: Loads | None, planner: Blends):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -30,9 +49,15 @@ def admit(config: BlendConfig, gate: GateState, tiers: Any | None):
         if tiers is not None and not tiers.admits(req):
             return AddReqResult.CONTINUE
         room = adder.rem_chunk_tokens
-        if room is not None and adder.can_run_list and state_of(req, config, gate).wants_blend:
+        if room is not None and adder.can_run_list:
             rows = len(req.full_untruncated_fill_ids) - req.prefix_len
-            if adder.ceil_paged_tokens(rows) > room:
+            state = state_of(req, config, gate)
+            if (
+                adder.ceil_paged_tokens(rows) > room
+                and state.passed_over < PATIENCE
+                and planner.would_blend(req)
+            ):
+                state.passed_over += 1
                 return AddReqResult.OTHER
         return original(adder, req, *args, **kw)
 

@@ -198,24 +198,14 @@ class Planner:
 
     def _spans(self, req: Any, state: RequestState, piece: Piece) -> list[ReuseSpan]:
         """What of the piece is reused; empty when the request falls back."""
-        begin, end, n_tokens = piece.begin, piece.begin + piece.rows, len(_tokens(req))
+        begin, end = piece.begin, piece.begin + piece.rows
         if state.fallback is not None:
             if not (state.decided or state.counts_closed or state.probe):
                 self.c.metrics.fallback(state.fallback)
             return []
         if state.probe is not None and state.probe.spans is not None:
             return state.probe.spans
-        reason = unservable(req)
-        if reason is None and not self.c.gate.on and state.probe is None:
-            reason = TURNED_OFF
-        if (
-            reason is None
-            and req.return_logprob
-            and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
-        ):
-            reason = "input logprobs"
-        if reason is None and n_tokens > self.c.max_positions:
-            reason = "longer than the rotation table"
+        reason = self._reason(req, state)
         if reason is not None:
             self._fall_back(state, reason)
             return []
@@ -225,19 +215,8 @@ class Planner:
         reach = limit if state.decided else state.suffix_start
         if reach - begin < self.c.config.min_span_tokens:
             return []
-        spans = self.c.tree.find_spans(
-            req.full_untruncated_fill_ids,
-            extra_key=req.extra_key,
-            cache_salt=req.cache_salt,
-            begin=begin,
-            end=reach,
-            boundaries=state.options.boundaries,
-        )
+        spans = self._find(req, state, begin, reach)
         if self.c.tiers is not None:
-            spans = self.c.tiers.fill(req, begin, reach, spans)
-            if notes_experts():
-                # Tokens that come in exact would pass for computed ones that have noted theirs.
-                spans = [s for s in spans if not s.exact]
             state.free_ratio = self.c.tiers.free_ratio(req)
         if not state.decided and state.probe is None:
             found = sum(s.length for s in spans)
@@ -246,6 +225,57 @@ class Planner:
                     self._fall_back(state, "fewer reusable tokens than min_reused_tokens")
                 return []
         return [s for s in (s.within(begin, limit) for s in spans) if s is not None]
+
+    def _reason(self, req: Any, state: RequestState) -> str | None:
+        """Why the request falls back to full prefill; None where nothing speaks against blending."""
+        reason = unservable(req)
+        if reason is None and not self.c.gate.on and state.probe is None:
+            reason = TURNED_OFF
+        if (
+            reason is None
+            and req.return_logprob
+            and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
+        ):
+            reason = "input logprobs"
+        if reason is None and len(_tokens(req)) > self.c.max_positions:
+            reason = "longer than the rotation table"
+        return reason
+
+    def _find(self, req: Any, state: RequestState, begin: int, end: int) -> list[ReuseSpan]:
+        """What of ``[begin, end)`` the device and the request's load hold."""
+        tokens, boundaries = req.full_untruncated_fill_ids, state.options.boundaries
+        if state.cuts is None or int(state.cuts[-1]) != len(tokens):
+            state.cuts = self.c.tree.cuts(tokens, boundaries)
+        spans = self.c.tree.find_spans(
+            tokens,
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            begin=begin,
+            end=end,
+            boundaries=boundaries,
+            cuts=state.cuts,
+        )
+        if self.c.tiers is not None:
+            spans = self.c.tiers.fill(req, begin, end, spans)
+            if notes_experts():
+                # Tokens that come in exact would pass for computed ones that have noted theirs.
+                spans = [s for s in spans if not s.exact]
+        return spans
+
+    def would_blend(self, req: Any) -> bool:
+        """Would a waiting request be blended if it ran now? Changes nothing of its state."""
+        state = state_of(req, self.c.config, self.c.gate)
+        if state.fallback is not None or not state.wants_blend:
+            return False
+        n, begin = len(req.origin_input_ids), req.prefix_len
+        state.suffix_start = self.c.tree.suffix_start(_tokens(req)[:n], n, state.options.boundaries)
+        if state.suffix_start - begin < self.c.config.min_span_tokens:
+            return False
+        if self._reason(req, state) is not None:
+            return False
+        spans = self._find(req, state, begin, state.suffix_start)
+        least = max(1, self.c.config.min_reused_tokens)
+        return sum(s.length for s in spans) >= least and not all(s.exact for s in spans)
 
     def _fall_back(self, state: RequestState, reason: str) -> None:
         state.fallback = reason
@@ -272,7 +302,7 @@ class Planner:
             torch.from_numpy(ranges([(0, s.length) for s in scored])),
             torch.from_numpy(np.repeat([s.length for s in scored], [s.length for s in scored])),
             budget,
-            seed=_seed(tokens, state.prompt_tokens),
+            seed=_seed(tokens, state.prompt_tokens) if policy.seeded else 0,
             coverage=state.coverage,
             floor=min(budget, policy.budget(len(positions), cfg.min_ratio)),
         )

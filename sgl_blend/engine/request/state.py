@@ -73,6 +73,10 @@ class RequestState:
     record: BlendRecord | None = None
     prompt_tokens: int = 0
     suffix_start: int = 0
+    #: int64, where the chunks of all its tokens are cut; None before they were first looked up
+    cuts: np.ndarray | None = None
+    #: how often it had to wait for a prefill batch of its own (``admission``)
+    passed_over: int = 0
     probe: Probe | None = None
     #: the ratio that was applied: ``ratio``, or more where loading left time for it
     used_ratio: float = -1.0

@@ -183,6 +183,7 @@ class StoreTier:
         end = self.tree.suffix_start(tokens, n, boundaries)
         if end - begin < self.chunking.min_len:
             return
+        state.cuts = self.tree.cuts(req.origin_input_ids, boundaries)
         here = self.tree.find_spans(
             req.origin_input_ids,
             extra_key=req.extra_key,
@@ -190,6 +191,7 @@ class StoreTier:
             begin=begin,
             end=end,
             boundaries=boundaries,
+            cuts=state.cuts,
         )
         if end - begin - sum(s.length for s in here) < self.config.min_span_tokens:
             return

@@ -1,0 +1,118 @@
+"""Which prompts may be cut behind others, by SGLang's own ``PrefillAdder``. Needs: CPU, SGLang."""
+
+from __future__ import annotations
+
+import numpy as np
+from cache_world import World, doc
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.metrics import Metrics
+from sgl_blend.engine.request.admission import PATIENCE, admit
+from sgl_blend.engine.request.planner import Planner, PlannerContext
+from sgl_blend.gate.state import GateState
+
+PIECE = 256
+A, B = doc(10, 150), doc(11, 120)
+
+
+class Queue:
+    """Packs prefill batches of one waiting queue, as ``Scheduler`` does, with our hook or without."""
+
+    def __init__(self, world: World, hooked: bool = True) -> None:
+        self.world = world
+        config, gate = BlendConfig(tiers=("device",)), GateState(0.1)
+        context = PlannerContext(
+            tree=world.cache,
+            config=config,
+            num_layers=4,
+            max_positions=4096,
+            metrics=Metrics(),
+            gate=gate,
+            company=lambda forward, batch: None,
+        )
+        hook = admit(config, gate, None, Planner(context))
+        self.add = hook if hooked else lambda add, adder, req, **kw: add(adder, req, **kw)
+
+    def batch(self, reqs: list) -> tuple[list[tuple[str, int, int]], list]:
+        """(id, begin, end) of what runs, in order; and the requests that go on waiting."""
+        cache, allocator = self.world.cache, self.world.allocator
+        adder = PrefillAdder(self.world.page, cache, allocator, None, 1.0, 16384, PIECE)
+        for req in reqs:
+            req.init_next_round_input(cache)
+            result = self.add(
+                PrefillAdder.add_one_req,
+                adder,
+                req,
+                has_chunked_req=False,
+                truncation_align_size=None,
+            )
+            if result != AddReqResult.CONTINUE:
+                break
+        runs = adder.can_run_list
+        left = [r for r in reqs if not any(r is one for one in runs)]
+        return [(r.rid, r.prefix_len, r.extend_end) for r in runs], left
+
+
+def seen_world() -> World:
+    world = World(slots=4096)
+    world.serve(doc(1, 20) + A + doc(20, 40))
+    return world
+
+
+def test_ordinary_requests_are_packed_and_cut_as_by_plain_sglang():
+    """None of these finds anything to reuse, and all may be blended: the same batches."""
+    rng = np.random.default_rng(3)
+    lengths = [int(n) for n in rng.integers(20, 400, 40)]
+    batches = []
+    for hooked in (True, False):
+        world = seen_world()
+        queue = Queue(world, hooked)
+        waiting = [world.request(doc(100 + i, n), True) for i, n in enumerate(lengths)]
+        mine = []
+        while waiting:
+            runs, waiting = queue.batch(waiting)
+            assert runs
+            mine.append(runs)
+        batches.append(mine)
+    assert batches[0] == batches[1]
+    # Cuts are among them.
+    ends = {(rid, end) for runs in batches[0] for rid, _, end in runs}
+    assert sum(end < lengths[int(rid[1:]) - 2] for rid, end in ends) > 5
+
+
+def test_a_request_that_is_blended_waits_for_a_batch_of_its_own():
+    world = seen_world()
+    queue = Queue(world)
+    first = world.request(doc(30, 200), True)
+    blended = world.request(doc(31, 9) + A + B + doc(32, 40), True)
+    last = world.request(doc(33, 20), True)
+    runs, left = queue.batch([first, blended, last])
+    assert [rid for rid, _, _ in runs] == [first.rid] and left == [blended, last]
+    runs, left = queue.batch(left)
+    assert runs == [(blended.rid, 0, PIECE)]
+    assert left == [last]
+
+
+def test_requests_that_asked_for_exact_prefill_are_cut():
+    world = seen_world()
+    first = world.request(doc(30, 200), True)
+    exact = world.request(doc(31, 9) + A + B + doc(32, 40))
+    exact.sampling_params.custom_params = {"blend": False}
+    runs, left = Queue(world).batch([first, exact])
+    assert [(rid, end) for rid, _, end in runs] == [(first.rid, 200), (exact.rid, PIECE - 200)]
+    assert left == []
+
+
+def test_nobody_waits_for_ever_behind_others():
+    """The queue's policy sorts others first, again and again."""
+    world = seen_world()
+    queue = Queue(world)
+    blended = world.request(doc(31, 9) + A + B + doc(32, 40), True)
+    for turn in range(PATIENCE):
+        other = world.request(doc(100 + turn, 200), True)
+        runs, left = queue.batch([other, blended])
+        assert [rid for rid, _, _ in runs] == [other.rid] and left == [blended], turn
+    other = world.request(doc(99, 200), True)
+    runs, left = queue.batch([other, blended])
+    assert [rid for rid, _, _ in runs] == [other.rid, blended.rid] and left == []
