@@ -27,9 +27,9 @@ from sgl_blend.engine.gate.model import SglangModel
 from sgl_blend.engine.launch.checks import check_depth, check_model
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.request import admission, report
+from sgl_blend.engine.request.connect_store import connect_store
 from sgl_blend.engine.request.planner import Planner, PlannerContext
 from sgl_blend.engine.request.state import namespace_of, read_options, state_of
-from sgl_blend.engine.request.store_tier import connect
 from sgl_blend.errors import ConfigError, SeamError, UnsupportedError
 from sgl_blend.gate.budget import seconds_for
 from sgl_blend.gate.state import GateState
@@ -140,7 +140,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
         boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
     )
     metrics = Metrics(_metric_labels(ctx))
-    tiers = connect(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
+    tiers = connect_store(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
     planner = Planner(
         PlannerContext(
             tree=tree,
@@ -269,7 +269,9 @@ def _install(
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
     seams.install(seams.REQUEST_CREATED, read_options(config, gate), "after")
-    seams.install(seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers, planner), "around")
+    seams.install(
+        seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers, planner.lookup), "around"
+    )
     if tiers is not None:
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
         for target, hook, when in tiers.weights.hooks():

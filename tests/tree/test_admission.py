@@ -7,9 +7,8 @@ from cache_world import World, doc
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.request.admission import PATIENCE, admit
-from sgl_blend.engine.request.planner import Planner, PlannerContext
+from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.gate.state import GateState
 
 PIECE = 256
@@ -22,16 +21,7 @@ class Queue:
     def __init__(self, world: World, hooked: bool = True) -> None:
         self.world = world
         config, gate = BlendConfig(tiers=("device",)), GateState(0.1)
-        context = PlannerContext(
-            tree=world.cache,
-            config=config,
-            num_layers=4,
-            max_positions=4096,
-            metrics=Metrics(),
-            gate=gate,
-            company=lambda forward, batch: None,
-        )
-        hook = admit(config, gate, None, Planner(context))
+        hook = admit(config, gate, None, SourceLookup(world.cache, config, gate, 4096, None))
         self.add = hook if hooked else lambda add, adder, req, **kw: add(adder, req, **kw)
 
     def batch(self, reqs: list) -> tuple[list[tuple[str, int, int]], list]:

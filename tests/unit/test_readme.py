@@ -58,7 +58,12 @@ def test_every_verified_model_is_named():
 def test_every_reason_to_fall_back_is_listed():
     source = "".join(
         (ROOT / "sgl_blend" / "engine" / name).read_text()
-        for name in ("request/state.py", "request/planner.py", "forward/company.py")
+        for name in (
+            "request/state.py",
+            "request/lookup.py",
+            "request/planner.py",
+            "forward/company.py",
+        )
     )
     reasons = set(
         re.findall(r'(?:return|reason =|fallback =|_fall_back\(state,) "([^"]+)"', source)

@@ -35,13 +35,13 @@ class Loads(Protocol):
 
 
 class Blends(Protocol):
-    """Who knows what is blended (``planner.Planner``)."""
+    """What of a request can be reused (``lookup.SourceLookup``)."""
 
     def would_blend(self, req: Any) -> bool:
         """Would the request be blended if it ran now?"""
 
 
-def admit(config: BlendConfig, gate: GateState, tiers: Loads | None, planner: Blends):
+def admit(config: BlendConfig, gate: GateState, tiers: Loads | None, lookup: Blends):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -55,7 +55,7 @@ def admit(config: BlendConfig, gate: GateState, tiers: Loads | None, planner: Bl
             if (
                 adder.ceil_paged_tokens(rows) > room
                 and state.passed_over < PATIENCE
-                and planner.would_blend(req)
+                and lookup.would_blend(req)
             ):
                 state.passed_over += 1
                 return AddReqResult.OTHER

@@ -8,26 +8,25 @@ because overlap scheduling may give the row to another request before the forwar
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sgl_blend import attach
 from sgl_blend.config import MAX_GENERATION, BlendConfig
-from sgl_blend.engine.forward.company import capture_nothing, notes_experts
+from sgl_blend.engine.forward.company import capture_nothing
+from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import (
     RequestState,
     StateMark,
     namespace_of,
     state_of,
-    unservable,
 )
-from sgl_blend.gate.state import TURNED_OFF, GateState
+from sgl_blend.gate.state import GateState
 from sgl_blend.plan import (
     BLENDED,
     EXACT,
@@ -42,24 +41,27 @@ from sgl_blend.prefill.pieces import Piece, PieceBlend
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sgl_blend.engine.metrics import Metrics
+    from sgl_blend.engine.request.store_tier import StoreTier
+    from sgl_blend.tree.chunked import ChunkRadixCache
 
 
 @dataclass(frozen=True)
 class PlannerContext:
     """What planning needs beside the batch. max_positions: what the rotation tables cover.
-    tiers: the ``store_tier.StoreTier``, or None where nothing but the device holds chunks.
+    tiers: None where nothing but the device holds chunks.
     scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch)
     -> reason | None``: why no request of a batch can be blended (``engine/forward/company.py``)."""
 
-    tree: Any
+    tree: ChunkRadixCache
     config: BlendConfig
     num_layers: int
     max_positions: int
-    metrics: Any
+    metrics: Metrics
     gate: GateState
     company: Callable[[Any, Any], str | None]
-    tiers: Any = None
+    tiers: StoreTier | None = None
     scores: ScoreTable | None = None
 
 
@@ -78,6 +80,9 @@ class Planner:
 
     def __init__(self, context: PlannerContext) -> None:
         self.c = context
+        self.lookup = SourceLookup(
+            context.tree, context.config, context.gate, context.max_positions, context.tiers
+        )
         #: picks requests whose answers are checked later (``engine.gate.live.LiveGate``); None: no sampling
         self.live: Any = None
 
@@ -205,7 +210,7 @@ class Planner:
             return []
         if state.probe is not None and state.probe.spans is not None:
             return state.probe.spans
-        reason = self._reason(req, state)
+        reason = self.lookup.obstacle(req, state)
         if reason is not None:
             self._fall_back(state, reason)
             return []
@@ -215,7 +220,7 @@ class Planner:
         reach = limit if state.decided else state.suffix_start
         if reach - begin < self.c.config.min_span_tokens:
             return []
-        spans = self._find(req, state, begin, reach)
+        spans = self.lookup.find(req, state, begin, reach)
         if self.c.tiers is not None:
             state.free_ratio = self.c.tiers.free_ratio(req)
         if not state.decided and state.probe is None:
@@ -225,57 +230,6 @@ class Planner:
                     self._fall_back(state, "fewer reusable tokens than min_reused_tokens")
                 return []
         return [s for s in (s.within(begin, limit) for s in spans) if s is not None]
-
-    def _reason(self, req: Any, state: RequestState) -> str | None:
-        """Why the request falls back to full prefill; None where nothing speaks against blending."""
-        reason = unservable(req)
-        if reason is None and not self.c.gate.on and state.probe is None:
-            reason = TURNED_OFF
-        if (
-            reason is None
-            and req.return_logprob
-            and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
-        ):
-            reason = "input logprobs"
-        if reason is None and len(_tokens(req)) > self.c.max_positions:
-            reason = "longer than the rotation table"
-        return reason
-
-    def _find(self, req: Any, state: RequestState, begin: int, end: int) -> list[ReuseSpan]:
-        """What of ``[begin, end)`` the device and the request's load hold."""
-        tokens, boundaries = req.full_untruncated_fill_ids, state.options.boundaries
-        if state.cuts is None or int(state.cuts[-1]) != len(tokens):
-            state.cuts = self.c.tree.cuts(tokens, boundaries)
-        spans = self.c.tree.find_spans(
-            tokens,
-            extra_key=req.extra_key,
-            cache_salt=req.cache_salt,
-            begin=begin,
-            end=end,
-            boundaries=boundaries,
-            cuts=state.cuts,
-        )
-        if self.c.tiers is not None:
-            spans = self.c.tiers.fill(req, begin, end, spans)
-            if notes_experts():
-                # Tokens that come in exact would pass for computed ones that have noted theirs.
-                spans = [s for s in spans if not s.exact]
-        return spans
-
-    def would_blend(self, req: Any) -> bool:
-        """Would a waiting request be blended if it ran now? Changes nothing of its state."""
-        state = state_of(req, self.c.config, self.c.gate)
-        if state.fallback is not None or not state.wants_blend:
-            return False
-        n, begin = len(req.origin_input_ids), req.prefix_len
-        state.suffix_start = self.c.tree.suffix_start(_tokens(req)[:n], n, state.options.boundaries)
-        if state.suffix_start - begin < self.c.config.min_span_tokens:
-            return False
-        if self._reason(req, state) is not None:
-            return False
-        spans = self._find(req, state, begin, state.suffix_start)
-        least = max(1, self.c.config.min_reused_tokens)
-        return sum(s.length for s in spans) >= least and not all(s.exact for s in spans)
 
     def _fall_back(self, state: RequestState, reason: str) -> None:
         state.fallback = reason

@@ -12,14 +12,11 @@ no rank finds out within a forward pass that something is missing.
 
 from __future__ import annotations
 
-import logging
-import secrets
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -35,76 +32,26 @@ from sgl_blend.plan import ReuseSpan, exact_head, fill_holes, ranges
 from sgl_blend.prefill.passes import query_depth
 from sgl_blend.prefill.pieces import HostSources, Piece
 from sgl_blend.selection import Need
-from sgl_blend.store.chunk import Layout
 from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.keys import prompt_chunks, store_chunking
 from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job
-from sgl_blend.tiering.service import ServiceConfig, StoreService
-from sgl_blend.tiering.tally import Tally
+from sgl_blend.tiering.service import StoreService
 from sgl_blend.tiering.wish import Wish
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sgl_blend.engine.metrics import Metrics
+    from sgl_blend.tree.chunked import ChunkRadixCache
 
 _YIELD_S = 5e-5
 _SWEEP_S = 0.5
 
 
-def connect(
-    ctx: Any,
-    config: BlendConfig,
-    gate: GateState,
-    tree: Any,
-    pool: Any,
-    num_layers: int,
-    ranks: Any,
-    metrics: Any,
-) -> StoreTier | None:
-    """The store tier of this rank; None where the configuration names none.
+class Agreement(Protocol):
+    """What tensor-parallel schedulers agree on, off the device's stream."""
 
-    ``ctx``: SGLang's ``TreeCacheBuildContext``.
-    """
-    endpoint = config.store_endpoint or attach.STORE.get(ctx.server_args)
-    if "store" not in config.tiers or not endpoint:
-        return None
-    k, v = pool.k(0), pool.v(0)
-    layout = Layout(num_layers, k.shape[1], k.shape[2], v.shape[2], tree.page_size)
-    dtype = str(k.dtype).removeprefix("torch.")
-    curve = None
-    if config.store_keys:
-        from sgl_blend.store.wire.security import load_client_keys
-
-        folder = Path(config.store_keys)
-        curve = load_client_keys(folder / "client.key_secret", folder / "server.key")
-    service = StoreService(
-        ServiceConfig(
-            endpoint=endpoint,
-            deadline_s=config.store_deadline,
-            wait_s=config.prefetch_timeout,
-            layerwise=ctx.tp_size == 1,
-            offload=config.offload,
-            adaptive=config.adaptive_ratio,
-            max_generation=config.max_generation,
-            max_positions=pool.max_positions,
-            curve=curve,
-        ),
-        layout,
-        dtype,
-        pool,
-        _page_lock if k.is_cuda else lambda client: None,
-        Tally(metrics.store_event),
-    )
-    rank = (ctx.tp_rank, ctx.tp_size)
-    if ctx.tp_rank == 0:
-        logger.info("sgl-blend: chunks are stored at %s", endpoint)
-    launch = attach.LAUNCH.get(ctx.server_args) or secrets.token_hex(16)
-    space = StoreSpace(bytes.fromhex(launch), rank)
-    return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics, space)
-
-
-def _page_lock(client: Any) -> None:
-    if client.mapping is not None:
-        client.mapping.register_cuda()
+    def least(self, values: list[int]) -> list[int]:
+        """The least of each value over all ranks."""
 
 
 class StoreTier:
@@ -114,12 +61,12 @@ class StoreTier:
         self,
         config: BlendConfig,
         gate: GateState,
-        tree: Any,
+        tree: ChunkRadixCache,
         service: StoreService,
-        ranks: Any,
+        ranks: Agreement,
         rank: tuple[int, int],
         device: torch.device,
-        metrics: Any,
+        metrics: Metrics,
         space: StoreSpace,
     ) -> None:
         self.config, self.gate, self.tree = config, gate, tree

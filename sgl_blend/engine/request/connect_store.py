@@ -1,0 +1,82 @@
+"""From the configuration to a rank's store tier: the store's address, its keys, what a chunk is."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.store_space import StoreSpace
+from sgl_blend.engine.request.store_tier import Agreement, StoreTier
+from sgl_blend.gate.state import GateState
+from sgl_blend.store.chunk import Layout
+from sgl_blend.tiering.service import ServiceConfig, StoreService
+from sgl_blend.tiering.tally import Tally
+
+if TYPE_CHECKING:
+    from sgl_blend.engine.forward.pool import ModelPool
+    from sgl_blend.engine.metrics import Metrics
+    from sgl_blend.store.wire.client import StoreClient
+    from sgl_blend.tree.chunked import ChunkRadixCache
+
+logger = logging.getLogger(__name__)
+
+
+def connect_store(
+    ctx: Any,
+    config: BlendConfig,
+    gate: GateState,
+    tree: ChunkRadixCache,
+    pool: ModelPool,
+    num_layers: int,
+    ranks: Agreement,
+    metrics: Metrics,
+) -> StoreTier | None:
+    """The store tier of this rank; None where the configuration names none.
+
+    ``ctx``: SGLang's ``TreeCacheBuildContext``.
+    """
+    endpoint = config.store_endpoint or attach.STORE.get(ctx.server_args)
+    if "store" not in config.tiers or not endpoint:
+        return None
+    k, v = pool.k(0), pool.v(0)
+    layout = Layout(num_layers, k.shape[1], k.shape[2], v.shape[2], tree.page_size)
+    dtype = str(k.dtype).removeprefix("torch.")
+    curve = None
+    if config.store_keys:
+        from sgl_blend.store.wire.security import load_client_keys
+
+        folder = Path(config.store_keys)
+        curve = load_client_keys(folder / "client.key_secret", folder / "server.key")
+    service = StoreService(
+        ServiceConfig(
+            endpoint=endpoint,
+            deadline_s=config.store_deadline,
+            wait_s=config.prefetch_timeout,
+            layerwise=ctx.tp_size == 1,
+            offload=config.offload,
+            adaptive=config.adaptive_ratio,
+            max_generation=config.max_generation,
+            max_positions=pool.max_positions,
+            curve=curve,
+        ),
+        layout,
+        dtype,
+        pool,
+        _page_lock if k.is_cuda else lambda client: None,
+        Tally(metrics.store_event),
+    )
+    rank = (ctx.tp_rank, ctx.tp_size)
+    if ctx.tp_rank == 0:
+        logger.info("sgl-blend: chunks are stored at %s", endpoint)
+    launch = attach.LAUNCH.get(ctx.server_args) or secrets.token_hex(16)
+    space = StoreSpace(bytes.fromhex(launch), rank)
+    return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics, space)
+
+
+def _page_lock(client: StoreClient) -> None:
+    if client.mapping is not None:
+        client.mapping.register_cuda()

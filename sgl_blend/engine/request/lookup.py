@@ -1,0 +1,115 @@
+"""What of a request can be reused right now, on the device or from the store; or why nothing is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.forward.company import notes_experts
+from sgl_blend.engine.request.state import RequestState, state_of, unservable
+from sgl_blend.gate.state import TURNED_OFF, GateState
+from sgl_blend.plan import ReuseSpan
+
+
+class Sources(Protocol):
+    """The chunk-indexed tree, as far as a lookup asks it (``tree.chunked.ChunkRadixCache``)."""
+
+    def cuts(self, token_ids: Any, boundaries: Sequence[int] | None = None) -> np.ndarray:
+        """int64 cuts of all tokens of a request, for ``find_spans``."""
+
+    def suffix_start(
+        self, token_ids: Any, n_prompt: int, boundaries: Sequence[int] | None = None
+    ) -> int:
+        """Where the question of a prompt begins."""
+
+    def find_spans(
+        self,
+        token_ids: Any,
+        *,
+        extra_key: str | None,
+        cache_salt: str | None,
+        begin: int,
+        end: int,
+        boundaries: Sequence[int] | None = None,
+        cuts: np.ndarray | None = None,
+    ) -> list[ReuseSpan]:
+        """Spans of ``token_ids[begin:end]`` whose KV the tree holds, sorted and disjoint."""
+
+
+class Loaded(Protocol):
+    """What requests have loaded from a store (``store_tier.StoreTier``)."""
+
+    def fill(self, req: Any, begin: int, end: int, here: list[ReuseSpan]) -> list[ReuseSpan]:
+        """``here``, and what the request has loaded besides."""
+
+
+class SourceLookup:
+    """max_positions: what the rotation tables cover. loads: None where only the device holds
+    chunks."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        config: BlendConfig,
+        gate: GateState,
+        max_positions: int,
+        loads: Loaded | None,
+    ) -> None:
+        self.sources, self.config, self.gate = sources, config, gate
+        self.max_positions, self.loads = max_positions, loads
+
+    def obstacle(self, req: Any, state: RequestState) -> str | None:
+        """Why the request falls back to full prefill; None where nothing speaks against blending."""
+        reason = unservable(req)
+        if reason is None and not self.gate.on and state.probe is None:
+            reason = TURNED_OFF
+        if (
+            reason is None
+            and req.return_logprob
+            and 0 <= req.logprob_start_len < min(state.suffix_start, len(req.origin_input_ids))
+        ):
+            reason = "input logprobs"
+        if reason is None and len(req.full_untruncated_fill_ids) > self.max_positions:
+            reason = "longer than the rotation table"
+        return reason
+
+    def find(self, req: Any, state: RequestState, begin: int, end: int) -> list[ReuseSpan]:
+        """What of ``[begin, end)`` the device and the request's load hold."""
+        tokens, boundaries = req.full_untruncated_fill_ids, state.options.boundaries
+        if state.cuts is None or int(state.cuts[-1]) != len(tokens):
+            state.cuts = self.sources.cuts(tokens, boundaries)
+        spans = self.sources.find_spans(
+            tokens,
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            begin=begin,
+            end=end,
+            boundaries=boundaries,
+            cuts=state.cuts,
+        )
+        if self.loads is not None:
+            spans = self.loads.fill(req, begin, end, spans)
+            if notes_experts():
+                # Tokens that come in exact would pass for computed ones that have noted theirs.
+                spans = [s for s in spans if not s.exact]
+        return spans
+
+    def would_blend(self, req: Any) -> bool:
+        """Would a waiting request be blended if it ran now?"""
+        state = state_of(req, self.config, self.gate)
+        if state.fallback is not None or not state.wants_blend:
+            return False
+        n, begin = len(req.origin_input_ids), req.prefix_len
+        state.suffix_start = self.sources.suffix_start(
+            req.origin_input_ids, n, state.options.boundaries
+        )
+        if state.suffix_start - begin < self.config.min_span_tokens:
+            return False
+        if self.obstacle(req, state) is not None:
+            return False
+        spans = self.find(req, state, begin, state.suffix_start)
+        least = max(1, self.config.min_reused_tokens)
+        return sum(s.length for s in spans) >= least and not all(s.exact for s in spans)
