@@ -165,7 +165,7 @@ def _touch(node: TreeNode | None) -> None:
         node = node.parent
 
 
-def _same_text_before(tokens: array, at: int, node, offset: int) -> bool:
+def _same_text_before(tokens: array, at: int, node: TreeNode, offset: int) -> bool:
     """Are ``tokens[:at]`` what stands on the path that ends before ``node``'s ``offset``?"""
     while node.parent is not None:
         size = min(offset, at)
