@@ -5,11 +5,37 @@ from __future__ import annotations
 
 from sgl_blend.bench import demo
 from sgl_blend.cli.main import main
+from sgl_blend.harness import smollm
 from sgl_blend.harness.process import free_port
 
 
+def test_both_parts_say_what_was_reused_and_where_answers_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path))
+    smollm.folder().parent.mkdir(parents=True)
+    smollm.folder().symlink_to(demo.shipped_model())
+    kept = []
+    handbook = demo.handbook
+    monkeypatch.setattr(demo, "handbook", lambda *a: kept.extend(handbook(*a)) or kept)
+    assert main(["demo", "--cases", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert len(kept) == len(demo.QUESTIONS)
+    for asked in kept:
+        n = asked.exact.meta["prompt_tokens"]
+        assert n == asked.blended.meta["prompt_tokens"] == asked.blind.meta["prompt_tokens"]
+        assert asked.exact.blend["reused"] == asked.exact.blend["recomputed"] == 0
+        # The others had seen the pages, and only the pages.
+        for answer in (asked.blended, asked.blind):
+            assert answer.blend["reused"] + answer.blend["recomputed"] > 0.8 * n
+        assert asked.blended.blend["recomputed"] > 0 == asked.blind.blend["recomputed"]
+        assert asked.question.text in out
+    same = sum(a.same(a.blended) for a in kept)
+    assert f"blended {same} of {len(kept)}" in out
+    assert "two documents" in out and "one document" in out
+    assert "starting SGLang" in err
+
+
 def test_without_the_package_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
-    """Part 2 stands for itself here: it needs no network."""
+    """Here part 2 is not asked again: that is above."""
     monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path))
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
