@@ -58,7 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def short_tmp():
-    """A temporary folder with a short name: sockets lie in it, whose paths have 107 bytes at most."""
+    """A temporary folder with a short name: sockets lie in it, whose paths have 107 bytes at
+    most."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder)
 

@@ -239,7 +239,8 @@ def _install(
         unknown = [name for name, value in kwargs.items() if value is not None]
         if args or unknown:
             raise SeamError(
-                f"SGLang gives {', '.join(unknown) or 'more than the batch'} to the model's forward, "
+                f"SGLang gives {', '.join(unknown) or 'more than the batch'} to the model's "
+                "forward, "
                 "which blending does not know"
             )
         with torch.no_grad():

@@ -18,7 +18,8 @@ from sgl_blend.folders import OwnedFolder
 from sgl_blend.harness.client import Client, ServerError
 from sgl_blend.harness.process import Child, free_port
 
-#: what ``--enable-blend`` chooses on a CPU, for SGLang without it; a flag without a value is a switch
+#: what ``--enable-blend`` chooses on a CPU, for SGLang without it; a flag without a value is a
+#: switch
 PLAIN_ON_CPU = {
     "--dtype": "float32",
     "--mem-fraction-static": str(cpu.STATIC_SHARE),

@@ -62,7 +62,8 @@ def pool(k_cache: torch.Tensor, v_cache: torch.Tensor, names: tuple[str, str]) -
     floats(names[1], v_cache, 3, k_cache.device)
     require(
         k_cache.shape[:2] == v_cache.shape[:2],
-        f"{names[0]} {list(k_cache.shape)} and {names[1]} {list(v_cache.shape)} differ in tokens or heads",
+        f"{names[0]} {list(k_cache.shape)} and {names[1]} {list(v_cache.shape)} differ in tokens "
+        "or heads",
     )
     require(
         k_cache.dtype == v_cache.dtype,

@@ -12,7 +12,8 @@ import torch
 def rotate(
     k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int, neox: bool
 ) -> torch.Tensor:
-    """``k`` [n, H, D] with its first ``rotary_dim`` dims turned by (cos, sin) fp32 [n, rotary_dim/2].
+    """``k`` [n, H, D] with its first ``rotary_dim`` dims turned by (cos, sin) fp32 [n,
+    rotary_dim/2].
 
     Computed in fp32 and rounded once. ``neox``: dim i pairs with i + rotary_dim/2; else 2i with
     2i + 1 (GPT-J).

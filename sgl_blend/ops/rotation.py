@@ -156,8 +156,8 @@ def rotate_copy(
 class Parts:
     """KV of tokens that lie in several places outside the pool, for a range of layers.
 
-    k [layers, n_i, Hk, D] and v [layers, n_i, Hk, Dv], one of each for every place, all of one dtype
-    and on one device; ``tokens`` is the sum of n_i. Checked once, for all layers.
+    k [layers, n_i, Hk, D] and v [layers, n_i, Hk, Dv], one of each for every place, all of one
+    dtype and on one device; ``tokens`` is the sum of n_i. Checked once, for all layers.
 
     Raises:
         KernelError: parts that do not fit each other.
@@ -187,7 +187,8 @@ class Parts:
 
     @functools.cached_property
     def arrays(self) -> tuple[object, object]:
-        """What the kernel takes. Handing over hundreds of tensors costs more than a layer's copy."""
+        """What the kernel takes. Handing over hundreds of tensors costs more than a layer's
+        copy."""
         from tvm_ffi import convert
 
         return convert(self.k), convert(self.v)
@@ -251,7 +252,8 @@ def checked_rotation(
         checks.floats(name, tensor, 2, k_cache.device)
         require(
             tensor.dtype == torch.float32 and tensor.shape == (tokens, rotary_dim // 2),
-            f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 {[tokens, rotary_dim // 2]}",
+            f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 "
+            f"{[tokens, rotary_dim // 2]}",
         )
     return Rotation(cos.contiguous(), sin.contiguous())
 

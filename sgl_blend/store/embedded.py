@@ -126,7 +126,8 @@ class EmbeddedStore:
         self.addresses = line.decode().split()[1:]
 
     def stop(self, timeout_s: float | None = None) -> int:
-        """Drain, stop, and wait; killed when that takes longer. Returns the exit code. Idempotent."""
+        """Drain, stop, and wait; killed when that takes longer. Returns the exit code.
+        Idempotent."""
         self._stopping.set()
         with self._lock:
             code = self._end(timeout_s or self.config.drain_s + 5)

@@ -74,8 +74,9 @@ class HostChunk:
         self._values.append((first, _tensor(values).view(kind).view(last - first, -1)))
 
     def range_of(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """The range of layers that holds layer ``index``, in one piece: its first one, K [layers, n, Hk,
-        D] and V [layers, n, Hk, Dv]: views into host memory, valid until the load is closed."""
+        """The range of layers that holds layer ``index``, in one piece: its first one, K [layers,
+        n, Hk, D] and V [layers, n, Hk, Dv]: views into host memory, valid until the load is
+        closed."""
         lay, n = self.header.layout, self.header.n_tokens
         for first, values in self._values:
             if first <= index < first + values.shape[0]:

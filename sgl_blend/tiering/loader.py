@@ -61,7 +61,8 @@ class Load:
             return [s for s in self._spans if not any(p.chunk.failed for p in s.parts)]
 
     def signature(self) -> np.ndarray:
-        """int64, one per prompt token: equal marks mean the same copy of it, 0 that there is none."""
+        """int64, one per prompt token: equal marks mean the same copy of it, 0 that there is
+        none."""
         marks = np.zeros(len(self.wish.tokens), dtype=np.int64)
         for s in self.spans():
             shift = s.shift + (1 << 40)
@@ -205,8 +206,8 @@ class Load:
         known: dict[Candidate, HostChunk] | None = None,
         ahead: Sequence[tuple[int, int]] = (),
     ) -> dict[Candidate, HostChunk]:
-        """Whole chunks, or one range of layers of them. known: chunks whose first layers are there. ahead:
-        the ranges that follow."""
+        """Whole chunks, or one range of layers of them. known: chunks whose first layers are there.
+        ahead: the ranges that follow."""
         if layers is None or known is None:
             self._begun, self._came = time.monotonic(), Counter()
         contexts = [c.context for c in candidates]
@@ -259,7 +260,8 @@ class Load:
         return out
 
     def _extend(self, client: StoreClient, chunks: list[HostChunk], group: tuple[int, int]) -> None:
-        """The next layers of chunks in shared memory: nothing comes but the word that they are there."""
+        """The next layers of chunks in shared memory: nothing comes but the word that they are
+        there."""
         wait_s = self.rules.wait_s
         try:
             there = client.extend_load(

@@ -1,5 +1,5 @@
-"""``sgl-blend demo`` on real servers. The shipped model stands for the language model, which no test
-downloads: its answers mean nothing, but all that is counted, timed and told is real."""
+"""``sgl-blend demo`` on real servers. The shipped model stands for the language model, which no
+test downloads: its answers mean nothing, but all that is counted, timed and told is real."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "switch variable that is no truth value": (
         [], {"SGL_BLEND_ENABLE": "perhaps"}, "", ["SGL_BLEND_ENABLE", "'perhaps'"]),
     "unknown policy": (
-        [*ON, "--blend-policy", "hkvdd"], {}, "", ["unknown blend policy 'hkvdd'; did you mean 'hkvd'?"]),
+        [*ON, "--blend-policy", "hkvdd"], {}, "",
+        ["unknown blend policy 'hkvdd'; did you mean 'hkvd'?"]),
     "unknown policy in SGLang's own file": (
         ["--config", "<server-bad.yaml>"], {}, "", ["unknown blend policy 'hkvdd'"]),
     "out of range": (
@@ -89,7 +90,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
         [*ON, "--speculative-algorithm", "NGRAM"], {}, "", ["speculative decoding"]),
     "pipeline parallelism": ([*ON, "--pp-size", "2"], {}, "", ["pipeline parallelism"]),
     "DP attention": (
-        [*ON, "--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}, "", ["DP attention"]),
+        [*ON, "--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}, "",
+        ["DP attention"]),
     "HiCache": ([*ON, "--enable-hierarchical-cache"], {}, "", ["HiCache"]),
     "no radix cache": ([*ON, "--disable-radix-cache"], {}, "", ["--disable-radix-cache"]),
     "embedding model": ([*ON, "--is-embedding"], {}, "", ["--is-embedding"]),
@@ -112,7 +114,8 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
         "sys.kept_by_the_test = s\n",
         [" of 127.0.0.1 is in use", "choose another with --port"]),
     "a disk that another store holds": (
-        [*ON, "--blend-store-disk-path", "<none.yaml>-disk", "--blend-store-config", "<hurry.yaml>"],
+        [*ON, "--blend-store-disk-path", "<none.yaml>-disk",
+         "--blend-store-config", "<hurry.yaml>"],
         {},
         "import sys\n"
         "from sgl_blend.store.config import load_config\n"

@@ -16,7 +16,8 @@ A, B = doc(10, 150), doc(11, 120)
 
 
 class Queue:
-    """Packs prefill batches of one waiting queue, as ``Scheduler`` does, with our hook or without."""
+    """Packs prefill batches of one waiting queue, as ``Scheduler`` does, with our hook or
+    without."""
 
     def __init__(self, world: World, hooked: bool = True) -> None:
         self.world = world

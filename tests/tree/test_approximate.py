@@ -1,4 +1,5 @@
-"""Approximate KV in ``BlendRadixCache``: who may see it, and what becomes of it. Needs: CPU, SGLang."""
+"""Approximate KV in ``BlendRadixCache``: who may see it, and what becomes of it. Needs: CPU,
+SGLang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a blended request leaves for the next one: its question, and KV in place. Needs: CPU, SGLang."""
+"""What a blended request leaves for the next one: its question, and KV in place. Needs: CPU,
+SGLang."""
 
 from __future__ import annotations
 

@@ -148,7 +148,10 @@ def test_another_platform_is_left_alone(monkeypatch):
         ("0::/of/the/host\n", {"cpu.max": "200000 100000"}, 2.0),
         (
             "4:cpu,cpuacct:/x\n0::/\n",
-            {"cpu,cpuacct/x/cpu.cfs_quota_us": "300000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+            {
+                "cpu,cpuacct/x/cpu.cfs_quota_us": "300000",
+                "cpu,cpuacct/x/cpu.cfs_period_us": "100000",
+            },
             3.0,
         ),
         (

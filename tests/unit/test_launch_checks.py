@@ -1,5 +1,5 @@
-"""What a launch finds wrong before it loads a model. Needs: CPU; no server. The launch command itself
-is in ``tests/server/test_launch.py``."""
+"""What a launch finds wrong before it loads a model. Needs: CPU; no server. The launch command
+itself is in ``tests/server/test_launch.py``."""
 
 from __future__ import annotations
 

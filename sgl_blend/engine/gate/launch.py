@@ -85,7 +85,8 @@ class LaunchGate:
             worst = max(findings, key=lambda f: f.error / f.tolerance)
             self._say(
                 logging.INFO,
-                f"the correctness gate passed {len(findings)} checks (closest to its bound: {worst})",
+                f"the correctness gate passed {len(findings)} checks (closest to its bound: "
+                f"{worst})",
             )
             self._fidelity()
 
@@ -136,7 +137,8 @@ class LaunchGate:
         self._act(rungs, theirs)
 
     def _budget_for(self, theirs: bool) -> Budget:
-        """The operator asked for his prompts; only a limit that he has set himself shortens them."""
+        """The operator asked for his prompts; only a limit that he has set himself shortens
+        them."""
         return (
             Budget(self.model, math.inf) if theirs and not self.config.gate_seconds else self.budget
         )

@@ -34,13 +34,13 @@ STATIC_SHARE = 0.9
 #: tokens of a prefill piece. SGLang goes by the machine's memory (16,384 from 90 GB on): on a CPU
 #: other requests would wait minutes for one such piece
 PIECE = 2048
-#: requests that run at once. SGLang's least is 2,048, and it keeps a row of the context's length for
-#: each: gigabytes for a long context, for more requests than a CPU decodes in a day
+#: requests that run at once. SGLang's least is 2,048, and it keeps a row of the context's length
+#: for each: gigabytes for a long context, for more requests than a CPU decodes in a day
 RUNNING = 64
 #: turns that a thread waits awake, tens of microseconds: about what going to sleep and being woken
-#: costs. A blend of 1,372 tokens of a 135M model on two cores (alone, beside one busy thread, beside
-#: two): 0.48, 7.3 and 2.7 s with OpenMP's own count, 0.74, 0.78 and 0.82 s without any, 0.53, 1.1 and
-#: 0.95 s with this one
+#: costs. A blend of 1,372 tokens of a 135M model on two cores (alone, beside one busy thread,
+#: beside two): 0.48, 7.3 and 2.7 s with OpenMP's own count, 0.74, 0.78 and 0.82 s without any,
+#: 0.53, 1.1 and 0.95 s with this one
 SPINS = "2000"
 #: each rank's processors. Without it SGLang refuses more ranks than NUMA nodes
 BIND = "SGLANG_CPU_OMP_THREADS_BIND"

@@ -62,7 +62,8 @@ class SourceLookup:
         self.max_positions, self.loads = max_positions, loads
 
     def obstacle(self, req: Any, state: RequestState) -> str | None:
-        """Why the request falls back to full prefill; None where nothing speaks against blending."""
+        """Why the request falls back to full prefill; None where nothing speaks against
+        blending."""
         reason = unservable(req)
         if reason is None and not self.gate.on and state.probe is None:
             reason = TURNED_OFF

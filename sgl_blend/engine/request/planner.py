@@ -83,7 +83,8 @@ class Planner:
         self.lookup = SourceLookup(
             context.tree, context.config, context.gate, context.max_positions, context.tiers
         )
-        #: picks requests whose answers are checked later (``engine.gate.live.LiveGate``); None: no sampling
+        #: picks requests whose answers are checked later (``engine.gate.live.LiveGate``); None: no
+        #: sampling
         self.live: Any = None
 
     def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):

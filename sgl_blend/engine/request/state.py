@@ -112,8 +112,8 @@ class RequestState:
 
 def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
     """The request's state, made at first sight, which has to be its arrival (``read_options``): for
-    beam search SGLang puts other sampling parameters in place of the request's own. Never raises: what the HTTP process let
-    through and is malformed all the same falls back to full prefill."""
+    beam search SGLang puts other sampling parameters in place of the request's own. Never raises:
+    what the HTTP process let through and is malformed all the same falls back to full prefill."""
     state = attach.STATE.get(req)
     if state is None:
         fallback = None
@@ -158,8 +158,8 @@ def namespace_of(req: Req, upto: int, config: BlendConfig, gate: GateState) -> s
     """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
     the request must never see approximate KV.
 
-    A digest over tenant, policy, ratio, coverage and tokens: KV repaired for another question, by another
-    policy or for another tenant has another name.
+    A digest over tenant, policy, ratio, coverage and tokens: KV repaired for another question, by
+    another policy or for another tenant has another name.
     """
     state = state_of(req, config, gate)
     if not state.wants_blend or unservable(req) is not None:

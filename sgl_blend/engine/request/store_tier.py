@@ -1,9 +1,10 @@
-"""The chunk store in the life of a scheduler: arrival, admission, planning, new chunks, idle moments.
+"""The chunk store in the life of a scheduler: arrival, admission, planning, new chunks, idle
+moments.
 
 Seams (SGLang 0.5.23): BEFORE ``Scheduler._add_request_to_queue`` a load begins; AROUND
 ``PrefillAdder.add_one_req`` a request waits for it; AFTER ``Scheduler.on_idle`` the scheduler's
-spinning loop sleeps for a moment, so that the threads that load get the interpreter. New chunks are offered when the
-tree takes them in.
+spinning loop sleeps for a moment, so that the threads that load get the interpreter. New chunks are
+offered when the tree takes them in.
 
 Tensor-parallel ranks each load their own heads from the same store. They must plan alike: they
 agree on when a load is ready and on every token that it brings, and bring chunks in whole, so that

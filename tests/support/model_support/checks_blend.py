@@ -176,7 +176,8 @@ def _same_choice(ours: Outcome, theirs: list[torch.Tensor], chosen: Chosen) -> N
             continue
         got = chosen.of(piece)[-1]
         assert got.tolist() == expected.tolist(), (
-            f"{piece.blend.plan.policy}: tokens {sorted(set(got.tolist()) ^ set(expected.tolist()))} "
+            f"{piece.blend.plan.policy}: tokens "
+            f"{sorted(set(got.tolist()) ^ set(expected.tolist()))} "
             "are chosen by one of the two only"
         )
 

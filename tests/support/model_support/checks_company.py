@@ -112,7 +112,8 @@ def _make_adapter(model: Path, seed: int) -> Path:
 
 
 def _unpinned() -> Any:
-    """SGLang's adapters pin host memory whatever the device; without an accelerator torch cannot."""
+    """SGLang's adapters pin host memory whatever the device; without an accelerator torch
+    cannot."""
 
     def plain(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *args, pin_memory=False, **kw: make(*args, **kw)
@@ -225,7 +226,8 @@ def _rows_of(handed_out: list[Any]) -> torch.Tensor:
 
 def experts(models: str, arch: str, page_size: int) -> dict[str, Any]:
     """In a child, of a server that notes each token's experts by its slot: a neighbour's, and those
-    of a blended request's exact tokens, which others may have back as cached, are full prefill's."""
+    of a blended request's exact tokens, which others may have back as cached, are full
+    prefill's."""
     model = model_for(Path(models), arch)
     with _unpinned(), mock.patch.dict(common.ALLOC_MEMORY_FUNCS, {"cpu": _plain_memory}):
         engine = Engine(model, page_size=page_size, args=["--enable-return-routed-experts"])
