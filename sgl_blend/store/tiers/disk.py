@@ -56,8 +56,7 @@ from sgl_blend.store.tiers.record import (
 
 log = logging.getLogger("sgl_blend.store")
 _HEADS = 4096
-#: ``pragma user_version`` of an index that lacks files which could not be read
-_INCOMPLETE = 1
+_INCOMPLETE = 1  # ``pragma user_version`` of an index that lacks files which could not be read
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SCHEMA = """
 create table if not exists chunks(
@@ -121,7 +120,7 @@ class DiskTier(Tier):
             if db.execute("pragma quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
         except sqlite3.OperationalError as e:
-            # Locked, out of descriptors, a read error: the index itself may be as good as ever.
+            # Locked, out of descriptors: the index itself may be as good as ever.
             raise ConfigError(f"the disk tier's index {path} cannot be opened: {e}") from e
         except sqlite3.DatabaseError:
             for suffix in ("", "-wal", "-shm"):
