@@ -18,7 +18,6 @@ CHECKS = "model_support.checks_company:"
     ("kind", "arch", "page_size"),
     [
         ("adapters", "llama", 1),
-        ("adapters", "qwen3", 16),
         ("embeddings", "llama", 1),
         ("embeddings", "qwen2", 16),
         ("hidden_states", "llama", 1),

@@ -85,12 +85,13 @@ def _make_adapter(model: Path, seed: int) -> Path:
     config = json.loads((model / "config.json").read_text())
     size, heads = config["hidden_size"], config["num_attention_heads"]
     inner = config["intermediate_size"]
-    kv = config["num_key_value_heads"] * size // heads
+    head = config.get("head_dim") or size // heads
+    q, kv = heads * head, config["num_key_value_heads"] * head
     shapes = {
-        "self_attn.q_proj": (size, size),
+        "self_attn.q_proj": (size, q),
         "self_attn.k_proj": (size, kv),
         "self_attn.v_proj": (size, kv),
-        "self_attn.o_proj": (size, size),
+        "self_attn.o_proj": (q, size),
         "mlp.gate_proj": (size, inner),
         "mlp.up_proj": (size, inner),
         "mlp.down_proj": (inner, size),
