@@ -26,12 +26,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import psutil
 
+from sgl_blend.harness import supervise
 from sgl_blend.harness.process import Child
 
 MODULE = "sglang.launch_server"
@@ -188,8 +189,16 @@ def _serve(case: dict) -> int:
     return status
 
 
+def _ended() -> Iterator[tuple[int, int]]:
+    """Children that have ended, and orphans of servers: process id and wait status."""
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            yield found
+
+
 def main() -> None:
     _preload()
+    supervise._prctl(supervise.PR_SET_CHILD_SUBREAPER, 1)  # a server's store outlives it a little
     gc.collect()
     gc.freeze()  # what is here stays in pages that all children share
     children: set[int] = set()
@@ -200,9 +209,8 @@ def main() -> None:
 
     while True:
         ready, _, _ = select.select([0], [], [], 0.05)
-        for pid in list(children):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
+        for pid, status in _ended():
+            if pid in children:
                 children.discard(pid)
                 say(pid, os.waitstatus_to_exitcode(status))
         if not ready:
@@ -225,7 +233,7 @@ def main() -> None:
             os.killpg(pid, signal.SIGTERM)
     until = time.monotonic() + 10.0
     while children and time.monotonic() < until:
-        children = {p for p in children if os.waitpid(p, os.WNOHANG)[0] == 0}
+        children -= {pid for pid, _ in _ended()}
         time.sleep(0.05)
     for pid in children:
         with contextlib.suppress(ProcessLookupError):
