@@ -27,7 +27,7 @@ def model(tmp_path_factory) -> Path:
 def _forks():
     """Servers are forked from a process that has imported SGLang (``forks.py``)."""
     forks = Forks()
-    with mock.patch.object(launcher, "Child", forks.child):
+    with mock.patch.object(launcher, "launch", forks.launch):
         yield
     forks.close()
 

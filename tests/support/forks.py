@@ -26,18 +26,32 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+from unittest import mock
 
 import psutil
 
+from sgl_blend.harness import server as harness
 from sgl_blend.harness import supervise
-from sgl_blend.harness.process import Child
+from sgl_blend.harness.server import Server
 
 MODULE = "sglang.launch_server"
 #: variables of SGLang's that are read when a server starts, not at import
 READ_LATE = {"SGLANG_CPU_OMP_THREADS_BIND"}
+#: seconds that a forked server may take to come up; on an idle machine it takes ten
+PATIENCE_S = 100.0
+_LAUNCH = harness.launch
+
+
+class NotUp(Exception):
+    """A forked server does not come up."""
+
+
+def _patient(seconds: float) -> None:
+    if seconds > PATIENCE_S - 5.0:
+        raise NotUp
 
 
 class Forked:
@@ -100,7 +114,26 @@ class Forks:
         self._last: Forked | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def child(
+    def launch(
+        self,
+        cmd: Sequence[str],
+        port: int,
+        environ: Mapping[str, str],
+        timeout: float,
+        log: Path | None = None,
+        waiting: Callable[[float], None] = lambda seconds: None,
+    ) -> Server:
+        """As ``harness.server.launch``. A fork that does not come up is started as usual: the
+        launcher's threads may hold a lock when it forks, which stays locked in the child."""
+        usual = "--skip-server-warmup" not in cmd or list(cmd[1:3]) != ["-m", MODULE]
+        changed = {k for k, v in environ.items() if os.environ.get(k) != v}
+        usual |= bool({k for k in changed if k.startswith("SGLANG_")} - READ_LATE)
+        if not usual:
+            with contextlib.suppress(NotUp), mock.patch.object(harness, "Child", self._child):
+                return _LAUNCH(cmd, port, environ, min(timeout, PATIENCE_S), log, _patient)
+        return _LAUNCH(cmd, port, environ, timeout, log, waiting)
+
+    def _child(
         self,
         command: Sequence[str],
         *,
@@ -109,14 +142,8 @@ class Forks:
         env: Mapping[str, str],
         grace_s: float,
         drain_s: float,
-    ) -> Forked | Child:
+    ) -> Forked:
         """As ``harness.process.Child``, of a server's command line."""
-        sglang = {k for k, v in env.items() if k.startswith("SGLANG_") and os.environ.get(k) != v}
-        as_usual = "--skip-server-warmup" not in command or sglang - READ_LATE
-        if as_usual or list(command[1:3]) != ["-m", MODULE]:
-            return Child(
-                command, stdout=stdout, stderr=stderr, env=env, grace_s=grace_s, drain_s=drain_s
-            )
         case = {"args": list(command[3:]), "env": dict(env), "log": stdout.name}
         with self._lock:
             self._process.stdin.write(json.dumps(case) + "\n")
