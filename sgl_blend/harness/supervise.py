@@ -28,7 +28,8 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 _KILL_PATIENCE_S = 10.0
 
 
-def _prctl(option: int, value: int) -> None:
+def set_option(option: int, value: int) -> None:
+    """prctl(2) of this process; nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
@@ -46,12 +47,12 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
         # Orphans of the command become children of this process, wherever they stood.
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        set_option(PR_SET_CHILD_SUBREAPER, 1)
         # Kept: a Popen that is dropped may collect the exit status itself.
         self._popen = subprocess.Popen(
             command,
             start_new_session=True,
-            preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=lambda: set_option(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
         self.child = self._popen.pid
 

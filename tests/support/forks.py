@@ -189,6 +189,8 @@ def _preload() -> None:
 def _serve(case: dict) -> int:
     """In the child: the launch command, from here on."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    supervise.set_option(supervise.PR_SET_PDEATHSIG, signal.SIGKILL)
     with open(case["log"], "ab") as log, open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
         os.dup2(log.fileno(), 1)
@@ -224,8 +226,10 @@ def _ended() -> Iterator[tuple[int, int]]:
 
 
 def main() -> None:
+    # Ctrl-C ends the tests; this process ends its servers when they have closed its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _preload()
-    supervise._prctl(supervise.PR_SET_CHILD_SUBREAPER, 1)  # a server's store outlives it a little
+    supervise.set_option(supervise.PR_SET_CHILD_SUBREAPER, 1)  # a server's store outlives it a little
     gc.collect()
     gc.freeze()  # what is here stays in pages that all children share
     children: set[int] = set()
