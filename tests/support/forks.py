@@ -229,7 +229,8 @@ def main() -> None:
     # Ctrl-C ends the tests; this process ends its servers when they have closed its input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _preload()
-    supervise.set_option(supervise.PR_SET_CHILD_SUBREAPER, 1)  # a server's store outlives it a little
+    # A server's store outlives it a little.
+    supervise.set_option(supervise.PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
     gc.freeze()  # what is here stays in pages that all children share
     children: set[int] = set()
