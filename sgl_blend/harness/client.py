@@ -70,7 +70,7 @@ def greedy(
     sampling_params."""
     params = {"temperature": 0, "max_new_tokens": max_new_tokens, **params}
     if custom is not None:
-        params["custom_params"] = dict(custom)
+        params["custom_params"] = custom
     if isinstance(prompt, str):
         return {"text": prompt, "sampling_params": params}
     return {"input_ids": list(prompt), "sampling_params": params}

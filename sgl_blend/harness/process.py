@@ -27,7 +27,8 @@ class Child:
 
     pid: the command's process, which leads its process group. grace_s: what its group gets
     between SIGTERM and SIGKILL. drain_s: what descendants with a session of their own get after
-    that. stdout, stderr: as for ``subprocess.Popen``.
+    that. env, stdout, stderr: as for
+    ``subprocess.Popen``.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**os.environ, **(env or {})},
+                env=env,
                 pass_fds=(theirs.fileno(),),
                 # A Ctrl-C at the terminal is the owner's to handle.
                 start_new_session=True,

