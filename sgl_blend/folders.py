@@ -1,13 +1,17 @@
-"""Folders of sgl-blend's own: the cache, and temporary ones that a killed owner doesn't leave."""
+"""Folders of sgl-blend's own: the cache, the one that sockets lie in, and temporary ones that a
+killed owner doesn't leave."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from sgl_blend.errors import ConfigError
 
 #: held locked (flock) by an owned folder's owner, for as long as it runs
 _LOCK = "owner"
@@ -17,6 +21,32 @@ def cache_root() -> Path:
     """``$SGL_BLEND_CACHE_DIR``, or ``~/.cache/sgl_blend``. It may not exist yet."""
     chosen = os.environ.get("SGL_BLEND_CACHE_DIR")
     return Path(chosen) if chosen else Path.home() / ".cache" / "sgl_blend"
+
+
+def runtime_folder() -> Path:
+    """``$XDG_RUNTIME_DIR``, or ``/tmp/sgl-blend-<user id>``. It may not exist yet."""
+    chosen = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(chosen) if chosen else _own_runtime_folder()
+
+
+def _own_runtime_folder() -> Path:
+    return Path(f"/tmp/sgl-blend-{os.getuid()}")
+
+
+def check_runtime_folder(folder: Path) -> None:
+    """Raises ConfigError where ``folder`` is ours below ``/tmp``, in which every user may make
+    folders, and another user made it or may write to it: sockets there could be replaced."""
+    if folder != _own_runtime_folder():
+        return
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder} is not a folder of this user alone (owner {found.st_uid}, mode "
+            f"{stat.filemode(found.st_mode)}): remove it, or set XDG_RUNTIME_DIR"
+        )
 
 
 class OwnedFolder:

@@ -12,13 +12,12 @@ requests alternate between them, so that a drifting machine meets both alike. Th
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sgl_blend.bench.workload import Workload
+from sgl_blend.folders import OwnedFolder
 from sgl_blend.harness.client import Answer, ask, ask_all
 from sgl_blend.harness.models import make_model
 from sgl_blend.harness.server import Server, serve
@@ -76,13 +75,13 @@ Progress = Callable[[str], None]
 
 def bench(options: BenchOptions, progress: Progress = lambda text: None) -> list[dict[str, Any]]:
     """Run the workloads asked for; returns one summary per row."""
-    with tempfile.TemporaryDirectory(prefix="sgl-blend-bench-") as folder:
+    with OwnedFolder("sgl-blend-bench-") as folder:
         model = options.model
         if model is None:
             progress(f"making a random-weight Llama of {options.layers} layers")
             model = str(
                 make_model(
-                    Path(folder) / "model",
+                    folder / "model",
                     layers=options.layers,
                     hidden=options.hidden,
                     heads=options.heads,

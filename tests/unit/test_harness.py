@@ -1,0 +1,62 @@
+"""Talking to a server of this machine, and a command that has ended. Needs: CPU, no SGLang."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from sgl_blend.harness.client import Client, ServerError
+from sgl_blend.harness.process import Child, free_port
+
+
+@pytest.fixture
+def heard():
+    """(port of an HTTP server, the paths that it is asked for)"""
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_args) -> None:
+            return None
+
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, paths
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_proxy_is_for_servers_elsewhere(heard, monkeypatch) -> None:
+    port, paths = heard
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for host in ("127.0.0.1", "localhost"):
+        assert Client(f"http://{host}:{port}").send("GET", "/here").status_code == 200
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    assert Client("http://far.example:80").send("GET", "/there").status_code == 200
+    assert paths == ["/here", "/here", "http://far.example:80/there"]
+
+
+def test_no_server_there_is_said(monkeypatch) -> None:
+    with pytest.raises(ServerError, match="no answer from"):
+        Client(f"http://127.0.0.1:{free_port()}").send("GET", "/here")
+
+
+def test_a_command_that_has_ended_is_not_paused() -> None:
+    """A bench pauses its servers after each request, also after one that a server ended in."""
+    child = Child([sys.executable, "-c", "raise SystemExit(3)"])
+    assert child.wait(60) == 3
+    child.pause()
+    child.resume()
+    child.kill()
+    assert child.stop() == 3
