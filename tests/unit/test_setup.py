@@ -66,6 +66,7 @@ def test_what_can_be_done_without_does_not_end_the_set_up(machine) -> None:
 def test_a_venv_that_was_broken_off_is_made_again(machine) -> None:
     state, commands, run = machine
     write(commands / "g++", "#!/bin/bash\n")
+    write(commands / "apt-get", "#!/bin/bash\n")
     broken = run()
     assert broken.returncode != 0 and "python3.12-venv" in broken.stderr
     (state / "ensurepip").touch()
