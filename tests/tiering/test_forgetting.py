@@ -146,6 +146,16 @@ def test_a_flush_that_one_rank_refused_is_made_good_by_the_next(ranks):
     assert b.found(ask(new)) > 300 and a.found(ask(early)) > 300
 
 
+@pytest.mark.parametrize(("name", "value"), [("DISK_PATH", "/var/chunks"), ("REMOTE", "hicache")])
+def test_a_flush_leaves_a_store_that_outlives_the_server_alone(ranks, monkeypatch, name, value):
+    """Its disk or shared tier may be given by the store's own variables."""
+    monkeypatch.setenv(f"SGL_CHUNK_STORE_{name}", value)
+    rank, early = ranks(), doc(1, 400)
+    rank.serve(early)
+    rank.flush()
+    assert rank.found(ask(early)) > 300
+
+
 def test_what_is_being_stored_while_the_cache_is_flushed_is_not_found(ranks, store):
     from store_testing import make_chunk
 

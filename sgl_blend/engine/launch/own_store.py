@@ -50,6 +50,15 @@ def store_options(config: BlendConfig) -> StoreConfig:
     return options
 
 
+def lives_with_server(config: BlendConfig) -> bool:
+    """Is the store a cache of this server alone, which nothing outlives? Not where it is another's,
+    has a file of options, or has a disk or a shared tier, also by the store's own variables."""
+    if config.store_endpoint or config.store_config:
+        return False
+    options = store_options(config)
+    return not options.disk_path and not options.remote
+
+
 def start_store(server_args: ServerArgs) -> None:
     """Start the server's own chunk store, unless it has one, is told of another, or wants none.
 

@@ -25,6 +25,7 @@ import torch
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.forward.clock import ForwardClock
+from sgl_blend.engine.launch.own_store import lives_with_server
 from sgl_blend.engine.request.state import RequestState, state_of, unservable
 from sgl_blend.engine.request.store_space import StoreSpace
 from sgl_blend.engine.request.weights import WeightUpdates
@@ -79,7 +80,7 @@ class StoreTier:
         self.weights = WeightUpdates(space, tree, self.let_go)
         # A store that lives and dies with this server is a cache of its own: /flush_cache empties
         # it, too. What is on disk, or others', stays.
-        self._own = not (config.store_endpoint or config.store_disk_path or config.store_config)
+        self._own = lives_with_server(config)
         #: loads whose bytes the device may still be reading: (event behind the last copy, load)
         self._closing: deque[tuple[Any, Load]] = deque()
         #: loads of requests that may be aborted while they wait, or between two pieces
