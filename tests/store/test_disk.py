@@ -247,6 +247,7 @@ def test_two_stores_cannot_share_a_directory(tmp_path):
     tier = DiskTier(tmp_path / "d")
     with pytest.raises(ConfigError, match="held by another store"):
         DiskTier(tmp_path / "d")
+    _fill(tier, 1)  # the other one has left it as it was
     tier.close()
     DiskTier(tmp_path / "d").close()
 

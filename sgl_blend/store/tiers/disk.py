@@ -94,7 +94,6 @@ class DiskTier(Tier):
         self._unread: set[str] = set()
         try:
             (self.root / "data").mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.root / "tmp", ignore_errors=True)
             self._lock_fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as e:
             raise ConfigError(f"disk tier at {str(root)!r} cannot be used: {e}") from e
@@ -103,6 +102,8 @@ class DiskTier(Tier):
         except OSError as e:
             os.close(self._lock_fd)
             raise ConfigError(f"disk tier at {str(root)!r} {HELD}") from e
+        # Only the holder's: another store may be writing until here.
+        shutil.rmtree(self.root / "tmp", ignore_errors=True)
         (self.root / "tmp").mkdir(exist_ok=True)
         for i in range(256):
             (self.root / "data" / f"{i:02x}").mkdir(exist_ok=True)
