@@ -17,15 +17,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sgl_blend.bench.workload import Workload
+from sgl_blend.errors import ConfigError, unknown_name
 from sgl_blend.folders import OwnedFolder
 from sgl_blend.harness.client import Answer, ask, ask_all
 from sgl_blend.harness.models import make_model
 from sgl_blend.harness.server import Server, serve
 
+#: methods of ``_Run``
+WORKLOADS = ("reuse", "nothing", "stream")
+
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """model: a local model folder, or None for a random-weight fp32 Llama of the size given."""
+    """model: a local model folder, or None for a random-weight fp32 Llama of the size given.
+
+    Raises :class:`ConfigError` for a workload or setting that is none.
+    """
 
     model: str | None = None
     layers: int = 16
@@ -39,10 +46,26 @@ class BenchOptions:
     settings: tuple[str, ...] = ("query:0.10", "query:0.15", "hkvd:0.15", "none:0")
     stream_requests: int = 24
     concurrency: int = 8
-    workloads: tuple[str, ...] = ("reuse", "nothing", "stream")
+    workloads: tuple[str, ...] = WORKLOADS
     server_args: tuple[str, ...] = ()
     seed: int = 0
     vocab: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in self.workloads:
+            if name not in WORKLOADS:
+                raise ConfigError(unknown_name("workload", name, WORKLOADS))
+        for setting in self.settings:
+            _custom(setting)
+
+
+def _custom(setting: str) -> dict[str, Any]:
+    """A request's options from ``policy:ratio``. Raises :class:`ConfigError`."""
+    policy, _, ratio = setting.partition(":")
+    try:
+        return {"blend_policy": policy, "blend_ratio": float(ratio)}
+    except ValueError:
+        raise ConfigError(f"setting {setting!r} is not POLICY:RATIO, as query:0.1 is") from None
 
 
 @dataclass
@@ -143,10 +166,8 @@ class _Run:
             for setting, row in rows.items():
                 self.progress(f"reuse: repeat {i + 1} of {self.o.repeats}, {setting}")
                 prompt = w.shuffled(self.o.documents)
-                policy, ratio = setting.split(":")
-                custom = {"blend_policy": policy, "blend_ratio": float(ratio)}
                 plain = self._ask(self.plain, prompt.ids)
-                ours = self._ask(self.ours, prompt.ids, custom)
+                ours = self._ask(self.ours, prompt.ids, _custom(setting))
                 base.ttft.append(plain.ttft)
                 _note(row, ours, plain, len(prompt.ids))
         base.ratio, base.cost = [1.0], [1.0]
@@ -156,9 +177,7 @@ class _Run:
     def _warm(self, w: Workload) -> None:
         """One unmeasured request per setting: kernels are built, allocators filled."""
         for setting in self.o.settings:
-            policy, ratio = setting.split(":")
-            ids = w.shuffled(self.o.documents).ids
-            self._ask(self.ours, ids, {"blend_policy": policy, "blend_ratio": float(ratio)})
+            self._ask(self.ours, w.shuffled(self.o.documents).ids, _custom(setting))
         self._ask(self.plain, w.shuffled(self.o.documents).ids)
 
     def nothing(self) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,27 @@ HEAD = (
 )
 
 
+#: an option of ``BenchOptions`` -> its help, before the default
+HELP = {
+    "model": "a local model folder, instead of a random-weight fp32 Llama",
+    "layers": "of the random-weight Llama",
+    "hidden": "size of its hidden states",
+    "heads": "its attention heads",
+    "intermediate": "size of its MLPs",
+    "vocab": "token ids that prompts are made of; its vocabulary",
+    "documents": "documents in each prompt",
+    "doc_tokens": "tokens of each document",
+    "corpus": "documents to draw from",
+    "repeats": "prompts measured for each setting",
+    "settings": "policy:ratio, comma-separated",
+    "stream_requests": "requests of the workload stream",
+    "concurrency": "of them at a time",
+    "workloads": "comma-separated",
+    "server_args": "more flags of both servers, in one text",
+    "seed": "of the documents",
+}
+
+
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     from sgl_blend.bench.run import BenchOptions
 
@@ -29,14 +51,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     defaults = BenchOptions()
     for f in fields(BenchOptions):
         value = getattr(defaults, f.name)
+        kind, shown = type(value), f" ({value})"
+        if f.name == "server_args":
+            kind, shown = _words, ""
+        elif isinstance(value, tuple):
+            kind, shown = _texts, f" ({','.join(value)})"
+        elif value is None:
+            kind, shown = str, ""
         flag = "--" + f.name.replace("_", "-")
-        if isinstance(value, tuple):
-            p.add_argument(flag, type=lambda t: tuple(x for x in t.split(",") if x), default=value)
-        else:
-            kind = str if value is None else type(value)
-            p.add_argument(flag, type=kind, default=value, help=f"default: {value}")
+        p.add_argument(flag, type=kind, default=value, help=HELP[f.name] + shown)
     p.add_argument("--json", type=Path, default=None, help="write all figures to this file")
     p.set_defaults(run=run)
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(x for x in text.split(",") if x)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(shlex.split(text))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""Talking to a server of this machine, and a command that has ended. Needs: CPU, no SGLang."""
+"""What a bench is asked for, talking to its servers, and one that has ended. Needs: CPU, no
+SGLang."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from sgl_blend.bench import run
+from sgl_blend.cli.main import main
 from sgl_blend.harness.client import Client, ServerError
 from sgl_blend.harness.process import Child, free_port
 
@@ -50,6 +53,26 @@ def test_a_proxy_is_for_servers_elsewhere(heard, monkeypatch) -> None:
 def test_no_server_there_is_said(monkeypatch) -> None:
     with pytest.raises(ServerError, match="no answer from"):
         Client(f"http://127.0.0.1:{free_port()}").send("GET", "/here")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--workloads", "reuze"), "unknown workload 'reuze'; did you mean 'reuse'?"),
+        (("--settings", "query:0.1,hkvd"), "setting 'hkvd' is not POLICY:RATIO"),
+        (("--settings", "query:tenth"), "setting 'query:tenth' is not POLICY:RATIO"),
+    ],
+)
+def test_a_bench_that_cannot_be_run_is_said_before_it_starts(argv, said, capsys) -> None:
+    assert main(["bench", *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_flags_of_the_benchs_servers_are_one_text(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(run, "bench", lambda options, _progress: seen.append(options) or [])
+    main(["bench", "--server-args=--page-size 16 --dtype 'float32'"])
+    assert seen[0].server_args == ("--page-size", "16", "--dtype", "float32")
 
 
 def test_a_command_that_has_ended_is_not_paused() -> None:
