@@ -287,7 +287,8 @@ VARIABLES = {
     "ENABLE": "1 switches blending on, as --enable-blend does; "
     "for sglang.Engine, which takes no flags",
     "CONFIG": "path of a YAML file with options, as --blend-config",
-    "CACHE_DIR": "folder of the compiled CPU kernels (default: ~/.cache/sgl_blend)",
+    "CACHE_DIR": "folder of the compiled CPU kernels and of the demo's model "
+    "(default: ~/.cache/sgl_blend)",
 }
 
 #: Variables of others that this package reads: what they change here
