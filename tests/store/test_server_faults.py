@@ -18,7 +18,7 @@ from sgl_blend.store.wire import protocol as p
 @pytest.fixture
 def server(tmp_path):
     """A server in this process, in a thread of its own."""
-    made = StoreServer(small_config(endpoints=(f"ipc://{tmp_path}/store",)))
+    made = StoreServer(small_config(tmp_path, endpoints=(f"ipc://{tmp_path}/store",)))
     thread = threading.Thread(target=made.run)
     thread.start()
     yield made
@@ -43,6 +43,21 @@ def test_what_fails_in_the_loop_does_not_end_the_store(server, caplog):
         assert client.lookup([header.key])[0] is not None
     said = [r for r in caplog.records if "a bug of ours" in r.getMessage()]
     assert len(said) == 1  # and not once in every round of the loop
+
+
+def test_a_fault_after_a_write_does_not_stop_the_disk(server, monkeypatch):
+    res, faults = server.core.res, [RuntimeError("a bug of ours")]
+    catch_up = res._catch_up
+    monkeypatch.setattr(res, "_catch_up", lambda: catch_up() if not faults else _raise(faults))
+    with connect(server.addresses[0], NAMESPACE) as client:
+        for i in range(3):
+            header, body = make_chunk(i)
+            assert client.put([header], [body], durable=True) == ["durable"]
+        assert not faults and client.stats()["backlog"] == 0
+
+
+def _raise(faults):
+    raise faults.pop()
 
 
 def test_replies_that_a_client_does_not_read_lease_nothing():

@@ -196,11 +196,13 @@ class Residency:
             by_id = {} if error else dict(zip((e.chunk_id for e, _ in todo), results, strict=True))
             if error is not None:
                 self.counters["disk_errors"] += 1
-            for entry, on_durable in batch:
-                self._written(entry, by_id.get(entry.chunk_id), on_durable)
-            self._catch_up()
-            self._writing = False
-            self._pump()
+            try:
+                for entry, on_durable in batch:
+                    self._written(entry, by_id.get(entry.chunk_id), on_durable)
+                self._catch_up()
+            finally:
+                self._writing = False
+                self._pump()
 
         self._writing = True
         self.jobs.submit("disk", work, done)
