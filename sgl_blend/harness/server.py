@@ -29,6 +29,9 @@ PLAIN_ON_CPU = {
 DRAIN_S = 35.0
 #: seconds between SIGTERM and SIGKILL: SGLang would first finish the requests it is at
 GRACE_S = 5.0
+#: seconds after a failed request in which a server that has ended is found to have: its connections
+#: break before the last of its processes is gone
+ENDED_S = 3.0
 
 
 @dataclass
@@ -174,9 +177,10 @@ def serve(model: str | Path, args: Sequence[str] = (), **kwargs) -> Iterator[Ser
     try:
         yield server
     except ServerError as e:
-        if server.alive():
-            raise
-        code = server.process.wait()
+        try:
+            code = server.process.wait(ENDED_S)
+        except subprocess.TimeoutExpired:
+            raise e from None
         raise ServerError(f"{e}\nthe server ended with {code}:\n{server.log_tail()}") from None
     finally:
         server.stop()

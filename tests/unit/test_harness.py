@@ -11,6 +11,7 @@ import pytest
 
 from sgl_blend.bench import run
 from sgl_blend.cli.main import main
+from sgl_blend.harness import server
 from sgl_blend.harness.client import Client, ServerError
 from sgl_blend.harness.process import Child, free_port
 
@@ -30,11 +31,11 @@ def heard():
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port, paths
-    server.shutdown()
-    server.server_close()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield http.server_port, paths
+    http.shutdown()
+    http.server_close()
 
 
 def test_a_proxy_is_for_servers_elsewhere(heard, monkeypatch) -> None:
@@ -73,6 +74,33 @@ def test_flags_of_the_benchs_servers_are_one_text(monkeypatch) -> None:
     monkeypatch.setattr(run, "bench", lambda options, _progress: seen.append(options) or [])
     main(["bench", "--server-args=--page-size 16 --dtype 'float32'"])
     assert seen[0].server_args == ("--page-size", "16", "--dtype", "float32")
+
+
+BREAKS = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        print("out of memory", flush=True)
+        os._exit(9)
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_what_a_server_said_last_is_told(monkeypatch) -> None:
+    def command(_model, port, _args=()) -> list[str]:
+        return [sys.executable, "-c", BREAKS, str(port)]
+
+    monkeypatch.setattr(server, "command", command)
+    said = "(?s)no answer from .*the server ended with 9:.*out of memory"
+    with pytest.raises(ServerError, match=said), server.serve("m", ["--enable-blend"]) as one:
+        one.generate(text="")
 
 
 def test_a_command_that_has_ended_is_not_paused() -> None:
