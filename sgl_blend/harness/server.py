@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgl_blend.config import BLEND
 from sgl_blend.engine.launch import cpu
 from sgl_blend.folders import OwnedFolder
 from sgl_blend.harness.client import Client, ServerError
@@ -113,6 +114,11 @@ def start(
     """
     port = free_port()
     environ = {**os.environ, **(env or {})}
+    if "--enable-blend" not in args:
+        # A variable of the caller's would blend in what is to be compared with.
+        for prefix in BLEND.prefixes:
+            if (name := prefix + "ENABLE") in os.environ.keys() - (env or {}).keys():
+                environ[name] = "0"
     if _plain_on_cpu(args):
         cpu.set_threads(environ, 1)
     return launch(command(model, port, args), port, environ, timeout, log, waiting)

@@ -103,6 +103,30 @@ def test_what_a_server_said_last_is_told(monkeypatch) -> None:
         one.generate(text="")
 
 
+@pytest.mark.parametrize(
+    ("args", "env", "said"),
+    [
+        ([], {}, "0 0"),
+        (["--enable-blend"], {}, "1 1"),
+        ([], {"SGL_BLEND_ENABLE": "1", "SGLANG_BLEND_ENABLE": "1"}, "1 1"),
+    ],
+)
+def test_a_plain_server_is_plain_whatever_the_environment_says(
+    monkeypatch, args, env, said
+) -> None:
+    names = "SGL_BLEND_ENABLE", "SGLANG_BLEND_ENABLE"
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    tells = f"import os; print(*(os.environ[n] for n in {names}), flush=True)\n"
+
+    def command(_model, port, _args=()) -> list[str]:
+        return [sys.executable, "-c", tells + BREAKS, str(port)]
+
+    monkeypatch.setattr(server, "command", command)
+    with server.serve("m", args, env=env) as one:
+        assert one.log.read_text().startswith(said)
+
+
 def test_a_command_that_has_ended_is_not_paused() -> None:
     """A bench pauses its servers after each request, also after one that a server ended in."""
     child = Child([sys.executable, "-c", "raise SystemExit(3)"])
