@@ -116,9 +116,8 @@ def start(
     environ = {**os.environ, **(env or {})}
     if "--enable-blend" not in args:
         # A variable of the caller's would blend in what is to be compared with.
-        for prefix in BLEND.prefixes:
-            if (name := prefix + "ENABLE") in os.environ.keys() - (env or {}).keys():
-                environ[name] = "0"
+        names = {prefix + "ENABLE" for prefix in BLEND.prefixes}
+        environ |= dict.fromkeys(names & os.environ.keys() - (env or {}).keys(), "0")
     if _plain_on_cpu(args):
         cpu.set_threads(environ, 1)
     return launch(command(model, port, args), port, environ, timeout, log, waiting)
