@@ -170,7 +170,9 @@ class BlendConfig:
     )
     offload: bool = option(True, "store new chunks, in the background")
     adaptive_ratio: bool = option(
-        True, "recompute more while slow tiers are loading, as long as it takes no longer"
+        True,
+        "recompute more while slow tiers are loading, as long as it takes no longer; "
+        "tensor-parallel ranks do not",
     )
     report: bool = option(True, "put blend counts into each response's meta_info")
     gate: str = option(

@@ -243,9 +243,13 @@ class StoreTier:
         return fill_holes(spans, [s for s in loaded if not s.exact], shortest)
 
     def free_ratio(self, req: Any) -> float:
-        """The recompute ratio under which computing hides this request's loading."""
+        """The recompute ratio under which computing hides this request's loading.
+
+        None is given to tensor-parallel ranks: each has measured speeds of its own and would
+        recompute another number of tokens, and loading is over there before computing begins.
+        """
         load: Load | None = attach.LOAD.get(req)
-        return 0.0 if load is None else load.ratio
+        return 0.0 if load is None or self.rank[1] > 1 else load.ratio
 
     def attach(self, req: Any, piece: Piece) -> None:
         """Give a planned piece what its host tokens need; its slots are known by now."""
