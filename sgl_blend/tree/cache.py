@@ -78,6 +78,8 @@ class BlendRadixCache(ChunkRadixCache):
         super().__init__(params, config, strong=strong, fingerprint=fingerprint)
         self._namespace_of = namespace_of
         self._boundaries_of = boundaries_of
+        #: nodes that ``_age`` has put at the head of the queue for eviction
+        self._aged = 0
         self.kv_events: KVCacheEventRecorder = _ExactEvents(
             enabled=params.enable_kv_cache_events,
             page_size=self.page_size,
@@ -293,7 +295,10 @@ class BlendRadixCache(ChunkRadixCache):
             tail.append(node)
             node = node.parent
         for old in tail:
-            old.last_access_time = 0.0
+            # Before all that is in use, and the first of them first. With equal times the order
+            # would be that of addresses in memory, which differs between tensor-parallel ranks.
+            self._aged += 1
+            old.last_access_time = self._aged * 1e-9
 
     def _source_labels(
         self, req: Req, record: BlendRecord | None, exact: int, token_ids: array
