@@ -105,7 +105,7 @@ class BlendRadixCache(ChunkRadixCache):
         if record is not None and record.labels.size and not req.kv.holds_kv:
             # Retracted: what it says was true of KV that is gone.
             attach.RECORD.set(req, BlendRecord())
-        if not len(self.prompts) or not len(params.key):
+        if not len(self.prompts) or not len(params.key) or self._scores_documents(req):
             return result
         key = params.key
         n_prompt = len(req.origin_input_ids)
@@ -134,6 +134,16 @@ class BlendRadixCache(ChunkRadixCache):
                     best_match_node=last,
                 )
         return result
+
+    def _scores_documents(self, req: Req) -> bool:
+        """Does it ask for log-probabilities of tokens before its question? It is then prefilled
+        in full (``engine.request.lookup.SourceLookup.obstacle``), behind exact KV alone."""
+        if not req.return_logprob or req.logprob_start_len < 0:
+            return False
+        n_prompt = len(req.origin_input_ids)
+        return req.logprob_start_len < n_prompt and req.logprob_start_len < self.suffix_start(
+            req.origin_input_ids, n_prompt, self._boundaries_of(req)
+        )
 
     def _match_below(
         self, top: TreeNode, key: RadixKey, exact: MatchResult

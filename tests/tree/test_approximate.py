@@ -20,6 +20,7 @@ from cache_world import (
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+from sgl_blend import attach
 from sgl_blend.plan import BLENDED, BlendRecord
 from sgl_blend.tree.cache import BlendRadixCache, RadixConfig, is_marked, marked_key
 from sgl_blend.tree.chunk_index import IntegrityError
@@ -39,6 +40,18 @@ def test_exact_requests_never_meet_approximate_kv(page, piece):
     world.end(run)
     world.check()
     assert world.admit(world.request(prompt)).req.prefix_len >= len(prompt) - page
+
+
+def test_logprobs_of_documents_are_not_computed_behind_approximate_kv():
+    """Such a request falls back to full prefill; one that asks for its question's does not."""
+    world, prompt, _ = blended_world()
+    head = len(OTHER_SYSTEM + B)
+    for start, approximate in ((head + 100, False), (len(prompt) - 20, True), (-1, True)):
+        req = world.request(prompt, True)
+        req.return_logprob, req.logprob_start_len = True, start
+        req.init_next_round_input(world.cache)
+        assert (attach.PREFIX.get(req) is not None) == approximate, start
+        assert (req.prefix_len > head) == approximate, start
 
 
 @pytest.mark.parametrize("page", [1, 16])
