@@ -162,7 +162,7 @@ class Planner:
         state = state_of(req, self.c.config, self.c.gate)
         begin = piece.begin
         stale = state.record is not None and attach.RECORD.get(req) is not state.record
-        if state.next_begin != begin or stale:
+        if (state.next_begin, state.retractions) != (begin, req.retraction_count) or stale:
             self._restart(req, state, begin, _tokens(req))
         state.next_begin = begin + piece.rows
         return state
@@ -184,6 +184,7 @@ class Planner:
     def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
         """First piece of a prefill (again, after a retraction)."""
         n_prompt = state.prompt_tokens = len(req.origin_input_ids)
+        state.retractions = req.retraction_count
         state.decided = False
         state.generation = 0
         state.record = None

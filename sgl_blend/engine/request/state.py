@@ -66,6 +66,8 @@ class RequestState:
     coverage: float = 0.0
     fallback: str | None = None
     next_begin: int | None = None
+    #: how often the request had been retracted when its prefill began
+    retractions: int = 0
     generation: int = 0
     decided: bool = False
     counts: Counts = field(default_factory=Counts)

@@ -1,0 +1,95 @@
+"""What the planner records of a request that is prefilled again. Needs: CPU, SGLang."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from cache_world import World, doc
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sgl_blend import attach
+from sgl_blend.config import BlendConfig
+from sgl_blend.engine.metrics import Metrics
+from sgl_blend.engine.request.planner import Planner, PlannerContext
+from sgl_blend.gate.state import GateState
+
+N, OUTPUTS = 200, 3
+
+
+class Prefill:
+    """One request of a world without KV, prefilled by a planner piece by piece."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.planner = Planner(
+            PlannerContext(
+                tree=self.world.cache,
+                config=BlendConfig(tiers=("device",)),
+                num_layers=4,
+                max_positions=4096,
+                metrics=Metrics(),
+                gate=GateState(0.1),
+                company=lambda forward_batch, batch: None,
+            )
+        )
+        self.req = self.world.request(doc(1, N), blend=True)
+        self.piece(0, N)
+
+    def piece(self, begin: int, rows: int) -> None:
+        self.req.init_next_round_input()
+        forward_batch = SimpleNamespace(
+            forward_mode=ForwardMode.EXTEND,
+            out_cache_loc=torch.zeros(rows, dtype=torch.int64),
+            input_ids=torch.zeros(rows, dtype=torch.int64),
+        )
+        batch = SimpleNamespace(
+            tree_cache=self.world.cache,
+            decoding_reqs=None,
+            reqs=[self.req],
+            prefix_lens=[begin],
+            extend_lens=[rows],
+            return_hidden_states=False,
+        )
+        self.planner.after_init_new(forward_batch, None, batch)
+
+    def retract(self) -> None:
+        """After some tokens of output; they are prefilled again behind the prompt, which the tree
+        still holds."""
+        self.req.output_ids.extend([5] * OUTPUTS)
+        self.req.reset_for_retract()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self.req.customized_info["blend"][0]
+
+
+def test_the_report_tells_of_the_first_prefill_alone():
+    prefill = Prefill()
+    before = dict(prefill.report)
+    assert before["computed"] == N
+    prefill.retract()
+    prefill.piece(N, OUTPUTS)
+    assert prefill.report == before
+
+
+def test_an_approximate_prefix_that_ends_where_the_prompt_did_is_recorded():
+    """The exact prompt was evicted meanwhile, and another request had left its own KV of it."""
+    prefill = Prefill()
+    assert attach.RECORD.get(prefill.req) is None
+    prefill.retract()
+    attach.PREFIX.set(prefill.req, (120, N - 120))
+    prefill.piece(N, OUTPUTS)
+    assert attach.RECORD.get(prefill.req).exact_len(N + OUTPUTS) == 120
+
+
+def test_output_that_is_prefilled_in_pieces_belongs_to_one_prefill():
+    prefill = Prefill()
+    prefill.retract()
+    attach.PREFIX.set(prefill.req, (120, N - 120))
+    prefill.piece(N, 1)
+    record = attach.RECORD.get(prefill.req)
+    prefill.piece(N + 1, OUTPUTS - 1)
+    assert attach.RECORD.get(prefill.req) is record
+    assert record.exact_len(N + OUTPUTS) == 120 and len(record.labels) == N + OUTPUTS
