@@ -265,12 +265,26 @@ class BlendConfig:
             "store_endpoint",
             "must begin with ipc:// or tcp://",
         )
-        own = ("store_config", "store_disk_path")
+        default = {f.name: f.default for f in fields(self)}
+        own = ("store_config", "store_memory", "store_disk_path", "store_disk")
+        for name in own:
+            check(
+                not self.store_endpoint or getattr(self, name) == default[name],
+                name,
+                f"is for the server's own store, and store_endpoint {self.store_endpoint!r} names "
+                "a running one",
+            )
         check(
-            not self.store_endpoint or not any(getattr(self, name) for name in own),
-            "store_endpoint",
-            f"names a running store; {' and '.join(own)} are for the server's own",
+            not self.store_keys or self.store_endpoint.startswith("tcp://"),
+            "store_keys",
+            "is for a store_endpoint that begins with tcp://",
         )
+        for name in ("store_endpoint", *own):
+            check(
+                "store" in self.tiers or getattr(self, name) == default[name],
+                name,
+                f"is for the tier 'store', and tiers is {','.join(self.tiers)!r}",
+            )
 
     def multipliers(self) -> tuple[float, ...]:
         """One multiplier of the recompute ratio per check layer, falling to 1.0."""

@@ -151,6 +151,17 @@ def test_wrong_text_in_the_environment_names_option_and_value(name, text):
         ({"max_copies": 0}, "max_copies"),
         ({"tiers": ()}, "tiers"),
         ({"tiers": ("disk",)}, "tiers"),
+        # Of a store that is not there, or is set up elsewhere: nothing would come of them.
+        ({"store_endpoint": "tcp://a:1", "store_config": "store.yaml"}, "store_config"),
+        ({"store_endpoint": "tcp://a:1", "store_memory": "2GiB"}, "store_memory"),
+        ({"store_endpoint": "tcp://a:1", "store_disk_path": "/d"}, "store_disk_path"),
+        ({"store_endpoint": "tcp://a:1", "store_disk": "1GiB"}, "store_disk"),
+        ({"store_endpoint": "ipc:///s", "store_keys": "keys"}, "store_keys"),
+        ({"store_keys": "keys"}, "store_keys"),
+        ({"tiers": ("device",), "store_endpoint": "tcp://a:1"}, "store_endpoint"),
+        ({"tiers": ("device",), "store_memory": "2GiB"}, "store_memory"),
+        ({"tiers": ("device",), "store_disk_path": "/d"}, "store_disk_path"),
+        ({"tiers": ("device",), "store_config": "store.yaml"}, "store_config"),
     ],
 )
 def test_out_of_range_value_is_refused_by_name(values, named):
