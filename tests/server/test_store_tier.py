@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -226,29 +227,37 @@ def restarted(store, folder) -> None:
     store[0] = start_store(folder)
 
 
+def harm(path: Path, damage: str) -> None:
+    raw = bytearray(path.read_bytes())
+    at = len(raw) // 2 if damage == "head" else len(raw) - 100
+    raw[at] ^= 0x40
+    path.write_bytes(raw[:-200] if damage == "truncated" else raw)
+
+
 @pytest.mark.parametrize("damage", ["head", "tail", "truncated"])
 def test_damage_on_disk_is_recomputed(server, store, folder, damage):
     """``tail``: the first layers arrive and are blended before the damage is found, within a
     forward pass that has begun on them."""
-    restarted(store, folder)
-    docs = Docs({"head": 12, "tail": 13, "truncated": 14}[damage], count=6, size=(1300, 1500))
-    before = set(files_of(folder / "disk"))
-    warm(server, docs, store[0].endpoint)
-    restarted(store, folder)
-    prompt = docs.prompt([1, 3, 5, 0, 4, 2])
-    whole = fresh(server, prompt, custom=NONE)
-    # Not all: what such a small model recomputes faster than a disk brings it is recomputed.
+    there, seed = 0, {"head": 12, "tail": 13, "truncated": 14}[damage]
+    # Chunks that so small a model recomputes faster than a disk brings them are recomputed: on a
+    # busy machine that may be all of a prompt's, and the next prompt is tried.
+    while there == 0 and seed < 400:
+        restarted(store, folder)
+        docs = Docs(seed, count=6, size=(1300, 1500))
+        before = set(files_of(folder / "disk"))
+        warm(server, docs, store[0].endpoint)
+        restarted(store, folder)
+        prompt = docs.prompt([1, 3, 5, 0, 4, 2])
+        whole = fresh(server, prompt, custom=NONE)
+        restarted(store, folder)
+        harmed = sorted(set(files_of(folder / "disk")) - before)[::2]
+        assert harmed
+        for path in harmed:
+            harm(path, damage)
+        got = fresh(server, prompt, custom=NONE)
+        there = sum(sources(got).values())
+        seed += 100
     assert sources(whole)["disk"] > 1000
-    restarted(store, folder)
-    harmed = sorted(set(files_of(folder / "disk")) - before)[::2]
-    assert harmed
-    for path in harmed:
-        raw = bytearray(path.read_bytes())
-        at = len(raw) // 2 if damage == "head" else len(raw) - 100
-        raw[at] ^= 0x40
-        path.write_bytes(raw[:-200] if damage == "truncated" else raw)
-    got = fresh(server, prompt, custom=NONE)
-    there = sum(sources(got).values())
     assert 0 < there < sources(whole)["disk"], (got.blend, whole.blend)
     if damage == "tail" and sources(whole)["disk"] > 6000:  # else it came in one step
         assert "did not arrive" in server.log.read_text()
