@@ -140,8 +140,8 @@ class BlendRadixCache(ChunkRadixCache):
         in full (``engine.request.lookup.SourceLookup.obstacle``), behind exact KV alone."""
         if not req.return_logprob or req.logprob_start_len < 0:
             return False
-        n_prompt = len(req.origin_input_ids)
-        return req.logprob_start_len < n_prompt and req.logprob_start_len < self.suffix_start(
+        n_prompt, first = len(req.origin_input_ids), int(req.logprob_start_len)
+        return first < n_prompt and first < self.suffix_start(
             req.origin_input_ids, n_prompt, self._boundaries_of(req)
         )
 
