@@ -23,20 +23,6 @@ from sgl_blend.store.chunk import make_namespace, pack_tokens
 from sgl_blend.store.errors import ChunkCorrupt, ProtocolError, StoreTimeout
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with start(small_config(tmp_path_factory.mktemp("store"))) as running:
-        yield running
-
-
-@pytest.fixture(params=["shm", "frames"])
-def client(store, request):
-    with connect(store.endpoint, digest(request.node.name), shm=request.param == "shm") as c:
-        c.connect()
-        assert c.shm == (request.param == "shm")
-        yield c
-
-
 def _chunks(client, n, **fields):
     return [make_chunk(i, namespace=client.namespace, **fields) for i in range(n)]
 

@@ -16,8 +16,10 @@ import zmq
 from polling import eventually
 from store_testing import (
     NAMESPACE,
+    arena_holders,
     connect,
     digest,
+    kill,
     make_chunk,
     small_config,
     start,
@@ -25,25 +27,6 @@ from store_testing import (
 
 from sgl_blend.store.errors import ProtocolError
 from sgl_blend.store.wire import protocol as p
-
-
-def _kill(store) -> None:
-    store.process.send_signal(signal.SIGKILL)
-    store.process.wait()
-
-
-def _arena_holders() -> set[int]:
-    """Pids that hold the descriptor or a mapping of any store's shared memory."""
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            links = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
-            with open(f"/proc/{pid}/maps") as maps:
-                if "memfd:sgl-blend-store" in maps.read() + " ".join(links):
-                    found.add(int(pid))
-        except OSError:
-            continue
-    return found
 
 
 def _raw(endpoint: str, frames: list[bytes]):
@@ -195,12 +178,12 @@ def test_nothing_is_left_behind(tmp_path):
         client.put(*[[x] for x in make_chunk(100)])
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
-    assert {store.process.pid, child.pid} <= _arena_holders()
-    _kill(store)
+    assert {store.process.pid, child.pid} <= arena_holders()
+    kill(store)
     child.kill()
     child.wait()
     child.stdout.close()
     store.stop()
-    assert not {store.process.pid, child.pid, os.getpid()} & _arena_holders()
+    assert not {store.process.pid, child.pid, os.getpid()} & arena_holders()
     left = {n for n in set(os.listdir("/dev/shm")) - before if "blend" in n}
     assert left == set()

@@ -14,8 +14,10 @@ import pytest
 from polling import eventually
 from store_testing import (
     NAMESPACE,
+    arena_holders,
     connect,
     digest,
+    kill,
     load_or_miss,
     lookup_or_miss,
     make_chunk,
@@ -29,25 +31,6 @@ from sgl_blend.errors import StoreError
 def _fixed(tmp_path, **changes):
     """A configuration whose address stays the same over restarts."""
     return replace(small_config(tmp_path, **changes), endpoints=(f"ipc://{tmp_path}/store",))
-
-
-def _kill(store) -> None:
-    store.process.send_signal(signal.SIGKILL)
-    store.process.wait()
-
-
-def _arena_holders() -> set[int]:
-    """Pids that hold the descriptor or a mapping of any store's shared memory."""
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            links = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
-            with open(f"/proc/{pid}/maps") as maps:
-                if "memfd:sgl-blend-store" in maps.read() + " ".join(links):
-                    found.add(int(pid))
-        except OSError:
-            continue
-    return found
 
 
 def test_killed_and_restarted_under_load(tmp_path):
@@ -91,7 +74,7 @@ def test_killed_and_restarted_under_load(tmp_path):
     seen = []
     for _ in range(3):
         time.sleep(0.8)
-        _kill(store)
+        kill(store)
         time.sleep(0.2)
         store.stop()
         store = start(config, private=False)
@@ -114,7 +97,7 @@ def test_killed_and_restarted_under_load(tmp_path):
                 np.testing.assert_array_equal(chunk.buf, make_chunk(n)[1])
         assert client.stats()["counters"].get("corrupt", 0) == 0
     store.stop()
-    assert store.process.pid not in _arena_holders() and os.getpid() not in _arena_holders()
+    assert store.process.pid not in arena_holders() and os.getpid() not in arena_holders()
 
 
 def test_views_stay_readable_when_the_store_is_killed(tmp_path):
@@ -127,7 +110,7 @@ def test_views_stay_readable_when_the_store_is_killed(tmp_path):
         (chunk,) = client.prepare_load([header.key])
         (slot,) = client.prepare_store([make_chunk(2)[0]])
         at = chunk.address
-        _kill(store)
+        kill(store)
         np.testing.assert_array_equal(chunk.buf, body)
         slot.buf[:] = 1
         with pytest.raises(StoreError):
@@ -142,7 +125,7 @@ def test_views_stay_readable_when_the_store_is_killed(tmp_path):
             assert again.address != at
         client.complete_load([chunk])
     store.stop()
-    assert os.getpid() not in _arena_holders()
+    assert os.getpid() not in arena_holders()
 
 
 def test_a_store_that_dies_is_noticed_before_the_deadline(tmp_path):
@@ -151,7 +134,7 @@ def test_a_store_that_dies_is_noticed_before_the_deadline(tmp_path):
     with connect(config.endpoints[0], NAMESPACE, deadline_s=30.0) as client:
         client.connect()
         store.process.send_signal(signal.SIGSTOP)
-        killer = threading.Timer(1.0, lambda: _kill(store))
+        killer = threading.Timer(1.0, lambda: kill(store))
         killer.start()
         began = time.monotonic()
         assert lookup_or_miss(client, [digest(1)]) == [None]
@@ -168,7 +151,7 @@ def test_a_kept_store_is_started_again_and_stopped_for_good(tmp_path):
             client.put([header], [body])
             assert client.lookup([header.key])[0] is not None
             first = store.process
-            _kill(store)
+            kill(store)
             assert eventually(lambda p=first: store.process is not p, 60.0)
             assert eventually(lambda: _answers(client), 60.0)
             # It kept nothing on disk.
@@ -196,7 +179,7 @@ def test_a_slot_of_an_earlier_run_is_expired_in_the_next(tmp_path):
             (slot,) = shm_client.prepare_store([header])
             assert slot.granted
             slot.buf[:] = body
-            _kill(store)
+            kill(store)
             store.stop()
             store = start(config, private=False)
             assert eventually(lambda c=shm_client: lookup_or_miss(c, [digest(0)]) is not None)

@@ -23,20 +23,6 @@ from sgl_blend.errors import StoreError
 from sgl_blend.store.errors import StoreRefused
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with start(small_config(tmp_path_factory.mktemp("store"))) as running:
-        yield running
-
-
-@pytest.fixture(params=["shm", "frames"])
-def client(store, request):
-    with connect(store.endpoint, digest(request.node.name), shm=request.param == "shm") as c:
-        c.connect()
-        assert c.shm == (request.param == "shm")
-        yield c
-
-
 def test_durable_chunks_survive_a_restart(tmp_path):
     config = small_config(tmp_path)
     made = [make_chunk(i) for i in range(12)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import select
+import signal
 from dataclasses import replace
 
 import msgspec
@@ -68,6 +70,26 @@ def connect(endpoint: str, namespace: bytes = bytes(16), **options) -> StoreClie
 
 def start(config: StoreConfig, **options) -> EmbeddedStore:
     return EmbeddedStore(config, **{"start_s": 120.0, **options})
+
+
+def kill(store: EmbeddedStore) -> None:
+    """SIGKILL, and wait for its end."""
+    store.process.send_signal(signal.SIGKILL)
+    store.process.wait()
+
+
+def arena_holders() -> set[int]:
+    """Pids that hold the descriptor or a mapping of any store's shared memory."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            links = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+            with open(f"/proc/{pid}/maps") as maps:
+                if "memfd:sgl-blend-store" in maps.read() + " ".join(links):
+                    found.add(int(pid))
+        except OSError:
+            continue
+    return found
 
 
 def lookup_or_miss(client: StoreClient, keys, **options):

@@ -8,6 +8,7 @@ by then; what is read later stays in memory for the next reader.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 
-class _Gathering(Generic[Answer]):
+class _Gathering(ABC, Generic[Answer]):
     """One answer for each of ``count`` things, and one reply: by the last answer, or by the
     deadline."""
 
@@ -58,11 +59,13 @@ class _Gathering(Generic[Answer]):
         self.lending.waiting.pop(id(self), None)
         self._reply()
 
+    @abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """Ask for what is to be gathered."""
 
+    @abstractmethod
     def _reply(self) -> None:
-        raise NotImplementedError
+        """Send what there is."""
 
 
 class LoadRequest(_Gathering["p.LoadGrant | None"]):
