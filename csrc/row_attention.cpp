@@ -43,6 +43,7 @@ struct Problem {
   float scale, cap;
   bool with_mass;
   const float* weights;  // per token row, of its part in the mass
+  const float* sinks;    // per query head, or null
 };
 
 struct Free {
@@ -198,7 +199,11 @@ void attend(const Problem& p, const Item& item, Scratch& s, int64_t chunk) {
   const int64_t count = item.tokens * p.group;
   pack_queries<TQ>(p, item, s.q.get());
   std::fill_n(s.out.get(), round_up(count, MR) * Scratch::padded(p.value_dim), 0.0f);
-  std::fill_n(s.state.begin(), count, Softmax{});
+  for (int64_t i = 0; i < count; ++i) {
+    // A sink is a score that each row has seen before any key; its value is zero.
+    s.state[i] =
+        p.sinks ? Softmax{p.sinks[item.head * p.group + i % p.group] * LOG2E, 1.0f} : Softmax{};
+  }
   for (const Run& run : p.runs) {
     if (run.keys == 0) continue;
     const bool keep = p.with_mass && &run == &p.runs[0];
@@ -295,8 +300,8 @@ void see_extras(Run& run, const int64_t* pos, const int64_t* q_pos, int64_t rows
 void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView slots_t,
                    TensorView extra_k_t, TensorView extra_v_t, TensorView order_t,
                    TensorView extra_pos_t, TensorView q_pos_t, TensorView out_t, TensorView mass_t,
-                   TensorView weights_t, double scale, int64_t window, double cap, int64_t kv_pos0,
-                   int64_t with_mass, int64_t threads) {
+                   TensorView weights_t, TensorView sinks_t, double scale, int64_t window,
+                   double cap, int64_t kv_pos0, int64_t with_mass, int64_t threads) {
   const int64_t keys = slots_t.numel(), extras = order_t.numel();
   Problem p{Cache(q_t, "q: expected [R, Hq, D]"),
             Cache(out_t, "out: expected [R, Hq, Dv]"),
@@ -318,6 +323,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
             (float)scale,
             (float)cap,
             with_mass != 0,
+            nullptr,
             nullptr};
   p.rows = p.q.tokens, p.dim = p.q.dim, p.value_dim = p.out.dim;
   p.kv_heads = p.runs[0].k.heads;
@@ -337,6 +343,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
   expect(std::is_sorted(extra_pos, extra_pos + extras), "extra_pos must be ascending");
   float* mass = floats(mass_t, with_mass ? keys : 0, "mass: expected float32 [S]");
   p.weights = floats(weights_t, with_mass ? p.rows : 0, "row weights: expected float32 [R]");
+  if (sinks_t.numel() > 0) p.sinks = floats(sinks_t, p.q.heads, "sinks: expected float32 [Hq]");
   if (p.rows == 0 || p.group == 0) return;
   see_pool(p.runs[0], q_pos, p.rows, window, kv_pos0);
   see_extras(p.runs[1], extra_pos, q_pos, p.rows, window);

@@ -1,8 +1,8 @@
 """Textbook attention, for exact prefill where the server's own leaves something out.
 
-SGLang's attention for CPUs (``torch_native``, 0.5.23) ignores a model's soft cap (Gemma 2), so
-what it computes is not what the model means, and no yardstick. This one shares no code with the
-kernels under test: all keys, one softmax, in fp32.
+SGLang's attention for CPUs (``torch_native``, 0.5.23) ignores a model's soft cap (Gemma 2) and
+knows no sinks (gpt-oss), so what it computes is not what the model means, and no yardstick. This
+one shares no code with the kernels under test: all keys, one softmax, in fp32.
 """
 
 from __future__ import annotations
@@ -49,5 +49,9 @@ class PlainAttention:
         hidden = at[None, :] > s.positions[:, None]
         if spec.window >= 0:
             hidden |= at[None, :] < s.positions[:, None] - spec.window
-        probs = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if spec.sinks is not None:
+            sink = spec.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        probs = scores.softmax(dim=-1)[..., : s.kv_slots.numel()]
         return torch.einsum("hqk,khd->qhd", probs, values).to(q.dtype)

@@ -25,7 +25,9 @@ class AttentionOptions:
     ``scale`` multiplies q k; ``logit_cap`` > 0 caps logits as cap * tanh(logit / cap); ``window``
     >= 0 is SGLang's ``sliding_window_size``; ``kv_pos0`` is the position of the first entry of
     ``kv_slots``. k_extra [E, Hk, D], v_extra [E, Hk, Dv], extra_pos int64 [E] are further keys
-    outside the pool, under the same rule, in any order; all three or none.
+    outside the pool, under the same rule, in any order; all three or none. sinks [Hq], any float
+    dtype: one more logit of every row, per query head, which takes its share of the softmax and has
+    no value (gpt-oss); neither scaled nor capped.
     """
 
     scale: float
@@ -35,6 +37,7 @@ class AttentionOptions:
     k_extra: torch.Tensor | None = None
     v_extra: torch.Tensor | None = None
     extra_pos: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 class AttentionWithMass(NamedTuple):
@@ -148,6 +151,9 @@ def _run(
             f"row_weights is {list(row_weights.shape)} on {row_weights.device}; expected [{rows}]",
         )
         row_weights = row_weights.float()
+    sinks = options.sinks
+    if sinks is not None:
+        sinks = checks.sinks(sinks, q_heads, q.device)
     module = cpu_module(q.device)
     if module is None:
         checks.in_range("kv_slots", slots, k_cache.shape[0])
@@ -165,6 +171,7 @@ def _run(
             k_extra=extra.k if extra.pos.numel() else None,
             v_extra=extra.v if extra.pos.numel() else None,
             extra_pos=extra.pos if extra.pos.numel() else None,
+            sinks=sinks,
             with_mass=with_mass,
             row_weights=row_weights,
         )
@@ -177,9 +184,12 @@ def _run(
     weights = row_weights
     if weights is None:
         weights = torch.ones(rows if with_mass else 0, dtype=torch.float32)
+    own = (extra.k, extra.v, order, extra_pos)
+    if sinks is None:
+        sinks = torch.empty(0, dtype=torch.float32)
     launch(
         module.row_attention,
-        (q, k_cache, v_cache, slots, extra.k, extra.v, order, extra_pos, pos, out, mass, weights),
+        (q, k_cache, v_cache, slots, *own, pos, out, mass, weights, sinks),
         (
             options.scale,
             options.window,

@@ -80,6 +80,13 @@ def same_layout(name: str, tensor: torch.Tensor, like: torch.Tensor, like_name: 
     )
 
 
+def sinks(given: torch.Tensor, q_heads: int, device: torch.device) -> torch.Tensor:
+    """Attention sinks, one a query head, as contiguous fp32 [Hq] (models keep them in bf16)."""
+    floats("sinks", given, 1, device)
+    require(given.shape[0] == q_heads, f"{given.shape[0]} sinks for {q_heads} query heads")
+    return given.detach().to(torch.float32).contiguous()
+
+
 def _tensor(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None) -> None:
     require(isinstance(tensor, torch.Tensor), f"{name} is {type(tensor).__name__}, not a tensor")
     require(tensor.dim() == ndim, f"{name} has shape {list(tensor.shape)}; expected {ndim} dims")

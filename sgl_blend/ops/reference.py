@@ -66,10 +66,11 @@ def row_attention(
     k_extra: torch.Tensor | None,
     v_extra: torch.Tensor | None,
     extra_pos: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     with_mass: bool,
     row_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out [R, Hq, Dv], mass fp32 [S] or None): masked softmax, fp32."""
+    """(out [R, Hq, Dv], mass fp32 [S] or None): masked softmax with ``sinks`` (fp32 [Hq]), fp32."""
     rows, q_heads, _ = q.shape
     kv_heads, keys = k_cache.shape[1], kv_slots.shape[0]
     group = q_heads // kv_heads
@@ -90,7 +91,8 @@ def row_attention(
         scores = q[:, part].float().flatten(0, 1) @ gather(k_cache, k_extra, head).T * scale
         if logit_cap > 0:
             scores = logit_cap * torch.tanh(scores / logit_cap)
-        probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        probs = softmax(scores, None if sinks is None else sinks[part].repeat(rows)[:, None])
         probs[blind] = 0
         values = probs @ gather(v_cache, v_extra, head)
         out[:, part] = values.unflatten(0, (rows, group)).to(q.dtype)
@@ -100,6 +102,15 @@ def row_attention(
                 part_of = part_of * row_weights.repeat_interleave(group)[:, None]
             mass += part_of.sum(dim=0)
     return out, mass
+
+
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of ``scores`` [..., S] over S and one more logit, ``sinks`` [..., 1], whose share is
+    left out. The result sums to less than one."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    sinks = sinks.expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
+from sgl_blend.ops.reference import softmax
 from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
 
@@ -118,6 +119,7 @@ class BatchAttention:
                 scale=spec.scale,
                 window=spec.window,
                 logit_cap=spec.logit_cap,
+                sinks=spec.sinks,
             )
             for s in self.segments
         ]
@@ -193,6 +195,7 @@ class QuestionAttention:
             scale=spec.scale,
             window=spec.window,
             logit_cap=spec.logit_cap,
+            sinks=spec.sinks,
             k_extra=k[: s.lead],
             v_extra=v[: s.lead],
             extra_pos=s.positions[: s.lead],
@@ -211,6 +214,7 @@ class QuestionAttention:
             turn[s.lead :],
             scale=spec.scale,
             logit_cap=spec.logit_cap,
+            sinks=spec.sinks,
             k_extra=k,
             v_extra=v,
             extra_pos=turn,
@@ -245,7 +249,8 @@ class QuestionAttention:
             scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.scale
             if spec.logit_cap > 0:
                 scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
-            probs = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+            sinks = None if spec.sinks is None else spec.sinks[part].float().repeat(rows)[:, None]
+            probs = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
             out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
             mass[near] += (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
         s.mass += mass[s.reused]

@@ -66,10 +66,13 @@ class FlashInferRows:
         wrapper = self._planned.get(key)
         if wrapper is None:
             wrapper = self._planned[key] = self._plan(spec, q, k_cache, v_cache)
-        out: torch.Tensor = wrapper.run(
-            q.contiguous(), (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
-        )
-        return out
+        cache = (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
+        if spec.sinks is None:
+            out: torch.Tensor = wrapper.run(q.contiguous(), cache)
+            return out
+        # Its kernels with a sink of their own serve no custom mask. ``lse``: fp32 [R, Hq].
+        out, lse = wrapper.run(q.contiguous(), cache, return_lse=True, lse_base="ln")
+        return (out * torch.sigmoid(lse - spec.sinks.float())[..., None]).to(out.dtype)
 
     def _plan(
         self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor

@@ -17,13 +17,15 @@ class AttentionSpec(NamedTuple):
     """What a layer's attention needs beside q, k and v.
 
     window: sliding window in tokens, a row sees keys at positions >= its own - window (-1: none).
-    logit_cap: tanh soft cap (0: none).
+    logit_cap: tanh soft cap (0: none). sinks: [Hq], a further logit of every row for each of this
+    rank's query heads, which takes its share of the softmax and has no value (None: none).
     """
 
     layer: int
     scale: float
     window: int = -1
     logit_cap: float = 0.0
+    sinks: torch.Tensor | None = None
 
 
 class Incoming(Protocol):

@@ -58,4 +58,5 @@ class ScoreTable:
                     scale=spec.scale,
                     window=spec.window,
                     logit_cap=spec.logit_cap,
+                    sinks=spec.sinks,
                 )

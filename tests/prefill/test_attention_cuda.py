@@ -29,8 +29,10 @@ class FakeWrapper:
         self.a = inspect.signature(REAL.plan).bind(None, *args, **kwargs).arguments
         FakeWrapper.plans += 1
 
-    def run(self, q, paged_kv_cache):
-        a, out, at = self.a, [], 0
+    def run(self, q, paged_kv_cache, **options):
+        inspect.signature(REAL.run).bind(None, q, paged_kv_cache, **options)
+        assert options in ({}, {"return_lse": True, "lse_base": "ln"})
+        a, out, sums, at = self.a, [], [], 0
         k_cache, v_cache = paged_kv_cache
         assert k_cache.shape[1:] == (a["page_size"], a["num_kv_heads"], a["head_dim_qk"])
         group = a["num_qo_heads"] // a["num_kv_heads"]
@@ -46,13 +48,16 @@ class FakeWrapper:
             scores = torch.einsum("qhd,khd->hqk", rows, k) * a["sm_scale"]
             if a["logits_soft_cap"]:
                 scores = a["logits_soft_cap"] * torch.tanh(scores / a["logits_soft_cap"])
-            probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-            out.append(torch.einsum("hqk,khd->qhd", probs, v))
-        return torch.cat(out).to(q.dtype)
+            scores = scores.masked_fill(~mask, float("-inf"))
+            sums.append(scores.logsumexp(-1).T)
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+        got = torch.cat(out).to(q.dtype)
+        return (got, torch.cat(sums)) if options else got
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-2.0, 0.5, 3.0, 8.0]).bfloat16()])
 @pytest.mark.parametrize("window, cap", [(-1, 0.0), (20, 0.0), (-1, 5.0)])
-def test_rows_are_planned_by_true_position(monkeypatch, window, cap):
+def test_rows_are_planned_by_true_position(monkeypatch, window, cap, sinks):
     monkeypatch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", FakeWrapper)
     monkeypatch.setattr(FakeWrapper, "plans", 0)
     gen = torch.Generator().manual_seed(0)
@@ -65,11 +70,11 @@ def test_rows_are_planned_by_true_position(monkeypatch, window, cap):
     ]
     rows = FlashInferRows(segments)
     for layer in range(3):
-        got = rows.run(AttentionSpec(layer, 0.3, window, cap), q, k, v)
+        got = rows.run(AttentionSpec(layer, 0.3, window, cap, sinks), q, k, v)
         want = [
             ops.row_attention(
                 q[s.first : s.last], k, v, s.kv_slots, s.positions,
-                scale=0.3, window=window, logit_cap=cap,
+                scale=0.3, window=window, logit_cap=cap, sinks=sinks,
             )
             for s in segments
         ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,9 @@ from kernels import DTYPES, attention_args, close
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
 from sgl_blend.ops import reference
+
+#: what the reference is given where an option is left out
+NONE = {"k_extra": None, "v_extra": None, "extra_pos": None, "sinks": None}
 
 
 def mass_of(q: torch.Tensor, k: torch.Tensor, *args, **options) -> torch.Tensor:
@@ -31,6 +36,7 @@ def attention_cases(draw):
         logit_cap=draw(st.sampled_from([0.0, 0.0, 3.0, 50.0])),
         kv_pos0=draw(st.sampled_from([0, 0, 17])),
         scale=draw(st.sampled_from([0.1, 1.0])),
+        sinks=draw(st.sampled_from([None, torch.float32, torch.bfloat16])),
         dtype=draw(st.sampled_from(DTYPES)),
         q_dtype=draw(st.sampled_from([None, torch.float32])),
         threads=draw(st.sampled_from([1, 2, 5])),
@@ -63,6 +69,8 @@ def make_attention(case: dict) -> tuple[list[torch.Tensor], dict]:
         options["k_extra"] = draw(case["extras"], case["kv_heads"], case["dim"])
         options["v_extra"] = draw(case["extras"], case["kv_heads"], case["value_dim"])
         options["extra_pos"] = torch.randint(0, last, (case["extras"],), generator=gen)
+    if case["sinks"]:
+        options["sinks"] = draw(q.shape[1], as_dtype=case["sinks"]) * 3
     return [q, k, v, kv_slots, q_pos], options
 
 
@@ -70,8 +78,7 @@ def make_attention(case: dict) -> tuple[list[torch.Tensor], dict]:
 @given(case=attention_cases())
 def test_row_attention_and_mass_match_reference(case):
     args, options = make_attention(case)
-    extras = {"k_extra": None, "v_extra": None, "extra_pos": None}
-    out, mass = reference.row_attention(*args, **{**extras, **options}, with_mass=True)
+    out, mass = reference.row_attention(*args, **{**NONE, **options}, with_mass=True)
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
@@ -84,19 +91,26 @@ def test_row_attention_and_mass_match_reference(case):
     close(both.mass, mass)
 
 
+@pytest.mark.parametrize("sink", [None, -30.0, 1.0, 9.0])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(12, 12, 64), (12, 4, 128), (4, 1, 96)])
-def test_row_attention_over_a_long_sequence(heads, kv_heads, dim):
+def test_row_attention_over_a_long_sequence(heads, kv_heads, dim, sink):
     """Several row chunks and many key blocks, against an independent fp64 softmax."""
     torch.manual_seed(0)
     rows, keys = 700, 2500
     q, k = torch.randn(rows, heads, dim), torch.randn(keys, kv_heads, dim)
     v, pos = torch.randn(keys, kv_heads, dim), torch.randperm(keys)[:rows].sort().values
-    out, mass = ops.row_attention_with_mass(q, k, v, torch.arange(keys), pos, scale=dim**-0.5)
+    sinks = None if sink is None else sink + torch.randn(heads)
+    out, mass = ops.row_attention_with_mass(
+        q, k, v, torch.arange(keys), pos, scale=dim**-0.5, sinks=sinks
+    )
     key = k.double().repeat_interleave(heads // kv_heads, 1)
     value = v.double().repeat_interleave(heads // kv_heads, 1)
     scores = torch.einsum("rhd,shd->hrs", q.double(), key) * dim**-0.5
     scores.masked_fill_(torch.arange(keys) > pos[:, None], float("-inf"))
     probs = scores.softmax(-1)
+    if sinks is not None:  # the share that is left to the keys, by log-sum-exp
+        lse = scores.logsumexp(-1, keepdim=True)
+        probs *= torch.exp(lse - torch.logaddexp(lse, sinks.double()[:, None, None]))
     close(out, torch.einsum("hrs,shd->rhd", probs, value).float())
     close(mass, probs.sum((0, 1)).float())
 
@@ -136,13 +150,32 @@ def test_rows_may_be_a_view_of_the_qkv_projection():
     assert torch.equal(a, ops.row_attention(q.contiguous(), *args, scale=1.0))
 
 
+def test_a_sink_is_one_more_logit_that_is_neither_scaled_nor_capped():
+    q, k = torch.zeros(1, 2, 4), torch.zeros(3, 1, 4)
+    v, sinks = torch.ones(3, 1, 4), torch.tensor([float("-inf"), math.log(6.0)])
+    args = (q, k, v, torch.arange(3), torch.tensor([2]))
+    for cap in (0.0, 0.5):
+        out, mass = ops.row_attention_with_mass(*args, scale=0.1, logit_cap=cap, sinks=sinks)
+        close(out[0], torch.tensor([1.0, 1 / 3])[:, None].expand(2, 4))
+        close(mass, torch.full((3,), 1 / 3 + 1 / 9))
+    none = ops.row_attention(*args[:3], torch.arange(0), args[4], scale=0.1, sinks=sinks)
+    assert torch.equal(none, torch.zeros_like(none))
+
+
+@pytest.mark.parametrize("high", [400.0, -400.0])
+def test_large_sinks_do_not_overflow(high):
+    q, k, v = torch.randn(2, 1, 16), torch.randn(200, 1, 16), torch.randn(200, 1, 16)
+    args = (q, k, v, torch.arange(200), torch.tensor([150, 199]))
+    out = ops.row_attention(*args, scale=1.0, sinks=torch.tensor([high]))
+    close(out, torch.zeros_like(q) if high > 0 else ops.row_attention(*args, scale=1.0))
+
+
 def test_large_logits_do_not_overflow():
     q = torch.full((2, 1, 16), 50.0)
     k = torch.randn(200, 1, 16) * 50
     args = [q, k, torch.randn(200, 1, 16), torch.arange(200), torch.tensor([150, 199])]
     options = dict(scale=1.0, window=-1, logit_cap=0.0, kv_pos0=0)
-    extras = {"k_extra": None, "v_extra": None, "extra_pos": None}
-    out, _ = reference.row_attention(*args, **options, **extras, with_mass=False)
+    out, _ = reference.row_attention(*args, **options, **NONE, with_mass=False)
     close(ops.row_attention(*args, **options), out)
 
 
@@ -186,6 +219,10 @@ def test_row_weights_weigh_each_rows_part():
         {"q_pos": torch.tensor([9, 8, 7])},
         {"q_pos": torch.arange(4)},
         {"logit_cap": -1.0},
+        {"sinks": torch.randn(3)},
+        {"sinks": torch.randn(4, 1)},
+        {"sinks": torch.ones(4).long()},
+        {"sinks": torch.ones(4, device="meta")},
         {"extra_pos": torch.arange(2)},
         {"k_extra": torch.randn(2, 2, 16), "extra_pos": torch.arange(2)},
         {

@@ -34,7 +34,7 @@ def tokens(spans: list[int], budget: int, **more) -> ReusedTokens:
 # The measure ---------------------------------------------------------------------------------
 
 
-def naive_share(q, k, pos, start, scale, window, cap) -> float:
+def naive_share(q, k, pos, start, scale, window, cap, sinks) -> float:
     """One row over keys 0.. of its sequence, one head and one key at a time."""
     heads, group = q.shape[0], q.shape[0] // k.shape[1]
     total = 0.0
@@ -50,7 +50,8 @@ def naive_share(q, k, pos, start, scale, window, cap) -> float:
                 outside += math.exp(s)
             else:
                 inside += math.exp(s)
-        total += outside / (inside + outside)
+        sink = 0.0 if sinks is None else math.exp(float(sinks[h]))
+        total += outside / (inside + outside + sink)
     return total / heads
 
 
@@ -60,12 +61,13 @@ def naive_share(q, k, pos, start, scale, window, cap) -> float:
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     window=st.sampled_from([-1, -1, 0, 3, 11]),
+    sunk=st.booleans(),
     cap=st.sampled_from([0.0, 0.0, 2.5]),
     block=st.sampled_from([1, 40, 1 << 22]),
     data=st.data(),
 )
 def test_the_share_is_that_of_plain_softmax_attention(
-    keys, kv_heads, group, window, cap, block, data
+    keys, kv_heads, group, window, sunk, cap, block, data
 ):
     gen = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     pos = data.draw(st.lists(st.integers(0, keys - 1), min_size=1, unique=True).map(sorted))
@@ -73,6 +75,7 @@ def test_the_share_is_that_of_plain_softmax_attention(
     q = torch.randn(len(pos), kv_heads * group, 8, generator=gen) * 2
     cache = torch.randn(keys + 5, kv_heads, 8, generator=gen)
     slots = torch.randperm(keys + 5, generator=gen)[:keys]
+    sinks = torch.randn(q.shape[1], generator=gen).bfloat16() if sunk else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outward, "BLOCK", block)
         got = outward_share(
@@ -84,10 +87,11 @@ def test_the_share_is_that_of_plain_softmax_attention(
             scale=0.4,
             window=window,
             logit_cap=cap,
+            sinks=sinks,
         )
     assert got.dtype == torch.float32
     for row, (p, start) in enumerate(zip(pos, starts, strict=True)):
-        want = naive_share(q[row], cache[slots], p, start, 0.4, window, cap)
+        want = naive_share(q[row], cache[slots], p, start, 0.4, window, cap, sinks)
         assert abs(float(got[row]) - want) < 1e-5, (row, p, start)
 
 

@@ -52,6 +52,7 @@ class BlendAttnBackend:
         **kwargs: Any,
     ) -> torch.Tensor:
         core = self._core
+        sinks = kwargs.pop("sinks", None)
         unknown = [name for name, value in kwargs.items() if value is not None]
         if unknown:
             raise RuntimeError(
@@ -68,7 +69,7 @@ class BlendAttnBackend:
             self._base.token_to_kv_pool.set_kv_buffer(
                 layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
             )
-        return core(_spec(layer), q, k, v).reshape(q.shape[0], heads * layer.v_head_dim)
+        return core(_spec(layer, sinks), q, k, v).reshape(q.shape[0], heads * layer.v_head_dim)
 
 
 class ScoringAttnBackend:
@@ -104,7 +105,8 @@ class ScoringAttnBackend:
             # The rows' K lies in the pool by now.
             rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
             with torch.no_grad():
-                self._scores.measure(_spec(layer), rows, self._pool, self._segments)
+                spec = _spec(layer, kwargs.get("sinks"))
+                self._scores.measure(spec, rows, self._pool, self._segments)
         return out
 
 
@@ -126,11 +128,12 @@ def scoring(
         yield
 
 
-def _spec(layer: RadixAttention) -> AttentionSpec:
+def _spec(layer: RadixAttention, sinks: torch.Tensor | None = None) -> AttentionSpec:
     window = layer.sliding_window_size
     return AttentionSpec(
         layer.layer_id,
         layer.scaling,
         -1 if window is None else int(window),
         float(layer.logit_cap or 0.0),
+        sinks,
     )
