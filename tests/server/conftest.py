@@ -92,6 +92,23 @@ def blend(_blend) -> Server:
 
 
 @pytest.fixture(scope="session")
+def _packed(model, _start_shared) -> Server:
+    """Pages, pieces, mixed batches, conversations, priorities, parsers: all of it."""
+    args = ["--enable-blend", "--page-size", "16", "--chunked-prefill-size", "128"]
+    args += ["--enable-mixed-chunk", "--disable-overlap-schedule", "--blend-continuation", "extend"]
+    args += ["--enable-custom-logit-processor", "--enable-priority-scheduling"]
+    args += ["--reasoning-parser", "qwen3", "--tool-call-parser", "qwen25"]
+    return _start_shared(model, [*args, "--max-total-tokens", "16384"])
+
+
+@pytest.fixture
+def packed(_packed) -> Server:
+    _packed.flush()
+    yield _packed
+    assert _packed.alive(), _packed.log_tail()
+
+
+@pytest.fixture(scope="session")
 def child_env() -> dict[str, str]:
     """Environment of launched commands: this checkout's package wins."""
     root = str(Path(__file__).resolve().parents[2])

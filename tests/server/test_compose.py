@@ -242,21 +242,7 @@ def test_update_of_the_weights_empties_everything_reusable(blend, model):
     check_same(ask(blend, p), before)
 
 
-# -- pages, pieces, mixed batches, conversations: one server with all of it -----------------
-
-
-@pytest.fixture(scope="module")
-def _packed(model, start):
-    args = ["--enable-blend", "--page-size", "16", "--chunked-prefill-size", "128"]
-    args += ["--enable-mixed-chunk", "--disable-overlap-schedule", "--blend-continuation", "extend"]
-    return start(model, [*args, "--max-total-tokens", "16384"])
-
-
-@pytest.fixture
-def packed(_packed):
-    _packed.flush()
-    yield _packed
-    assert _packed.alive(), _packed.log_tail()
+# -- pages, pieces, mixed batches, conversations ---------------------------------------------
 
 
 @pytest.mark.parametrize("question", [40, 300])
