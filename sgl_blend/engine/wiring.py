@@ -8,6 +8,7 @@ the model runner in every process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -213,13 +214,13 @@ def _install(
     gate: GateState,
 ) -> None:
     from sgl_blend.engine.forward.attn_backend import scoring
-    from sgl_blend.engine.forward.slices import ModelSlices
+    from sgl_blend.engine.forward.model_passes import ModelPasses
 
     model = runner.model
     # Mistral inherits Llama's: the hook goes where forward is defined, and serves this model alone.
     kind = next(c for c in type(model).__mro__ if "forward" in vars(c))
-    if not hasattr(kind, "forward_split_prefill"):
-        raise UnsupportedError(f"{kind.__name__}.forward is not a model's; it cannot be hooked")
+    if kind is torch.nn.Module:
+        raise UnsupportedError(f"{type(model).__name__} has no forward that could be hooked")
     forward = f"{kind.__module__}.{kind.__qualname__}.forward"
 
     tiers, scores = planner.c.tiers, planner.c.scores
@@ -245,9 +246,15 @@ def _install(
             )
         with torch.no_grad():
             while True:
-                slices = ModelSlices(self, forward_batch, num_layers, embeds, runner.lora_manager)
+                passes = ModelPasses(
+                    functools.partial(original, self),
+                    forward_batch,
+                    num_layers,
+                    embeds,
+                    runner.lora_manager,
+                )
                 try:
-                    result = prefill.run(batch.pieces, slices, pool, ranks, config, scores)
+                    result = prefill.run(batch.pieces, passes, pool, ranks, config, scores)
                     break
                 except LoadFailed as e:
                     # Each turn loses at least one chunk, so this ends.

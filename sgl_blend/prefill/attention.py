@@ -69,28 +69,28 @@ class KvCopy:
 
 
 class BatchAttention:
-    """Attention for the rows of the batch. ``stage`` is called whenever the rows change.
+    """Attention for a pass over rows of the batch.
 
-    scores: where the rows' stored scores go; None: they are not measured.
+    segments: its rows. copies: (first layer, tokens): each is brought in at that layer and all
+    later ones. scores: where the rows' stored scores go; None: they are not measured.
     """
 
     scratch = False
 
-    def __init__(self, pool: PoolView, scores: ScoreTable | None = None) -> None:
+    def __init__(
+        self,
+        pool: PoolView,
+        segments: list[RowSegment],
+        copies: list[tuple[int, Incoming]],
+        scores: ScoreTable | None = None,
+    ) -> None:
         self.pool = pool
-        self.scores = scores
-        self.segments: list[RowSegment] = []
-        self.copies: list[tuple[int, Incoming]] = []
-        self._device_rows: FlashInferRows | None = None
-
-    def stage(self, segments: list[RowSegment], copies: list[tuple[int, Incoming]]) -> None:
-        """``copies``: (first layer, tokens): each is brought in at that layer and all later
-        ones."""
         self.segments = segments
         self.copies = copies
-        self._device_rows = None
+        self.scores = scores
+        self._device_rows: FlashInferRows | None = None
         # FlashInfer has no fp32 kernels.
-        if segments and segments[0].kv_slots.is_cuda and self.pool.k(0).dtype != torch.float32:
+        if segments and segments[0].kv_slots.is_cuda and pool.k(0).dtype != torch.float32:
             from sgl_blend.prefill.attention_cuda import FlashInferRows
 
             self._device_rows = FlashInferRows(segments)

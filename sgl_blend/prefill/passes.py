@@ -1,16 +1,19 @@
-"""The blend prefill: which rows run through which layers, over the model's own layers.
+"""The blend prefill: which rows run through the model, in whole passes.
 
-One batch may mix blended and ordinary pieces. Ordinary pieces keep all their rows in every
-layer; blended ones run
+A pass runs a set of rows from layer 0 on, to the model's end or to a layer where it is left. One
+batch may mix blended and ordinary pieces. The last pass computes the logits: all rows of ordinary
+pieces, the selected ones of blended pieces. What is selected is found before it, by
 
-* all rows through the check layers, then the selected ones (``Need.DEVIATION``; CacheBlend,
-  arXiv:2405.16444, section 4.3), or
-* the selected rows only, from layer 0 on (other needs); for ``Need.QUERY`` the question's rows
-  run first, as scratch rows that leave nothing in the KV pool; for ``Need.STORED`` what was
-  measured when the tokens were first computed is read.
+* ``Need.DEVIATION`` (CacheBlend, arXiv:2405.16444, section 4.3): a pass of the piece's rows for
+  each check layer, left there; the rows that stay run again from layer 0, and their KV is what it
+  was. The paper prunes in mid-model instead and saves these few token-layers; whole passes need
+  nothing from a model but its ``forward``.
+* ``Need.QUERY``: a pass of the question's rows, as scratch rows that leave nothing in the KV pool;
+* ``Need.STORED``: what was measured when the tokens were first computed;
+* ``Need.NOTHING``: their place alone.
 
 Rows that must be computed (holes, the suffix, each piece's last row) always run. Knows no
-SGLang: layers, the pool and collectives come in through protocols.
+SGLang: the model, the pool and collectives come in through protocols.
 """
 
 from __future__ import annotations
@@ -27,30 +30,34 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
 from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
 from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
-from sgl_blend.prefill.rows import Incoming, PoolView, RowAttention
+from sgl_blend.prefill.rows import Incoming, PoolView, RowAttention, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.selection import Need, ReusedTokens, budget_of
 
 
-class Layers(Protocol):
-    """The model as slices of layers over a set of rows (``engine/forward/slices.py`` fills it)."""
+class Model(Protocol):
+    """The model, run over a set of rows (``engine/forward/model_passes.py`` fills it).
+
+    stop: the layer at which the pass is left, None to run to the end. Batch rows have written that
+    layer's KV, scratch rows have run its attention; nothing behind it runs.
+    """
 
     num_layers: int
 
-    def start(self, rows: torch.Tensor | None, counts: list[int]) -> None:
-        """Begin a pass over batch rows ``rows`` (ascending; None: all), ``counts`` per piece."""
+    def run(
+        self,
+        rows: torch.Tensor | None,
+        counts: list[int],
+        attention: RowAttention,
+        stop: int | None = None,
+    ) -> Any:
+        """Run batch rows ``rows`` (int64, ascending; None: all), ``counts`` per piece. Returns the
+        logits of a pass that runs to the end."""
 
-    def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        """Begin a pass over rows that are not the batch's and must leave no KV behind."""
-
-    def run(self, first: int, last: int, attention: RowAttention) -> Any:
-        """Run layers [first, last); returns the logits when ``last == num_layers``."""
-
-    def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
-        """Keep ``keep`` (indices into the current rows); ``rows`` are the batch rows left."""
-
-    def stop(self) -> None:
-        """Drop the state of an unfinished pass."""
+    def run_scratch(
+        self, ids: torch.Tensor, positions: torch.Tensor, attention: RowAttention, stop: int
+    ) -> None:
+        """Run rows that are not the batch's and must leave no KV behind."""
 
 
 class Ranks(Protocol):
@@ -82,9 +89,10 @@ def question_weights(rows: int) -> torch.Tensor:
 
 
 def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
-    """Token-layers that prefilling ``piece`` computes, check layers and question pass included.
+    """Token-layers that prefilling ``piece`` computes, check passes and question pass included.
 
-    Full prefill of the piece is ``piece.rows * num_layers``.
+    Full prefill of the piece is ``piece.rows * num_layers``. The layer at which a pass is left
+    counts whole.
     """
     b = piece.blend
     if b is None:
@@ -96,11 +104,11 @@ def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
         if b.question_ids is not None:
             asked = int(b.question_ids.numel()) * query_depth(num_layers, config)
         return (must + b.recomputed()) * num_layers + asked
-    total, rows, done = 0, piece.rows - b.given, 0
+    total, rows = 0, piece.rows - b.given
     for layer, k in _filters(b, config):
-        total += rows * (layer + 1 - done)
-        rows, done = must + k, layer + 1
-    return total + rows * (num_layers - done)
+        total += rows * (layer + 1)
+        rows = must + k
+    return total + rows * num_layers
 
 
 def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
@@ -114,26 +122,29 @@ def _filters(b: PieceBlend, config: BlendConfig) -> list[tuple[int, int]]:
 
 def run(
     pieces: list[Piece],
-    layers: Layers,
+    model: Model,
     pool: PoolView,
     ranks: Ranks,
     config: BlendConfig,
     scores: ScoreTable | None = None,
 ) -> Any:
-    """Prefill the batch; returns what the model's last slice returns (the logits).
+    """Prefill the batch; returns what the model's ``forward`` returns (the logits).
 
     scores: of the pool's slots; needed for ``Need.STORED``. Rows that run are scored anew.
     """
     passes = [_PiecePass(p) if p.blend is None else _BlendPass(p, p.blend) for p in pieces]
     asking = _of_need(passes, Need.QUERY)
     if asking:
-        _question_pass(asking, layers, pool, ranks, config)
+        _question_pass(asking, model, pool, ranks, config)
     scored = _of_need(passes, Need.STORED)
     if scored:
         if scores is None:
             raise ConfigError("a piece selects by stored scores, and no scores are kept")
         _choose(scored, [s.stored(scores) for s in scored], ranks, config)
-    return _main_pass(passes, layers, pool, ranks, config, scores)
+    checking = _of_need(passes, Need.DEVIATION)
+    if checking:
+        _check_passes(checking, passes, model, pool, ranks, config)
+    return _pass(passes, passes, model, pool, scores)
 
 
 class _PiecePass:
@@ -142,7 +153,7 @@ class _PiecePass:
     def __init__(self, piece: Piece) -> None:
         self.piece = piece
         self.device = piece.kv_slots.device
-        self.copy_from = 0  # first layer whose reused KV the question pass has not brought in
+        self.copy_from = 0  # first layer whose KV an earlier pass has not brought in or computed
         #: local rows that run now, ascending; None: all of them
         self.rows: torch.Tensor | None = None
 
@@ -250,10 +261,10 @@ def _of_need(passes: Sequence[_PiecePass], need: Need) -> list[_BlendPass]:
 
 
 def _question_pass(
-    asking: list[_BlendPass], layers: Layers, pool: PoolView, ranks: Ranks, config: BlendConfig
+    asking: list[_BlendPass], model: Model, pool: PoolView, ranks: Ranks, config: BlendConfig
 ) -> None:
     """Run the questions over the cached KV and choose each piece's rows by attention mass."""
-    depth = query_depth(layers.num_layers, config)
+    depth = query_depth(model.num_layers, config)
     scratch, ids, positions, row = [], [], [], 0
     for s in asking:
         b, begin = s.blend, s.piece.begin
@@ -284,11 +295,8 @@ def _question_pass(
         positions.append(b.question_pos)
         row += m
     copies = _together([copy for s in asking for copy in s.copy_all()])
-    layers.start_scratch(torch.cat(ids), torch.cat(positions))
-    try:
-        layers.run(0, depth, QuestionAttention(pool, scratch, copies))
-    finally:
-        layers.stop()
+    attention = QuestionAttention(pool, scratch, copies)
+    model.run_scratch(torch.cat(ids), torch.cat(positions), attention, depth - 1)
     _choose(asking, [q.mass for q in scratch], ranks, config)
     for s in asking:
         s.copy_from = depth
@@ -312,43 +320,30 @@ def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Te
     return torch.nonzero(ranks.agree(picked)).flatten()
 
 
-def _main_pass(
+def _check_passes(
+    checking: list[_BlendPass],
     passes: Sequence[_PiecePass],
-    layers: Layers,
+    model: Model,
     pool: PoolView,
     ranks: Ranks,
     config: BlendConfig,
-    scores: ScoreTable | None,
-) -> Any:
-    attention = BatchAttention(pool, scores)
-    checking = _of_need(passes, Need.DEVIATION)
-    filters = {id(s): _filters(s.blend, config) for s in checking}
+) -> None:
+    """Run the rows of ``checking`` to each check layer, and keep fewer of them at each.
 
-    pruned = any(s.rows is not None for s in passes)
-    counts = [s.count for s in passes]
-    layers.start(torch.cat([s.batch_rows() for s in passes]) if pruned else None, counts)
-    _stage(attention, passes)
-    done = 0
-    try:
-        for step, layer in enumerate(config.check_layers if checking else ()):
-            layers.run(done, layer + 1, attention)
-            done = layer + 1
-            before = torch.cat([s.batch_rows() for s in passes])
-            last = layer == config.check_layers[-1]
-            for s in checking:
-                kept = filters[id(s)][step][1]
-                tokens = s.blend.tokens
-                tokens = replace(tokens, budget=kept, coverage=tokens.coverage if last else 0.0)
-                _check(s, layer, tokens, pool, ranks, config)
-                s.copy_from = done
-            after = torch.cat([s.batch_rows() for s in passes])
-            counts = [s.count for s in passes]
-            layers.prune(torch.searchsorted(before, after), after, counts)
-            _stage(attention, passes)
-        return layers.run(done, layers.num_layers, attention)
-    except BaseException:
-        layers.stop()
-        raise
+    Up to a check layer the tokens that are not kept hold fresh KV, as in the paper: the rows that
+    run again there find what they found before.
+    """
+    filters = [_filters(s.blend, config) for s in checking]
+    for step, layer in enumerate(config.check_layers):
+        _pass(checking, passes, model, pool, None, stop=layer)
+        last = step == len(config.check_layers) - 1
+        for s, kept in zip(checking, filters, strict=True):
+            tokens = s.blend.tokens
+            tokens = replace(
+                tokens, budget=kept[step][1], coverage=tokens.coverage if last else 0.0
+            )
+            _check(s, layer, tokens, pool, ranks, config)
+            s.copy_from = layer + 1
 
 
 def _check(
@@ -373,17 +368,32 @@ def _check(
     s.keep(alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))])
 
 
-def _stage(attention: BatchAttention, passes: Sequence[_PiecePass]) -> None:
-    segments, row = [], 0
+def _pass(
+    running: Sequence[_PiecePass],
+    passes: Sequence[_PiecePass],
+    model: Model,
+    pool: PoolView,
+    scores: ScoreTable | None,
+    stop: int | None = None,
+) -> Any:
+    """Run the rows of ``running``, some or all of the batch's ``passes``. scores: where theirs go,
+    None: they are not measured."""
+    segments: list[RowSegment] = []
+    counts, row = [0] * len(passes), 0
     groups: dict[int, list[Incoming]] = {}
-    for s in passes:
+    for i, s in enumerate(passes):
+        if s not in running:
+            continue
         segments.append(s.piece.segment(row, s.local_rows()))
+        counts[i] = s.count
         row += s.count
         rest = s.copy_rest()
         if rest:
             groups.setdefault(s.copy_from, []).extend(rest)
     copies = [(first, c) for first, parts in sorted(groups.items()) for c in _together(parts)]
-    attention.stage(segments, copies)
+    whole = len(running) == len(passes) and all(s.rows is None for s in passes)
+    rows = None if whole else torch.cat([s.batch_rows() for s in passes if s in running])
+    return model.run(rows, counts, BatchAttention(pool, segments, copies, scores), stop)
 
 
 def _together(copies: list[Incoming]) -> list[Incoming]:

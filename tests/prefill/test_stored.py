@@ -240,18 +240,18 @@ def test_the_chosen_rows_run_and_no_others():
     table._table[30:38] = torch.tensor([0.0, 0.3, 0.9, 0.1, 0.0, 0.0, 0.5, 0.2])
     piece = piece_of(2, host=False)
     ran, asked = [], []
-    layers = SimpleNamespace(
-        num_layers=3,
-        start=lambda rows, counts: ran.append(rows.tolist()),
-        run=lambda first, last, attention: (first, last, attention.scores),
-        stop=lambda: None,
-    )
+
+    def one_pass(rows, counts, attention, stop):
+        ran.append(rows.tolist())
+        return counts, attention.scores, stop
+
+    model = SimpleNamespace(num_layers=3, run=one_pass)
     ranks = SimpleNamespace(
         sum=lambda score: asked.append(score) or 2 * score, agree=lambda index: index
     )
     pool = SimpleNamespace(k=lambda layer: torch.zeros(40, 1, 4))
     config = BlendConfig(stored_scores=True)
-    assert run([piece], layers, pool, ranks, config, table) == (0, 3, table)
+    assert run([piece], model, pool, ranks, config, table) == ([6], table, None)
     assert ran == [[0, 1, 4, 8, 10, 11]]
     assert len(asked) == 1 and len(asked[0]) == 8
     assert token_layers(piece, 3, config) == 6 * 3

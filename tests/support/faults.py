@@ -54,16 +54,16 @@ def rows_numbered_anew() -> None:
     """Pruned rows get consecutive positions."""
     import torch
 
-    from sgl_blend.engine.forward.slices import ModelSlices
+    from sgl_blend.engine.forward.model_passes import ModelPasses
 
-    take = ModelSlices._take
+    take = ModelPasses._take
 
     def renumbered(self, rows, counts):
         take(self, rows, counts)
         if len(rows) < len(self.whole.positions):
             self.fb.positions = torch.arange(len(rows), device=rows.device)
 
-    ModelSlices._take = renumbered
+    ModelPasses._take = renumbered
 
 
 def source_slots_shifted() -> None:
@@ -144,11 +144,11 @@ def break_build(name: str) -> None:
 def broken_build(name: str) -> Iterator[None]:
     """The fault ``name`` inside, and the build as it was afterwards. "none": no fault."""
     from sgl_blend import ops
-    from sgl_blend.engine.forward.slices import ModelSlices
+    from sgl_blend.engine.forward.model_passes import ModelPasses
     from sgl_blend.ops.rotation import Rope
     from sgl_blend.tree.chunked import ChunkRadixCache
 
-    before = [(x, dict(vars(x))) for x in (ops, ModelSlices, Rope, ChunkRadixCache)]
+    before = [(x, dict(vars(x))) for x in (ops, ModelPasses, Rope, ChunkRadixCache)]
     if name != "none":
         break_build(name)
     try:

@@ -1,1 +1,1 @@
-"""The blend prefill inside SGLang's model runner: layer slices, attention backend, KV pool."""
+"""The blend prefill inside SGLang's model runner: passes, attention backend, KV pool."""

@@ -26,17 +26,23 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
+class StopPass(Exception):  # noqa: N818 - not an error
+    """Leaves a pass over the model: its last wanted layer has done what it was wanted for."""
+
+
 class BlendAttnBackend:
     """Runs ``core`` in place of attention; everything else is the wrapped backend's.
 
-    ``core``: :class:`~sgl_blend.prefill.attention.BatchAttention` (rows whose KV is written to the
+    core: :class:`~sgl_blend.prefill.attention.BatchAttention` (rows whose KV is written to the
     pool) or :class:`~sgl_blend.prefill.attention.QuestionAttention` (scratch rows; nothing is
-    written).
+    written). stop: the layer at which :class:`StopPass` is raised, None for none: when the rows' KV
+    is written or, of scratch rows, when they have attended.
     """
 
-    def __init__(self, base: AttentionBackend, core: RowAttention) -> None:
+    def __init__(self, base: AttentionBackend, core: RowAttention, stop: int | None = None) -> None:
         self._base = base
         self._core = core
+        self._stop = stop
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
@@ -69,7 +75,13 @@ class BlendAttnBackend:
             self._base.token_to_kv_pool.set_kv_buffer(
                 layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
             )
-        return core(_spec(layer, sinks), q, k, v).reshape(q.shape[0], heads * layer.v_head_dim)
+        last = layer.layer_id == self._stop
+        if last and not core.scratch:
+            raise StopPass
+        out = core(_spec(layer, sinks), q, k, v)
+        if last:
+            raise StopPass
+        return out.reshape(q.shape[0], heads * layer.v_head_dim)
 
 
 class ScoringAttnBackend:

@@ -1,9 +1,9 @@
 """What SGLang prepares for a whole batch, and what blending one of its requests does to the others.
 
-Blended passes prune the batch's rows (``slices.py``). Whatever a ``ForwardBatch`` holds for each
-row or each request must then still be true of the requests beside a blended one. Each of its fields
-(SGLang 0.5.23) is in one of the tables below; where a batch holds something that pruned rows cannot
-follow, none of it is blended, and that is known before anything is planned.
+Blended passes prune the batch's rows (``model_passes.py``). Whatever a ``ForwardBatch`` holds for
+each row or each request must then still be true of the requests beside a blended one. Each of its
+fields (SGLang 0.5.23) is in one of the tables below; where a batch holds something that pruned rows
+cannot follow, none of it is blended, and that is known before anything is planned.
 
 Beside the fields, by row: adapters' segments are prepared anew for each pass; hidden states and
 noted experts are put back at the whole batch's rows. By request, and thus untouched: sampling
@@ -37,7 +37,7 @@ KEPT = frozenset(
     req_all_ids_flat req_all_ids_lens
     """.split()
 )
-#: Narrowed to the rows of each pass, or what one slice of layers leaves to the next.
+#: Narrowed to the rows of each pass, or what its layers leave to one another.
 PRUNED = frozenset(
     """
     input_ids positions out_cache_loc mrope_positions extend_seq_lens extend_seq_lens_cpu
@@ -96,7 +96,6 @@ def why_not(
         if _holds(getattr(forward_batch, name)):
             return reason
     if getattr(model, "capture_aux_hidden_states", False) and batch.return_hidden_states:
-        # Slices of layers capture none.
         return "hidden states of inner layers in the batch"
     if _notes_experts_of_each_token():
         return "experts of each token recorded"

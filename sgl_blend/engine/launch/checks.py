@@ -166,7 +166,7 @@ def check_model(model: torch.nn.Module, ctx: TreeCacheBuildContext) -> None:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     name = type(model).__name__
-    if not hasattr(model, "forward_split_prefill") or name not in VERIFIED_MODELS:
+    if name not in VERIFIED_MODELS:
         raise unverified(name)
     if ctx.is_hybrid_ssm or ctx.is_hybrid_swa:
         raise UnsupportedError(

@@ -262,16 +262,16 @@ def as_reference_bites(world: World) -> dict[str, Any]:
     run = lambda policy: _against_reference(world, _ask(world, 0, policy))  # noqa: E731
     for policy in POLICIES:
         run(policy)
-    stage = BatchAttention.stage
+    attention = BatchAttention.__init__
 
-    def bottom_right(self, segments, copies):
+    def bottom_right(self, pool, segments, *rest):
         by_row = []
         for s in segments:
             n, total = s.last - s.first, s.kv_slots.numel()
             by_row.append(RowSegment(s.first, s.last, torch.arange(total - n, total), s.kv_slots))
-        stage(self, by_row, copies)
+        attention(self, pool, by_row, *rest)
 
-    with mock.patch.object(BatchAttention, "stage", bottom_right):
+    with mock.patch.object(BatchAttention, "__init__", bottom_right):
         for policy in POLICIES:
             must_fail("rows see their future", lambda p=policy: run(p))
 

@@ -20,7 +20,7 @@ from model_support.checks_blend import LOGITS, ORDERS
 from model_support.compare import KV_FP32, apart, kv_apart, require_equal
 from model_support.engine import Engine, _Live
 from model_support.world import World, model_for, must_fail
-from sgl_blend.engine.forward.slices import ModelSlices
+from sgl_blend.engine.forward.model_passes import ModelPasses
 from sgl_blend.plan import BLENDED, EXACT
 
 #: passes of every kind: scratch rows and chosen rows; all rows, then chosen ones; chosen rows
@@ -142,7 +142,7 @@ def adapters(models: str, arch: str, page_size: int) -> dict[str, Any]:
         [theirs] = engine.exact(Ask(plain, more={"lora_id": adapted}))
         assert max(kv_apart(theirs, world.full(plain))) > 1e-2, "the adapter does nothing"
         cases = _company(world, neighbour, _fell_back("LoRA adapter"))
-        with mock.patch.object(ModelSlices, "_prepare_adapters", lambda self: None):
+        with mock.patch.object(ModelPasses, "_prepare_adapters", lambda self: None):
             must_fail(
                 "segments are the whole batch's", lambda: _company(world, neighbour, _nothing)
             )
@@ -178,7 +178,7 @@ def embeddings(models: str, arch: str, page_size: int) -> dict[str, Any]:
     [replaced] = engine.exact(one)
     assert apart(replaced.logits, world.full(one.tokens).logits) > 1e-2, "nothing is replaced"
     cases = _company(world, neighbour, _fell_back("input embeddings"))
-    with mock.patch.object(ModelSlices, "_embeddings", lambda self, first: {}):
+    with mock.patch.object(ModelPasses, "_embeddings", lambda self: {}):
         must_fail("embeddings are dropped", lambda: _company(world, neighbour, _nothing))
     return {"cases": cases}
 
@@ -212,7 +212,7 @@ def hidden_states(models: str, arch: str, page_size: int) -> dict[str, Any]:
 
         cases += _company(world, neighbour, same)
         if wish is True:
-            with mock.patch.object(ModelSlices, "_spread_hidden_states", lambda self, result: None):
+            with mock.patch.object(ModelPasses, "_spread_hidden_states", lambda self, result: None):
                 must_fail("rows are the pruned ones", lambda n=neighbour: _company(world, n, same))
     return {"cases": cases}
 
@@ -261,7 +261,7 @@ def experts(models: str, arch: str, page_size: int) -> dict[str, Any]:
                 exact = ours.hidden[1]
                 assert exact.any() and not exact.all()
                 assert torch.equal(ours.hidden[0][exact], right[exact]), policy
-            with mock.patch.object(ModelSlices, "_spread_experts", lambda *a: None):
+            with mock.patch.object(ModelPasses, "_spread_experts", lambda *a: None):
                 must_fail("rows are the pruned batch's", lambda: _company(world, neighbour, same))
     assert len({tuple(n.flatten().tolist()) for n in noted}) > 1
     return {"cases": cases}

@@ -148,17 +148,17 @@ def exact_behind_a_prefix(world: World) -> dict[str, Any]:
 @check
 def exact_check_bites(world: World) -> dict[str, Any]:
     """Negative controls: one row off in the mask, or KV left as it was found, is noticed."""
-    stage = BatchAttention.stage
+    attention = BatchAttention.__init__
 
-    def one_short(self, segments, copies):
+    def one_short(self, pool, segments, *rest):
         short = [
             RowSegment(s.first, s.last, (s.positions - 1).clamp(min=0), s.kv_slots)
             for s in segments
         ]
-        stage(self, short, copies)
+        attention(self, pool, short, *rest)
 
     ask = _asks(world, policy="all")[0]
-    with mock.patch.object(BatchAttention, "stage", one_short):
+    with mock.patch.object(BatchAttention, "__init__", one_short):
         must_fail("rows do not see themselves", lambda: _compare(world, [ask], "control"))
 
     def all_but_one(self, reused, score, config):

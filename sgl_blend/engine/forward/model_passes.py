@@ -1,10 +1,11 @@
-"""The model as slices of layers over a set of rows: ``forward_split_prefill`` and its state.
+"""Passes over SGLang's model: its ordinary ``forward`` on a batch of chosen rows.
 
-Seams (SGLang 0.5.23): ``Model.forward_split_prefill(input_ids, positions, forward_batch,
-(first, last))``; the hidden state between slices in ``forward_batch.hidden_states`` and
-``forward_batch.residual_stream`` (``layers/layer_boundary/residual/``), Gemma's in
-``forward_batch.residual``; ``forward_context(replace(get_forward_context(), attn_backend=...))``.
-What SGLang keeps by the batch's rows goes along: embeddings that replace the tokens' own reach the
+Seams (SGLang 0.5.23): ``Model.forward(input_ids, positions, forward_batch, ...)`` builds all that
+goes by rows from the batch that it is given; ``forward_context(replace(get_forward_context(),
+attn_backend=...))``. A pass that is not to run to the model's end is left by an exception in the
+attention of its last layer, on all ranks between the same two collectives; the residual stream that
+is then unfinished is ``forward_batch.residual_stream`` (``layers/layer_boundary/residual/``). What
+SGLang keeps by the batch's rows goes along: embeddings that replace the tokens' own reach the
 model's ``forward`` as ``input_embeds``; ``LoRAManager.prepare_lora_batch`` says which rows are
 which adapter's; ``LogitsProcessorOutput.hidden_states`` and ``RoutedExpertsCapturer`` are read by
 the whole batch's rows afterwards.
@@ -14,14 +15,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
-from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
+from sgl_blend.engine.forward.attn_backend import BlendAttnBackend, StopPass
+from sgl_blend.errors import SeamError
 from sgl_blend.prefill.rows import RowAttention
 
 if TYPE_CHECKING:
@@ -30,106 +33,89 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class SplitModel(Protocol):
-    """A model class of SGLang that runs in slices of layers."""
+class ModelPasses:
+    """Implements :class:`sgl_blend.prefill.passes.Model` over one SGLang model and forward batch.
 
-    def forward_split_prefill(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        forward_batch: ForwardBatch,
-        split_interval: tuple[int, int],
-        input_embeds: torch.Tensor | None = None,
-    ) -> LogitsProcessorOutput | None: ...
-
-
-class ModelSlices:
-    """Implements :class:`sgl_blend.prefill.passes.Layers` over one SGLang model and forward batch.
-
-    The batch given stays whole, for the sampler; rows are pruned on copies. Not thread-safe;
+    The batch given stays whole, for the sampler; rows are taken on copies. Not thread-safe;
     one instance serves one forward.
     """
 
     def __init__(
         self,
-        model: SplitModel,
+        forward: Callable[..., Any],
         forward_batch: ForwardBatch,
         num_layers: int,
         input_embeds: torch.Tensor | None = None,
         lora: LoRAManager | None = None,
     ) -> None:
-        """input_embeds [rows, hidden]: in place of the tokens' embeddings, for the whole batch.
-        lora: SGLang's ``LoRAManager``, or None where adapters are not served."""
-        self.model = model
+        """forward: the model's own, bound. input_embeds [rows, hidden]: in place of the tokens'
+        embeddings, for the whole batch. lora: SGLang's ``LoRAManager``, or None where adapters are
+        not served."""
         self.whole = forward_batch
         self.num_layers = num_layers
         self.input_embeds = input_embeds
         self.lora = lora
         self.fb: Any = None
+        self._forward = forward
         #: the batch rows of the pass, None: all
         self._rows: torch.Tensor | None = None
         self._scratch = False
 
-    def start(self, rows: torch.Tensor | None, counts: list[int]) -> None:
+    def run(
+        self,
+        rows: torch.Tensor | None,
+        counts: list[int],
+        attention: RowAttention,
+        stop: int | None = None,
+    ) -> Any:
         self.fb = copy.copy(self.whole)
         self._rows, self._scratch = rows, False
         if rows is not None:
             self._take(rows, counts)
-        self._prepare_adapters()
+        result = self._pass(attention, stop)
+        if rows is not None and stop is None:
+            self._spread_experts()
+            self._spread_hidden_states(result)
+        return result
 
-    def start_scratch(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+    def run_scratch(
+        self, ids: torch.Tensor, positions: torch.Tensor, attention: RowAttention, stop: int
+    ) -> None:
         n = ids.numel()
         fb = self.fb = copy.copy(self.whole)
         self._rows, self._scratch = None, True
         fb.input_ids = ids
         fb.positions = positions
+        if self.whole.mrope_positions is not None:
+            # Text alone: the same position on each axis.
+            fb.mrope_positions = positions.expand(self.whole.mrope_positions.shape[0], -1)
         # Slot 0 is the pool's padding slot: models that write KV in a fused kernel hit it only.
         fb.out_cache_loc = torch.zeros(n, dtype=torch.int64, device=ids.device)
         # One request of the base model, as far as adapters are concerned: no other asks.
         fb.batch_size, fb.lora_ids, fb.return_logprob = 1, [None], False
         self._set_counts([n])
-        self._prepare_adapters()
+        self._pass(attention, stop)
 
-    def run(self, first: int, last: int, attention: RowAttention) -> Any:
+    def _pass(self, attention: RowAttention, stop: int | None) -> Any:
         fb = self.fb
+        self._prepare_adapters()
         context = get_forward_context()
-        backend = BlendAttnBackend(context.attn_backend, attention)
-        with forward_context(dataclasses.replace(context, attn_backend=backend), forward_batch=fb):
-            result = self.model.forward_split_prefill(
-                fb.input_ids, fb.positions, fb, (first, last), **self._embeddings(first)
-            )
-        if self._rows is not None:
-            self._spread_experts(first, last)
-            if last == self.num_layers:
-                self._spread_hidden_states(result)
+        backend = BlendAttnBackend(context.attn_backend, attention, stop)
+        try:
+            with forward_context(
+                dataclasses.replace(context, attn_backend=backend), forward_batch=fb
+            ):
+                result = self._forward(fb.input_ids, fb.positions, fb, **self._embeddings())
+        except StopPass:
+            return None
+        finally:
+            residual_batch.clear(fb)
+        if stop is not None:
+            raise SeamError(f"the model's forward ran past layer {stop}, where it was to be left")
         return result
 
-    def prune(self, keep: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> None:
-        old = self.fb
-        if old.residual_stream is None:
-            hidden, residual = old.hidden_states[keep], old.residual
-            self.start(rows, counts)
-            self.fb.hidden_states = hidden
-            self.fb.residual = None if residual is None else residual[keep]
-            return
-        # Completing first pays the tensor-parallel sum that the last layer still owes.
-        hidden = residual_batch.complete_output(old.hidden_states, old)
-        handoff = residual_batch.export_replay_handoff(hidden, old)
-        handoff = handoff._replace(
-            value=handoff.value[keep],
-            residual=None if handoff.residual is None else handoff.residual[keep],
-        )
-        self.start(rows, counts)
-        self.fb.hidden_states = residual_batch.import_replay_handoff(handoff, self.fb)
-
-    def stop(self) -> None:
-        if self.fb is not None:
-            residual_batch.clear(self.fb)
-            self.fb.hidden_states = self.fb.residual = None
-            self.fb = None
-
-    def _embeddings(self, first: int) -> dict[str, torch.Tensor]:
-        if first > 0 or self._scratch or self.input_embeds is None:
+    def _embeddings(self) -> dict[str, torch.Tensor]:
+        if self._scratch or self.input_embeds is None:
             return {}
         # A copy in any case: models scale embeddings in place.
         rows = self._rows
@@ -143,13 +129,13 @@ class ModelSlices:
         if self.lora is not None and not self.lora.attn_dp_enabled:
             self.lora.prepare_lora_batch(self.fb)
 
-    def _spread_experts(self, first: int, last: int) -> None:
+    def _spread_experts(self) -> None:
         """Put the experts that the layers have noted row by row where the whole batch's rows
         are."""
         capturer = get_global_experts_capturer()
         if capturer is not None and self._rows is not None:
             noted = capturer.device_cache.buffer
-            noted[self._rows, first:last] = noted[: self._rows.numel(), first:last].clone()
+            noted[self._rows] = noted[: self._rows.numel()].clone()
 
     def _spread_hidden_states(self, result: LogitsProcessorOutput) -> None:
         """Where all rows' hidden states are captured they are read by the whole batch's rows; those
