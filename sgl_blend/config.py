@@ -56,8 +56,8 @@ class BlendConfig:
     )
     check_layers: tuple[int, ...] = option(
         (1,),
-        "hkvd: layers after which the KV deviation is measured, ascending; all tokens run up to "
-        "the first",
+        "hkvd: layers at which the KV deviation is measured, ascending; each takes a pass of the "
+        "tokens that are left, up to it",
     )
     check_multipliers: tuple[float, ...] = option(
         (),
