@@ -142,12 +142,12 @@ def covering(world: World) -> dict[str, Any]:
             assert ours.report["recomputed"] == picked
             assert ours.report["reused"] == n - picked
             shares.setdefault(policy, []).append(picked)
-            # Layers up to the check run whole; the question's pass is query's own.
+            # All rows up to the check, then the chosen; the question's pass is query's own.
             rows = len(ask.tokens) - ours.prefix
             blend, depth = ours.pieces[0].blend, world.engine.layers
             if policy == "hkvd":
                 top = world.engine.config.check_layers[-1] + 1
-                layers = rows * top + (rows - n + picked) * (depth - top)
+                layers = rows * top + (rows - n + picked) * depth
             else:
                 asked = blend.question_ids.numel()
                 layers = (rows - n + picked) * depth + asked * (depth - 1)
