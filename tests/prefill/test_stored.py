@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from sgl_blend.config import BlendConfig
 from sgl_blend.ops import outward, outward_share
 from sgl_blend.plan import BlendPlan
-from sgl_blend.prefill.passes import _BlendPass, run, token_layers
+from sgl_blend.prefill.passes import run, token_layers
 from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
 from sgl_blend.prefill.rows import AttentionSpec, RowSegment
+from sgl_blend.prefill.running import BlendPass
 from sgl_blend.prefill.scores import ScoreTable, score_layer
 from sgl_blend.selection import POLICIES, ReusedTokens, keeps_scores
 from sgl_blend.selection.stored import filled
@@ -227,9 +228,9 @@ def test_what_comes_from_the_host_has_no_score():
     table = ScoreTable(40, 0, torch.device("cpu"))
     table._table[30:38] = torch.arange(8.0)
     whole, mixed = (piece_of(2, host=host) for host in (False, True))
-    whole = _BlendPass(whole, whole.blend).stored(table)
+    whole = BlendPass(whole, whole.blend).stored(table)
     assert whole.tolist() == list(range(8))
-    mixed = _BlendPass(mixed, mixed.blend).stored(table)
+    mixed = BlendPass(mixed, mixed.blend).stored(table)
     assert mixed[::2].tolist() == [0.0, 2.0, 4.0, 6.0] and bool(mixed[1::2].isnan().all())
 
 
