@@ -202,13 +202,13 @@ class Chosen:
 def watch():
     """Yields a :class:`Chosen` that the prefills inside fill."""
     chosen = Chosen()
-    keep = prefill._BlendPass.keep
+    keep = prefill.BlendPass.keep
 
     def watched(self, index):
         chosen.add(self.blend, index)
         return keep(self, index)
 
-    with mock.patch.object(prefill._BlendPass, "keep", watched):
+    with mock.patch.object(prefill.BlendPass, "keep", watched):
         yield chosen
 
 
