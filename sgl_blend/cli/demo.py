@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from sgl_blend.bench import demo
     from sgl_blend.cli.table import Progress
     from sgl_blend.errors import ConfigError
-    from sgl_blend.harness import smollm
+    from sgl_blend.harness import real_models
 
     progress = Progress()
 
@@ -38,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
 
     show(
         "Two parts, about two minutes on two idle cores. Part 1: a real language model\n"
-        f"({smollm.NAME}) answers questions about a handbook. Part 2: a small model\n"
+        f"({real_models.SMOLLM2.name}) answers questions about a handbook. Part 2: a small model\n"
         "trained for questions that need two documents.\n"
     )
     ran = False
     try:
-        real = smollm.fetch(progress)
-    except smollm.ModelUnavailable as e:
+        real = real_models.fetch(real_models.SMOLLM2, progress)
+    except real_models.ModelUnavailable as e:
         show(f"Part 1 is left out, its model can't be had here: {e}\n")
     else:
         asked = demo.handbook(real, progress, show)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from sgl_blend.bench import demo
 from sgl_blend.cli.main import main
-from sgl_blend.harness import smollm
 from sgl_blend.harness.process import free_port
+from sgl_blend.harness.real_models import SMOLLM2
 
 
 def test_both_parts_say_what_was_reused_and_where_answers_differ(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path))
-    smollm.folder().parent.mkdir(parents=True)
-    smollm.folder().symlink_to(demo.shipped_model())
+    SMOLLM2.folder.parent.mkdir(parents=True)
+    SMOLLM2.folder.symlink_to(demo.shipped_model())
     kept = []
     handbook = demo.handbook
     monkeypatch.setattr(demo, "handbook", lambda *a: kept.extend(handbook(*a)) or kept)
