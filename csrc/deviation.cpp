@@ -33,7 +33,7 @@ void deviation(TensorView cache_t, TensorView fresh_t, TensorView src_t, TensorV
   float* out = floats(out_t, n, "out: expected float32 [n]");
   expect_inside(fresh, n, cache.tokens, "fresh_slots outside the pool");
   expect_inside(src, n, cache.tokens, "src_slots outside the pool");
-  by_dtype(cache_t, [&](auto type) {
+  by_pool_dtype(cache_t, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel for num_threads(std::max<int64_t>(threads, 1)) schedule(static)
     for (int64_t i = 0; i < n; ++i) {

@@ -75,7 +75,7 @@ void copy_rows(const std::vector<Row>& rows, const TensorView& k_dst_t, const Te
     expect(row.k->data != pool.k.data || !written[row.token],
            "src_slots and dst_slots share a slot");
   }
-  by_dtype(k_dst_t, [&](auto type) {
+  by_pool_dtype(k_dst_t, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel num_threads(std::max<int64_t>(threads, 1))
     {
@@ -117,7 +117,7 @@ void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, int64_t layer, Te
     const TensorView k(k_parts[i]), v(v_parts[i]);
     expect(k.dtype() == k_dst_t.dtype() && v.dtype() == v_dst_t.dtype() && k.dtype() == v.dtype(),
            "all of a pool's dtype");
-    by_dtype(k_dst_t, [&](auto type) { parts.emplace_back(k, v, layer, type); });
+    by_pool_dtype(k_dst_t, [&](auto type) { parts.emplace_back(k, v, layer, type); });
     const Pool& part = parts.back();
     expect(part.k.tokens == part.v.tokens, "as many tokens of V as of K");
     for (int64_t t = 0; t < part.k.tokens; ++t) rows.push_back({&part.k, &part.v, t});

@@ -348,7 +348,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
   see_pool(p.runs[0], q_pos, p.rows, window, kv_pos0);
   see_extras(p.runs[1], extra_pos, q_pos, p.rows, window);
   threads = std::max<int64_t>(threads, 1);
-  by_dtype(k_t, [&](auto type) {
+  by_pool_dtype(k_t, [&](auto type) {
     by_dtype(q_t,
              [&](auto q_type) { run_all<decltype(type), decltype(q_type)>(p, mass, threads); });
   });

@@ -1,8 +1,9 @@
 // One vector width a machine, chosen at compile time; the compiler's vector extensions do the
-// rest, so that the same source serves AVX-512, AVX2, NEON and plain SSE. Also the pool's three
-// element types and their conversions from and to fp32.
+// rest, so that the same source serves AVX-512, AVX2, NEON and plain SSE. Also the element types of
+// rows and pool, and their conversions from and to fp32.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -25,6 +26,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 
 template <typename V, typename T>
 inline V load_as(const T* from) {
@@ -138,6 +140,61 @@ struct F16 {
   static float get(const type* from) { return (float)*from; }
   static void put(type* to, float value) { *to = (type)value; }
 };
+
+// fp8 of M bits of mantissa, as torch has it: e4m3fn (no infinity, NaN is 0x7f) and e5m2. Writing
+// rounds to nearest even and saturates at the largest finite value; NaN stays NaN.
+template <int M>
+struct F8 {
+  typedef uint8_t type;
+
+  static vf read(const type* from) {
+    const vu code = __builtin_convertvector(load_as<vb>(from), vu);
+    const vu magnitude = code & 0x7f;
+    // In a float's exponent and mantissa the code is a number 2^(127 - BIAS) too small; what has
+    // no implicit one (exponent 0) takes one on loan.
+    const vf normal = (vf)((magnitude << SHIFT) + ((127 - BIAS) << 23));
+    const vf small = (vf)((magnitude << SHIFT) + ((128 - BIAS) << 23)) - LEAST;
+    const vf value = magnitude < (1 << M) ? small : normal;
+    const vf above = M == 3 ? splat(NAN) : (magnitude == TOP + 1 ? splat(INFINITY) : splat(NAN));
+    return (vf)((vu)(magnitude > TOP ? above : value) | (code & 0x80) << 24);
+  }
+  static void write(type* to, vf value) {
+    const vu bits = (vu)value, exact = bits & 0x7fffffff;
+    const vf magnitude = (vf)exact;
+    const vf kept = magnitude > LARGEST ? splat(LARGEST) : magnitude;
+    const vu normal = rounded((vu)kept) - ((127 - BIAS) << M);
+    // Below the least normal number, codes count its steps: the sum's last bits are the code.
+    const vu small = (vu)(kept + STEPS) - STEPS_BITS;
+    const vu code = kept < LEAST ? small : normal;
+    const vu known = magnitude == magnitude ? code : vu{} + 0x7f;
+    store_as(to, __builtin_convertvector(known | bits >> 24 & 0x80, vb));
+  }
+  static float get(const type* from) {
+    type lanes[W] = {*from};
+    return read(lanes)[0];
+  }
+  static void put(type* to, float value) {
+    type lanes[W];
+    write(lanes, splat(value));
+    *to = lanes[0];
+  }
+
+ private:
+  static constexpr int BIAS = M == 3 ? 7 : 15;
+  static constexpr int SHIFT = 23 - M;
+  static constexpr uint32_t TOP = M == 3 ? 0x7e : 0x7b;  // the largest finite code
+  static constexpr float LARGEST = M == 3 ? 448.0f : 57344.0f;
+  static constexpr float LEAST = M == 3 ? 0x1p-6f : 0x1p-14f;  // the least normal number
+  static constexpr float STEPS = M == 3 ? 0x1p14f : 0x1p7f;    // its step is fp8's least
+  static constexpr uint32_t STEPS_BITS = M == 3 ? 0x46800000 : 0x43000000;
+
+  static vu rounded(vu bits) {
+    return (bits + ((1u << (SHIFT - 1)) - 1) + (bits >> SHIFT & 1)) >> SHIFT;
+  }
+};
+
+typedef F8<3> E4M3;
+typedef F8<2> E5M2;
 
 // Swap neighbours: lane i takes lane i ^ 1.
 template <int... J>

@@ -71,7 +71,7 @@ inline void expect_inside(const int64_t* slots, int64_t n, int64_t limit, const 
   expect(inside, message);
 }
 
-// Calls body(T{}) with the element type of `t`.
+// Calls body(T{}) with the element type of `t`, which holds rows.
 template <typename Body>
 void by_dtype(const TensorView& t, Body&& body) {
   if (is(t, kDLFloat, 32)) {
@@ -82,6 +82,18 @@ void by_dtype(const TensorView& t, Body&& body) {
     body(F16{});
   } else {
     TVM_FFI_THROW(ValueError) << "the dtype must be float32, bfloat16 or float16";
+  }
+}
+
+// The same of `t` that is a pool, or holds what a pool does: fp8 too.
+template <typename Body>
+void by_pool_dtype(const TensorView& t, Body&& body) {
+  if (is(t, kDLFloat8_e4m3fn, 8)) {
+    body(E4M3{});
+  } else if (is(t, kDLFloat8_e5m2, 8)) {
+    body(E5M2{});
+  } else {
+    by_dtype(t, body);
   }
 }
 

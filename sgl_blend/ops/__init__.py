@@ -16,7 +16,10 @@ way round). Dispatch is by ``tensor.device``: CPU tensors go to the C++ kernels,
 reference where no compiler is installed; all other devices go to the reference.
 
 A KV pool is, per layer, ``k_cache [num_slots, Hk, D]`` and ``v_cache [num_slots, Hk, Dv]`` in
-float32, bfloat16 or float16. Bad arguments raise ``KernelError``.
+float32, bfloat16, float16 or fp8 (e4m3fn, e5m2). fp8 holds values over a scale of the layer's,
+which no kernel knows: rotations and comparisons are the same in any unit, and whoever calls
+attention multiplies its ``scale`` by K's and its output by V's. Bad arguments raise
+``KernelError``.
 """
 
 from sgl_blend.ops.attention import (
@@ -26,6 +29,7 @@ from sgl_blend.ops.attention import (
 )
 from sgl_blend.ops.deviation import v_deviation
 from sgl_blend.ops.outward import outward_share
+from sgl_blend.ops.reference import cast, put
 from sgl_blend.ops.rotation import Parts, Rope, Rotation, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, top_rows
 
@@ -34,8 +38,10 @@ __all__ = [
     "Parts",
     "Rope",
     "Rotation",
+    "cast",
     "covering_rows",
     "outward_share",
+    "put",
     "rotate_copy",
     "rotate_from",
     "row_attention",

@@ -104,8 +104,8 @@ def _extra(k_cache: torch.Tensor, v_cache: torch.Tensor, options: AttentionOptio
     if k is None or v is None or pos is None:
         none = torch.empty(0, dtype=torch.int64, device=k_cache.device)
         return _Extra(k_cache[:0], v_cache[:0], none)
-    checks.floats("k_extra", k, 3, k_cache.device)
-    checks.floats("v_extra", v, 3, k_cache.device)
+    checks.cached("k_extra", k, 3, k_cache.device)
+    checks.cached("v_extra", v, 3, k_cache.device)
     checks.same_layout("k_extra", k, k_cache, "k_cache")
     checks.same_layout("v_extra", v, v_cache, "v_cache")
     pos = checks.index("extra_pos", pos, k_cache.device)
@@ -127,7 +127,7 @@ def _run(
 ) -> AttentionWithMass:
     """Without ``with_mass`` the mass is empty."""
     checks.floats("q", q, 3)
-    checks.floats("k_cache", k_cache, 3, q.device)
+    checks.cached("k_cache", k_cache, 3, q.device)
     checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
     slots = checks.index("kv_slots", kv_slots, q.device)
     pos = checks.index("q_pos", q_pos, q.device)

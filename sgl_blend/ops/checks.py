@@ -12,6 +12,8 @@ import torch
 from sgl_blend.errors import KernelError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: what a KV pool may hold besides: values over a scale of the layer's
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDICES = (torch.int64, torch.int32)
 
 
@@ -27,10 +29,18 @@ def floats(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | No
         tensor.dtype in FLOATS,
         f"{name} is {tensor.dtype}; the kernels take float32, bfloat16 and float16",
     )
+    _dense(name, tensor)
+
+
+def cached(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None = None) -> None:
+    """As ``floats``, of what a KV pool holds: fp8 (e4m3fn, e5m2) too."""
+    _tensor(name, tensor, ndim, device)
     require(
-        tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1,
-        f"{name} has stride {tensor.stride()}; its last dimension must be contiguous",
+        tensor.dtype in FLOATS + FP8,
+        f"{name} is {tensor.dtype}; the kernels take pools of float32, bfloat16, float16, "
+        "float8_e4m3fn and float8_e5m2",
     )
+    _dense(name, tensor)
 
 
 def index(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -58,8 +68,8 @@ def ascending(name: str, values: torch.Tensor) -> None:
 
 def pool(k_cache: torch.Tensor, v_cache: torch.Tensor, names: tuple[str, str]) -> None:
     """K and V of one layer: same tokens, heads, dtype and device."""
-    floats(names[0], k_cache, 3)
-    floats(names[1], v_cache, 3, k_cache.device)
+    cached(names[0], k_cache, 3)
+    cached(names[1], v_cache, 3, k_cache.device)
     require(
         k_cache.shape[:2] == v_cache.shape[:2],
         f"{names[0]} {list(k_cache.shape)} and {names[1]} {list(v_cache.shape)} differ in tokens "
@@ -85,6 +95,13 @@ def sinks(given: torch.Tensor, q_heads: int, device: torch.device) -> torch.Tens
     floats("sinks", given, 1, device)
     require(given.shape[0] == q_heads, f"{given.shape[0]} sinks for {q_heads} query heads")
     return given.detach().to(torch.float32).contiguous()
+
+
+def _dense(name: str, tensor: torch.Tensor) -> None:
+    require(
+        tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1,
+        f"{name} has stride {tensor.stride()}; its last dimension must be contiguous",
+    )
 
 
 def _tensor(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None) -> None:

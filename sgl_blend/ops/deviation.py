@@ -22,7 +22,7 @@ def v_deviation(
     Raises:
         KernelError: arguments that do not fit, or slots outside the pool (checked on the CPU).
     """
-    checks.floats("v_cache", v_cache, 3)
+    checks.cached("v_cache", v_cache, 3)
     fresh = checks.index("fresh_slots", fresh_slots, v_cache.device)
     src = checks.index("src_slots", src_slots, v_cache.device)
     require(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from sgl_blend.ops.checks import FP8
+
 
 def rotate(
     k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int, neox: bool
@@ -15,8 +17,8 @@ def rotate(
     """``k`` [n, H, D] with its first ``rotary_dim`` dims turned by (cos, sin) fp32 [n,
     rotary_dim/2].
 
-    Computed in fp32 and rounded once. ``neox``: dim i pairs with i + rotary_dim/2; else 2i with
-    2i + 1 (GPT-J).
+    Computed in fp32 and rounded once; fp8 saturates, and NaN stays NaN. ``neox``: dim i pairs with
+    i + rotary_dim/2; else 2i with 2i + 1 (GPT-J).
     """
     half = rotary_dim // 2
     turned = k[..., :rotary_dim].float()
@@ -26,7 +28,23 @@ def rotate(
     c, s = cos[:, None, :], sin[:, None, :]
     a, b = x * c - y * s, y * c + x * s
     head = torch.cat((a, b), dim=-1) if neox else torch.stack((a, b), dim=-1).flatten(-2)
-    return torch.cat((head.to(k.dtype), k[..., rotary_dim:]), dim=-1)
+    return torch.cat((cast(head, k.dtype), k[..., rotary_dim:]), dim=-1)
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in ``dtype``; fp8 saturates, as SGLang's ``saturate_to_fp8_range`` does (0.5.23)."""
+    if dtype in FP8:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
+
+
+def put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+    """``cache[slots] = values``, all of one dtype. As bytes in fp8: torch writes fp8 by index on some
+    devices only."""
+    if cache.dtype in FP8:
+        cache, values = cache.view(torch.uint8), values.view(torch.uint8)
+    cache[slots] = values
 
 
 def rotate_from(
@@ -40,8 +58,8 @@ def rotate_from(
     rotary_dim: int,
     neox: bool,
 ) -> None:
-    k_cache[dst_slots] = rotate(k_src, cos, sin, rotary_dim, neox)
-    v_cache[dst_slots] = v_src
+    put(k_cache, dst_slots, rotate(k_src, cos, sin, rotary_dim, neox))
+    put(v_cache, dst_slots, v_src)
 
 
 def visible(q_pos: torch.Tensor, key_pos: torch.Tensor, window: int) -> torch.Tensor:

@@ -166,8 +166,8 @@ class Parts:
     def __init__(self, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
         require(len(k) == len(v) > 0, f"{len(k)} parts of K and {len(v)} parts of V")
         for i, (a, b) in enumerate(zip(k, v, strict=True)):
-            checks.floats(f"k[{i}]", a, 4, k[0].device)
-            checks.floats(f"v[{i}]", b, 4, k[0].device)
+            checks.cached(f"k[{i}]", a, 4, k[0].device)
+            checks.cached(f"v[{i}]", b, 4, k[0].device)
             for name, part, like in ((f"k[{i}]", a, k[0]), (f"v[{i}]", b, v[0])):
                 require(
                     part.shape[0] == k[0].shape[0]
