@@ -42,7 +42,7 @@ class PlainAttention:
         group = q.shape[1] // k_cache.shape[1]
         keys = k_cache[s.kv_slots].float().repeat_interleave(group, dim=1)
         values = v_cache[s.kv_slots].float().repeat_interleave(group, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q[s.first : s.last].float(), keys) * spec.scale
+        scores = torch.einsum("qhd,khd->hqk", q[s.first : s.last].float(), keys) * spec.pool_scale
         if spec.logit_cap > 0:
             scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
         at = torch.arange(s.kv_slots.numel(), device=q.device)
@@ -54,4 +54,4 @@ class PlainAttention:
             sink = spec.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
             scores = torch.cat((scores, sink), dim=-1)
         probs = scores.softmax(dim=-1)[..., : s.kv_slots.numel()]
-        return torch.einsum("hqk,khd->qhd", probs, values).to(q.dtype)
+        return spec.value(torch.einsum("hqk,khd->qhd", probs, values)).to(q.dtype)

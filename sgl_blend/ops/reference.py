@@ -40,8 +40,8 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
-    """``cache[slots] = values``, all of one dtype. As bytes in fp8: torch writes fp8 by index on some
-    devices only."""
+    """``cache[slots] = values``, all of one dtype. fp8 goes as bytes: torch writes it by index on
+    some devices only."""
     if cache.dtype in FP8:
         cache, values = cache.view(torch.uint8), values.view(torch.uint8)
     cache[slots] = values

@@ -89,7 +89,6 @@ class BatchAttention:
         self.copies = copies
         self.scores = scores
         self._device_rows: FlashInferRows | None = None
-        # FlashInfer has no fp32 kernels.
         if segments and segments[0].kv_slots.is_cuda and pool.k(0).dtype != torch.float32:
             from sgl_blend.prefill.attention_cuda import FlashInferRows
 
@@ -107,7 +106,8 @@ class BatchAttention:
         if self.scores is not None and spec.layer == self.scores.layer:
             self.scores.measure(spec, q, self.pool, self.segments)
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
-        if self._device_rows is not None:
+        # FlashInfer has no fp32 kernels.
+        if self._device_rows is not None and q.dtype != torch.float32:
             return self._device_rows.run(spec, q, k_cache, v_cache)
         parts = [
             ops.row_attention(
@@ -116,14 +116,14 @@ class BatchAttention:
                 v_cache,
                 s.kv_slots,
                 s.positions,
-                scale=spec.scale,
+                scale=spec.pool_scale,
                 window=spec.window,
                 logit_cap=spec.logit_cap,
                 sinks=spec.sinks,
             )
             for s in self.segments
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return spec.value(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 @dataclass
@@ -171,6 +171,8 @@ class QuestionAttention:
             raise KernelError(
                 f"layer {spec.layer} gives scratch rows no keys and values of their own"
             )
+        k = _as_cached(k, self.pool.k(spec.layer), spec.k_scale)
+        v = _as_cached(v, self.pool.v(spec.layer), spec.v_scale)
         parts = []
         for s in self.rows:
             mine = slice(s.first, s.last)
@@ -180,7 +182,7 @@ class QuestionAttention:
             if s.lead:
                 parts.append(self._leading(spec, s, q[mine], k[mine], v[mine]))
             parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return spec.value(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _leading(
         self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -192,7 +194,7 @@ class QuestionAttention:
             self.pool.v(spec.layer),
             s.key_slots[: s.reused.start],
             s.positions[: s.lead],
-            scale=spec.scale,
+            scale=spec.pool_scale,
             window=spec.window,
             logit_cap=spec.logit_cap,
             sinks=spec.sinks,
@@ -212,7 +214,7 @@ class QuestionAttention:
             self.pool.v(spec.layer),
             s.key_slots,
             turn[s.lead :],
-            scale=spec.scale,
+            scale=spec.pool_scale,
             logit_cap=spec.logit_cap,
             sinks=spec.sinks,
             k_extra=k,
@@ -246,7 +248,7 @@ class QuestionAttention:
             part = slice(head * group, (head + 1) * group)
             keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
             values = torch.cat([v_cache[slots, head], v[:, head]]).float()
-            scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.scale
+            scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.pool_scale
             if spec.logit_cap > 0:
                 scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
             sinks = None if spec.sinks is None else spec.sinks[part].float().repeat(rows)[:, None]
@@ -255,3 +257,10 @@ class QuestionAttention:
             mass[near] += (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
         s.mass += mass[s.reused]
         return out
+
+
+def _as_cached(x: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
+    """Fresh K or V as ``cache`` would hold it: what an ordinary row's would be read as."""
+    if x.dtype == cache.dtype:
+        return x
+    return ops.cast(x.float() / scale, cache.dtype)

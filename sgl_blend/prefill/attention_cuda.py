@@ -67,11 +67,12 @@ class FlashInferRows:
         if wrapper is None:
             wrapper = self._planned[key] = self._plan(spec, q, k_cache, v_cache)
         cache = (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
+        scales = {"k_scale": spec.k_scale, "v_scale": spec.v_scale}
         if spec.sinks is None:
-            out: torch.Tensor = wrapper.run(q.contiguous(), cache)
+            out: torch.Tensor = wrapper.run(q.contiguous(), cache, **scales)
             return out
         # Its kernels with a sink of their own serve no custom mask. ``lse``: fp32 [R, Hq].
-        out, lse = wrapper.run(q.contiguous(), cache, return_lse=True, lse_base="ln")
+        out, lse = wrapper.run(q.contiguous(), cache, return_lse=True, lse_base="ln", **scales)
         return (out * torch.sigmoid(lse - spec.sinks.float())[..., None]).to(out.dtype)
 
     def _plan(

@@ -18,7 +18,8 @@ class AttentionSpec(NamedTuple):
 
     window: sliding window in tokens, a row sees keys at positions >= its own - window (-1: none).
     logit_cap: tanh soft cap (0: none). sinks: [Hq], a further logit of every row for each of this
-    rank's query heads, which takes its share of the softmax and has no value (None: none).
+    rank's query heads, which takes its share of the softmax and has no value (None: none). k_scale,
+    v_scale: what the pool's K and V are multiplied by (fp8 pools hold K / k_scale).
     """
 
     layer: int
@@ -26,6 +27,17 @@ class AttentionSpec(NamedTuple):
     window: int = -1
     logit_cap: float = 0.0
     sinks: torch.Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def pool_scale(self) -> float:
+        """What multiplies q k where k is as the pool holds it."""
+        return self.scale * self.k_scale
+
+    def value(self, out: torch.Tensor) -> torch.Tensor:
+        """Attention's ``out`` over V as the pool holds it, as it is meant."""
+        return out if self.v_scale == 1.0 else out * self.v_scale
 
 
 class Incoming(Protocol):

@@ -55,7 +55,7 @@ class ScoreTable:
                     s.kv_slots,
                     s.positions,
                     s.starts,
-                    scale=spec.scale,
+                    scale=spec.pool_scale,
                     window=spec.window,
                     logit_cap=spec.logit_cap,
                     sinks=spec.sinks,

@@ -8,6 +8,7 @@ import inspect
 import flashinfer
 import pytest
 import torch
+from kernels import FP8
 
 from sgl_blend import ops
 from sgl_blend.prefill.attention_cuda import FlashInferRows
@@ -31,9 +32,11 @@ class FakeWrapper:
 
     def run(self, q, paged_kv_cache, **options):
         inspect.signature(REAL.run).bind(None, q, paged_kv_cache, **options)
+        k_scale, v_scale = options.pop("k_scale"), options.pop("v_scale")
         assert options in ({}, {"return_lse": True, "lse_base": "ln"})
         a, out, sums, at = self.a, [], [], 0
         k_cache, v_cache = paged_kv_cache
+        assert (a["q_data_type"], a["kv_data_type"]) == (q.dtype, k_cache.dtype)
         assert k_cache.shape[1:] == (a["page_size"], a["num_kv_heads"], a["head_dim_qk"])
         group = a["num_qo_heads"] // a["num_kv_heads"]
         for i in range(len(a["qo_indptr"]) - 1):
@@ -45,13 +48,13 @@ class FakeWrapper:
             size = len(rows) * len(pages)
             mask = a["custom_mask"][at : at + size].view(len(rows), len(pages))
             at += size
-            scores = torch.einsum("qhd,khd->hqk", rows, k) * a["sm_scale"]
+            scores = torch.einsum("qhd,khd->hqk", rows, k) * a["sm_scale"] * k_scale
             if a["logits_soft_cap"]:
                 scores = a["logits_soft_cap"] * torch.tanh(scores / a["logits_soft_cap"])
             scores = scores.masked_fill(~mask, float("-inf"))
             sums.append(scores.logsumexp(-1).T)
             out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
-        got = torch.cat(out).to(q.dtype)
+        got = torch.cat(out).to(q.dtype) * v_scale
         return (got, torch.cat(sums)) if options else got
 
 
@@ -80,3 +83,23 @@ def test_rows_are_planned_by_true_position(monkeypatch, window, cap, sinks):
         ]  # fmt: skip
         torch.testing.assert_close(got, torch.cat(want), rtol=1e-5, atol=1e-5)
     assert FakeWrapper.plans == 1, "one plan serves all layers of a kind"
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_scales_of_an_fp8_pool_reach_flashinfer(monkeypatch, dtype):
+    """The plan names the pool's dtype; each layer's scales are the run's, so that one plan serves
+    all of them."""
+    monkeypatch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", FakeWrapper)
+    monkeypatch.setattr(FakeWrapper, "plans", 0)
+    gen = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(60, 2, 16, generator=gen) for _ in "kv")
+    q = torch.randn(9, 4, 16, generator=gen)
+    pos = torch.tensor([1, 2, 9, 17, 30, 31, 40, 58, 59])
+    rows = FlashInferRows([RowSegment(0, 9, pos, torch.arange(60))])
+    for layer, (k_scale, v_scale) in enumerate(((0.05, 4.0), (1.0, 1.0), (2.5, 0.01))):
+        cached = ops.cast(k / k_scale, dtype), ops.cast(v / v_scale, dtype)
+        spec = AttentionSpec(layer, 0.3, k_scale=k_scale, v_scale=v_scale)
+        meant = [x.float() * s for x, s in zip(cached, (k_scale, v_scale), strict=True)]
+        want = ops.row_attention(q, *meant, torch.arange(60), pos, scale=0.3)
+        torch.testing.assert_close(rows.run(spec, q, *cached), want, rtol=1e-5, atol=1e-5)
+    assert FakeWrapper.plans == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, attention_args, close
+from kernels import DTYPES, POOL_DTYPES, attention_args, close
 
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
@@ -37,7 +37,7 @@ def attention_cases(draw):
         kv_pos0=draw(st.sampled_from([0, 0, 17])),
         scale=draw(st.sampled_from([0.1, 1.0])),
         sinks=draw(st.sampled_from([None, torch.float32, torch.bfloat16])),
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=draw(st.sampled_from(POOL_DTYPES)),
         q_dtype=draw(st.sampled_from([None, torch.float32])),
         threads=draw(st.sampled_from([1, 2, 5])),
         seed=draw(st.integers(0, 999)),
@@ -57,7 +57,7 @@ def make_attention(case: dict) -> tuple[list[torch.Tensor], dict]:
         case["rows"],
         case["kv_heads"] * case["group"],
         case["dim"],
-        as_dtype=case["q_dtype"] or dtype,
+        as_dtype=case["q_dtype"] or (dtype if dtype in DTYPES else torch.bfloat16),
     )
     k = draw(slots, case["kv_heads"], case["dim"])
     v = draw(slots, case["kv_heads"], case["value_dim"])
@@ -205,6 +205,8 @@ def test_row_weights_weigh_each_rows_part():
         {"q": torch.randn(3, 3, 16)},
         {"q": torch.randn(3, 4, 8)},
         {"q": torch.randn(3, 4, 16).double()},
+        {"q": torch.randn(3, 4, 16).to(torch.float8_e4m3fn)},
+        {"k_cache": torch.randn(20, 2, 16).to(torch.float8_e4m3fn)},
         {"q": torch.randn(3, 64)},
         {"q": torch.randn(3, 4, 32)[..., ::2]},
         {"q": None},

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, close, make_rope
+from kernels import FP8, POOL_DTYPES, close, make_rope, same
 
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
-from sgl_blend.ops import reference
+from sgl_blend.ops import deviation, reference, rotation
 
 
 @settings(deadline=None, max_examples=60)
@@ -29,7 +29,7 @@ from sgl_blend.ops import reference
     value_dim=st.sampled_from([1, 7, 64]),
     part=st.sampled_from([0.25, 0.5, 1.0]),
     neox=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(POOL_DTYPES),
     cuts=st.lists(st.integers(0, 40), max_size=4),
     seed=st.integers(0, 999),
 )
@@ -49,17 +49,61 @@ def test_rotate_copy_matches_reference(n, heads, dim, value_dim, part, neox, dty
     edges = [0, *sorted(min(c, n) for c in cuts), n]
     parts = [src[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     # The second of two layers, of which the first holds something else.
-    ks = [torch.stack([-k[p], k[p]]) for p in parts]
-    vs = [torch.stack([-v[p], v[p]]) for p in parts]
+    ks = [torch.stack([k[p + 1 - 2 * (p % 2)], k[p]]) for p in parts]
+    vs = [torch.stack([v[p + 1 - 2 * (p % 2)], v[p]]) for p in parts]
     ops.rotate_from(ops.Parts(ks, vs), 1, from_k, from_v, dst, *turn, rotary_dim, neox)
     ops.rotate_copy(k, v, src, dst, *turn, rotary_dim, neox)
     for got_k, got_v in ((k, v), (from_k, from_v)):
-        assert torch.equal(got_v, want_v)
+        assert same(got_v, want_v)
         close(got_k, want_k, dtype)
         untouched = torch.ones(100, dtype=torch.bool)
         untouched[dst] = False
-        assert torch.equal(got_k[untouched], want_k[untouched])
-        assert torch.equal(got_k[..., rotary_dim:], want_k[..., rotary_dim:])
+        assert same(got_k[untouched], want_k[untouched])
+        assert same(got_k[..., rotary_dim:].contiguous(), want_k[..., rotary_dim:].contiguous())
+
+
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_fp8_value_is_turned_as_torch_would(dtype, neox):
+    """All codes, infinities and NaN among them, by angles and lengths that overflow and underflow:
+    the very bits of fp32's result, saturated and rounded to nearest even."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    pairs = torch.stack((codes.repeat_interleave(256), codes.repeat(256)), -1)
+    k = pairs.reshape(-1, 1, 32).clone()  # neox pairs other codes than GPT-J
+    n = len(k)
+    gen = torch.Generator().manual_seed(0)
+    angle = torch.rand(n, 16, generator=gen) * 2 * torch.pi
+    length = torch.tensor([1.0, 1.0, 3.0, 2.0**-12])[torch.arange(n) % 4, None]
+    cos, sin = angle.cos() * length, angle.sin() * length
+    pool = torch.cat((k, torch.zeros_like(k))).view(dtype)
+    values = torch.cat((k, torch.zeros_like(k))).view(dtype)
+    src, dst = torch.arange(n), torch.arange(n) + n
+    ops.rotate_copy(pool, values, src, dst, cos, sin, 32, neox)
+    assert same(values[n:], values[:n]), "V is not moved byte by byte"
+
+    x = k.view(dtype).double().squeeze(1)
+    a, b = x.chunk(2, 1) if neox else (x[:, 0::2], x[:, 1::2])
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    got = pool[n:].float().squeeze(1)
+    got = got if neox else torch.cat((got[:, 0::2], got[:, 1::2]), -1)
+    top = torch.finfo(dtype).max
+    want = turned.float().clamp(-top, top).to(dtype).float()
+    assert torch.equal(got.isnan(), want.isnan())
+    off = (got != want) & ~want.isnan()
+    # fp32 sums may round to the other side of a tie.
+    assert float(off.float().mean()) < 1e-5 and not got.isinf().any()
+    assert float((got == top).float().mean()) > 1e-3 < float((got == 0).float().mean())
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_every_fp8_value_is_read_as_torch_does(dtype):
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = every.float().isfinite()
+    none = torch.zeros(1, 1, dtype=torch.int64)[0]
+    for v in (every[finite], every[finite][:7]):  # whole vectors, and a rest
+        k, q = torch.zeros(1, 1, v.numel()).to(dtype), torch.zeros(1, 1, v.numel())
+        out = ops.row_attention(q, k, v[None, None], none, none, scale=1.0)
+        assert torch.equal(out.flatten(), v.float())
 
 
 def test_rotate_copy_in_a_strided_pool():
@@ -182,6 +226,8 @@ def test_delta_refuses_positions_outside_the_table(bad):
         {"rotary_dim": 18},
         {"rotary_dim": 0},
         {"k_cache": torch.randn(20, 2, 16).to(torch.int8)},
+        {"k_cache": torch.randn(20, 2, 16).to(torch.float8_e4m3fn)},
+        {"k_cache": torch.randn(20, 2, 16).to(torch.float8_e4m3fnuz)},
         {"v_cache": torch.randn(20, 3, 16)},
     ],
 )
@@ -200,6 +246,28 @@ def test_rotate_copy_refuses(changes):
     with pytest.raises(KernelError):
         ops.rotate_copy(**{**base, **changes})
     assert torch.equal(base["k_cache"], before)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_kernel_and_reference_agree_without_a_compiler(monkeypatch, dtype):
+    """What runs where there is no compiler, and on other devices, is bit for bit the kernel's."""
+    gen = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(40, 2, 16, generator=gen).to(dtype) for _ in "kv")
+    src, dst = torch.arange(20), torch.arange(20, 40)
+    turn = make_rope(16, True).delta(src + 900, src)
+    by_kernel = k.clone(), v.clone()
+    ops.rotate_copy(*by_kernel, src, dst, *turn, 16, True)
+    for module in (rotation, deviation):
+        monkeypatch.setattr(module, "cpu_module", lambda device: None)
+    by_torch = k.clone(), v.clone()
+    ops.rotate_copy(*by_torch, src, dst, *turn, 16, True)
+    assert all(map(same, by_kernel, by_torch))
+    parts = ops.Parts([k[None, src]], [v[None, src]])
+    from_outside = k.clone(), v.clone()
+    ops.rotate_from(parts, 0, *from_outside, dst, *turn, 16, True)
+    assert all(map(same, by_kernel, from_outside))
+    want = (v[dst].double() - v[src].double()).square().sum((1, 2)).float()
+    close(ops.v_deviation(v, dst, src), want)
 
 
 def test_a_table_that_fits_no_rotation_is_refused():

@@ -7,15 +7,33 @@ import torch
 from sgl_blend import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+#: what a pool may hold
+POOL_DTYPES = DTYPES + FP8
 CPU = torch.device("cpu")
 # Both sides sum in fp32 and round once to the dtype: they differ by the sums' order, or one ulp.
-ULP = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+ULP = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+    torch.float8_e4m3fn: 2**-3,
+    torch.float8_e5m2: 2**-2,
+}
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    if ours.dtype in FP8:
+        ours, theirs = ours.float(), theirs.float()
     peak = float(theirs.abs().max()) if theirs.numel() else 1.0
     torch.testing.assert_close(ours, theirs, rtol=ULP[dtype], atol=1e-5 * max(peak, 1e-6))
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Bit for bit; torch compares no fp8."""
+    if ours.dtype in FP8 and ours.dtype == theirs.dtype:
+        ours, theirs = ours.view(torch.uint8), theirs.view(torch.uint8)
+    return torch.equal(ours, theirs)
 
 
 def make_rope(rotary_dim: int, neox: bool, positions: int = 4096) -> ops.Rope:
