@@ -21,7 +21,7 @@ class PlainAttention:
         self.pool = pool
         self.segments = segments
 
-    def bring_in(self, layer: int) -> None:
+    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
         """Nothing is reused."""
 
     def __call__(

@@ -94,10 +94,17 @@ class BatchAttention:
 
             self._device_rows = FlashInferRows(segments)
 
-    def bring_in(self, layer: int) -> None:
-        for first, copy in self.copies:
-            if layer >= first:
-                copy.run(self.pool, layer)
+    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
+        copies = [copy for first, copy in self.copies if layer >= first]
+        if not copies:
+            return
+        # What is brought in may hold tokens that run (``_BlendPass.copy_rest``).
+        pool = (self.pool.k(layer), self.pool.v(layer)) if written is not None else ()
+        computed = [part[written] for part in pool]
+        for copy in copies:
+            copy.run(self.pool, layer)
+        for part, rows in zip(pool, computed, strict=True):
+            part[written] = rows
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
@@ -159,7 +166,7 @@ class QuestionAttention:
         self.rows = rows
         self.copies = copies
 
-    def bring_in(self, layer: int) -> None:
+    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
         for copy in self.copies:
             copy.run(self.pool, layer)
 

@@ -66,8 +66,11 @@ class RowAttention(Protocol):
 
     scratch: bool
 
-    def bring_in(self, layer: int) -> None:
-        """Write the reused tokens' KV of ``layer`` into the pool, before the rows' own."""
+    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
+        """Write the reused tokens' KV of ``layer`` into the pool, before the rows' own.
+
+        written: int64 [R], slots whose KV the rows have computed and written already; it stays.
+        """
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None

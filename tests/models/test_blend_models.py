@@ -40,6 +40,7 @@ BLEND = (
 )
 REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
 GATE = ("gate_passes",)
+FUSED = ("fused_exact", "fused_as_reference", "fused_bites")
 RANDOM = ("random_traffic", "random_traffic_bites")
 
 
@@ -51,6 +52,7 @@ def _cases() -> list:
         for a in ("llama", "qwen3-moe")
     ]
     table += [("llama", {"page_size": 1}, REUSE)]
+    table += [("qwen3-moe", {"page_size": 1}, FUSED)]
     table += [(a, {"dtype": "bfloat16", "page_size": 16}, GATE) for a in ARCHITECTURES]
     table += [("gemma2", {"dtype": "bfloat16"}, GATE)]
     for arch in ("llama", "llama-yarn", "qwen3"):

@@ -2,7 +2,10 @@
 
 Seams (SGLang 0.5.23): ``forward_context(replace(get_forward_context(), attn_backend=...))``;
 ``RadixAttention.forward`` calls ``get_attn_backend().forward(q, k, v,
-layer, forward_batch, save_kv_cache)``; ``pool.set_kv_buffer(layer, KVWriteLoc(loc), k, v)``.
+layer, forward_batch, save_kv_cache)``; ``pool.set_kv_buffer(layer, KVWriteLoc(loc), k, v)``;
+``save_kv_cache=False`` where the rows' KV lies at ``forward_batch.out_cache_loc`` already: on CUDA
+many models write it inside the rope kernel (``models/utils.py``: ``enable_fused_set_kv_buffer``),
+others read what a layer before has written.
 """
 
 from __future__ import annotations
@@ -70,11 +73,16 @@ class BlendAttnBackend:
         if k is not None and v is not None:
             k = k.reshape(-1, kv_heads, layer.qk_head_dim)
             v = v.reshape(-1, kv_heads, layer.v_head_dim)
-        core.bring_in(layer.layer_id)
-        if not core.scratch and save_kv_cache and k is not None:
+        slots = forward_batch.out_cache_loc
+        if core.scratch:
+            core.bring_in(layer.layer_id)  # where the model writes by itself, it hits slot 0 only
+        elif save_kv_cache and k is not None:
+            core.bring_in(layer.layer_id)
             self._base.token_to_kv_pool.set_kv_buffer(
-                layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, layer.k_scale, layer.v_scale
+                layer, KVWriteLoc(slots), k, v, layer.k_scale, layer.v_scale
             )
+        else:
+            core.bring_in(layer.layer_id, written=slots)
         last = layer.layer_id == self._stop
         if last and not core.scratch:
             raise StopPass

@@ -229,6 +229,7 @@ def run_checks(
     from model_support import (  # noqa: F401
         checks_blend,
         checks_exact,
+        checks_fused,
         checks_gate,
         checks_hkvd,
         checks_random,
