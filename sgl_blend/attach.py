@@ -49,6 +49,8 @@ LOAD = Attachment("_blend_load")
 # On ``ForwardBatch``.
 #: ``engine.request.planner.PlannedBatch``
 PIECES = Attachment("_blend_pieces")
+#: bool: runs without prefill graphs, which would leave our attention out
+EAGER = Attachment("_blend_eager")
 
 # On ``ReqState``, in the HTTP process.
 #: dict: the report of ``engine.request.report``

@@ -24,8 +24,10 @@ from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.forward.separators import load_tokenizer, strong_tokens
 from sgl_blend.engine.gate.launch import LaunchGate, ratio_matters
 from sgl_blend.engine.gate.live import LiveGate
-from sgl_blend.engine.gate.model import SglangModel
-from sgl_blend.engine.launch.checks import check_depth, check_model
+from sgl_blend.engine.gate.model import SglangModel, plain_ids
+from sgl_blend.engine.gate.prefills import Prefills
+from sgl_blend.engine.gate.rotations import measured_pool
+from sgl_blend.engine.launch.checks import check_depth, check_model, say_what_was_measured
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.request import admission, report
 from sgl_blend.engine.request.connect_store import connect_store
@@ -115,7 +117,6 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     check_model(model, ctx)
     num_layers = ctx.model_config.num_hidden_layers
     check_depth(config, num_layers)
-    pool = ModelPool(model, ctx.params.token_to_kv_pool_allocator.get_kvcache(), num_layers)
     gate = GateState(config.recompute_ratio)
     ranks = TensorRanks(get_parallel().tp_group) if ctx.tp_size > 1 else OneRank()
     tokenizer = load_tokenizer(ctx.server_args)
@@ -140,6 +141,19 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
         ),
         boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
     )
+    _keep_off_graphs()
+    prefills = Prefills(ctx, tree)
+    ids = plain_ids(strong.tolist(), ctx.model_config.vocab_size)
+    pool, measured = measured_pool(
+        prefills,
+        ctx.params.token_to_kv_pool_allocator.get_kvcache(),
+        num_layers,
+        ctx.model_config.context_len,
+        ids,
+        ranks.sum,
+    )
+    if ctx.tp_rank == 0:
+        say_what_was_measured(model, measured)
     metrics = Metrics(_metric_labels(ctx))
     tiers = connect_store(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
     planner = Planner(
@@ -158,7 +172,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     # Kernels are built at launch, not in the first blended request.
     cpu_module(pool.k(0).device)
     _install(model_runner, planner, pool, ranks, num_layers, config, gate)
-    probes = SglangModel(ctx, tree, pool, ranks, config, gate, strong.tolist())
+    probes = SglangModel(prefills, pool, num_layers, ranks, config, gate, ids)
     metrics.gate_state(gate)
     seconds = seconds_for(config.gate_seconds, pool.k(0).device)
     LaunchGate(probes, config, gate, metrics, tokenizer, ctx.tp_rank == 0, seconds).run()
@@ -202,6 +216,23 @@ def _metric_labels(ctx: TreeCacheBuildContext) -> dict[str, str] | None:
         return None
     name = getattr(ctx.server_args, "served_model_name", None) or ctx.server_args.model_path
     return {"model_name": str(name), "tp_rank": str(ctx.tp_rank)}
+
+
+def _keep_off_graphs() -> None:
+    """Prefill graphs were captured with SGLang's own attention."""
+
+    def keep(result, runner, forward_batch, *args, **kwargs):
+        for mark in (attach.PIECES, attach.EAGER):
+            if mark.get(forward_batch) is not None:
+                mark.set(result, mark.get(forward_batch))
+        return result
+
+    def no_graph(result, runner, forward_batch, *args, **kwargs):
+        marked = (attach.PIECES.get(forward_batch), attach.EAGER.get(forward_batch))
+        return result if marked == (None, None) else False
+
+    seams.install(seams.EAGER_LOAD_BATCH, keep, "after")
+    seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
 
 
 def _install(
@@ -265,15 +296,6 @@ def _install(
             planner.live.collect(batch.samples, result)
         return result
 
-    def keep_pieces(result, runner, forward_batch, *args, **kwargs):
-        batch = attach.PIECES.get(forward_batch)
-        if batch is not None:
-            attach.PIECES.set(result, batch)
-        return result
-
-    def no_graph(result, runner, forward_batch, *args, **kwargs):
-        return False if attach.PIECES.get(forward_batch) is not None else result
-
     seams.install(forward, blended_forward, "around")
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
     seams.install(seams.REQUEST_CREATED, read_options(config, gate), "after")
@@ -284,7 +306,5 @@ def _install(
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
         for target, hook, when in tiers.weights.hooks():
             seams.install(target, hook, when)
-    seams.install(seams.EAGER_LOAD_BATCH, keep_pieces, "after")
-    seams.install(seams.PREFILL_GRAPH_CAN_RUN, no_graph, "after")
     if config.report:
         seams.install(seams.REQUEST_LEVEL_INFO, report.is_request_level, "after")

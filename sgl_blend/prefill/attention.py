@@ -55,7 +55,7 @@ class KvCopy:
     def run(self, pool: PoolView, layer: int) -> None:
         """Copy V, and K rotated by the position difference, within ``layer``'s pool."""
         rope = pool.rope(layer)
-        k, v = pool.k(layer), pool.v(layer)
+        k, v = pool.moved(layer)
         if rope is None:
             k[self.dst_slots] = k[self.src_slots]
             v[self.dst_slots] = v[self.src_slots]

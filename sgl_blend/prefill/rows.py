@@ -56,6 +56,9 @@ class PoolView(Protocol):
     def v(self, layer: int) -> torch.Tensor:
         """[num_slots, Hk, Dv]"""
 
+    def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is rotated when a token moves, and what is copied as it is; (K, V) of most pools."""
+
     def rope(self, layer: int) -> Rope | None:
         """The layer's rotation; None for a layer without positions in its keys."""
 

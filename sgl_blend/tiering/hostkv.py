@@ -44,7 +44,7 @@ class HostKV:
         Raises :class:`~sgl_blend.tiering.chunks.LoadFailed` when the layer does not arrive.
         """
         rope = pool.rope(layer)
-        k, v = pool.k(layer), pool.v(layer)
+        k, v = pool.moved(layer)
         parts, at = self._parts(pool, layer)
         if rope is None:
             k[self.dst_slots], v[self.dst_slots] = parts.layer(at)

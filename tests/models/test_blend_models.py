@@ -39,7 +39,7 @@ BLEND = (
     "report_is_true",
 )
 REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
-GATE = ("gate_passes",)
+GATE = ("rotations_are_measured", "gate_passes")
 FUSED = ("fused_exact", "fused_as_reference", "fused_bites")
 RANDOM = ("random_traffic", "random_traffic_bites")
 
@@ -93,20 +93,3 @@ def test_model(checked, name: str, arch: str, options: dict) -> None:
     """``name`` is a check of ``model_support``; its docstring says what holds."""
     figures = checked(name, arch, options)
     print({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in figures.items()})
-
-
-@pytest.mark.parametrize(
-    ("arch", "words"),
-    [
-        ("gemma3", "Gemma3ForCausalLM is not verified for blending"),
-        ("granite", "GraniteForCausalLM is not verified for blending"),
-        ("llama-dynamic", "cannot move keys encoded by DynamicNTKScalingRotaryEmbedding"),
-    ],
-)
-@pytest.mark.parametrize("launch_check", [True, False])
-def test_refused_by_name(jobs, models, arch: str, words: str, launch_check: bool) -> None:
-    """What is not verified is refused by name, with what to do: before anything is loaded where
-    the arguments tell, and by the loaded model itself where that check did not see it."""
-    message = jobs.run("model_support.checks_special:refusal", str(models), arch, launch_check)
-    assert words in message
-    assert "Launch without --enable-blend" in message

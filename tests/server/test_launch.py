@@ -98,7 +98,9 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "several at once are all named": (
         [*ON, "--disable-radix-cache", "--pp-size", "2"], {}, "",
         ["--disable-radix-cache", "pipeline parallelism"]),
-    "Gemma 3": ([*ON, "<gemma3>"], {}, "", ["Gemma3ForCausalLM is not verified for blending"]),
+    "a rotation that varies": (
+        [*ON, "<dynamic>"], {}, "",
+        ["LlamaForCausalLM cannot be blended: dynamic NTK rotations"]),
     "no model there": (
         [*ON, "--model-path", "/nowhere/at/all"], {}, "",
         ["--model-path /nowhere/at/all: there is nothing", "Name a folder"]),
@@ -146,7 +148,7 @@ def outcomes(model, tmp_path_factory, child_env):
     """Outcome of each case of REFUSED, by name, and the files' paths."""
     tmp = tmp_path_factory.mktemp("launch")
     paths = files(tmp)
-    gemma3 = make_model(tmp / "gemma3", "gemma3", layers=4, hidden=64)
+    dynamic = make_model(tmp / "dynamic", "llama-dynamic", layers=4, hidden=64)
 
     def fill(text: str) -> str:
         for name, path in paths.items():
@@ -156,8 +158,8 @@ def outcomes(model, tmp_path_factory, child_env):
     cases = []
     for args, env, prelude, _ in REFUSED.values():
         port = str(launcher.free_port())
-        path = str(gemma3) if "<gemma3>" in args else str(model)
-        args = [fill(a) for a in args if a != "<gemma3>"]
+        path = str(dynamic) if "<dynamic>" in args else str(model)
+        args = [fill(a) for a in args if a != "<dynamic>"]
         common = ["--model-path", path, "--port", port]
         cases.append(
             {

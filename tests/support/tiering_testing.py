@@ -38,6 +38,9 @@ class Pool:
     def v(self, layer: int) -> torch.Tensor:
         return self.vs[layer]
 
+    def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k(layer), self.v(layer)
+
     def rope(self, layer: int) -> None:
         return None
 

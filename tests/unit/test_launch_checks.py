@@ -10,7 +10,7 @@ import pytest
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.launch.checks import check_model_path, check_port
+from sgl_blend.engine.launch.checks import check_model_path, check_port, model_problems
 from sgl_blend.engine.launch.own_store import start_store
 from sgl_blend.errors import ConfigError, StoreError
 from sgl_blend.store.config import load_config
@@ -80,3 +80,37 @@ def test_a_store_that_cannot_start_says_why_at_once(tmp_path):
         StoreError, match="the chunk store did not start: disk tier at .*cannot be used"
     ):
         EmbeddedStore(options)
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic NTK"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic NTK"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope"),
+        ({"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual chunk"),
+        ({"attention_chunk_size": 8192}, "attention in chunks of 8192 tokens"),
+        ({"index_topk": 2048}, "an indexer chooses"),
+        ({"alibi": True}, "ALiBi"),
+        ({"position_embedding_type": "alibi"}, "ALiBi"),
+        ({"is_encoder_decoder": True}, "an encoder"),
+    ],
+)
+def test_what_a_models_configuration_tells_is_named(config, cause):
+    [problem] = model_problems(types.SimpleNamespace(**config))
+    assert cause in problem
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"rope_parameters": None, "rope_scaling": None, "is_encoder_decoder": False},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "attention_chunk_size": None},
+        {"rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0}},
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ],
+)
+def test_what_only_the_loaded_model_tells_passes(config):
+    assert model_problems(types.SimpleNamespace(**config)) == []

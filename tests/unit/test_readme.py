@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sgl_blend.cli.main import COMMANDS
 from sgl_blend.engine.forward.company import PREVENTS
-from sgl_blend.engine.launch.checks import VERIFIED_MODELS
+from sgl_blend.engine.launch.checks import TESTED_MODELS
 from sgl_blend.engine.request.options import KEYS
 from sgl_blend.gate.state import TURNED_OFF
 from sgl_blend.selection import POLICIES
@@ -48,9 +48,9 @@ def test_every_metric_is_listed():
     assert exported and listed == {f"sgl_blend:{name}" for name in exported}
 
 
-def test_every_verified_model_is_named():
+def test_every_tested_model_is_named():
     names = {"Qwen3MoeForCausalLM": "Qwen3-MoE", "Gemma2ForCausalLM": "Gemma 2"}
-    for cls in VERIFIED_MODELS:
+    for cls in TESTED_MODELS:
         name = names.get(cls, cls.removesuffix("ForCausalLM"))
         assert name in README and name in COMPATIBILITY, cls
 

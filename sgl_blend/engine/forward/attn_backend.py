@@ -19,6 +19,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
+from sgl_blend.errors import UnsupportedError
 from sgl_blend.prefill.pieces import Piece
 from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowAttention, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
@@ -31,6 +32,19 @@ if TYPE_CHECKING:
 
 class StopPass(Exception):  # noqa: N818 - not an error
     """Leaves a pass over the model: its last wanted layer has done what it was wanted for."""
+
+
+#: what else models may read of an attention backend: pools, and names that choose their own form
+SHARED = frozenset(
+    """
+    token_to_kv_pool req_to_token_pool data_type kv_cache_dtype prefill_attention_backend_str
+    decode_attention_backend_str
+    """.split()
+)
+
+
+class UnknownOfBackend(UnsupportedError, AttributeError):
+    """To ``hasattr`` the backend lacks what is asked for: the model then goes its plain way."""
 
 
 class BlendAttnBackend:
@@ -48,7 +62,11 @@ class BlendAttnBackend:
         self._stop = stop
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
+        if name in SHARED:
+            return getattr(self._base, name)
+        raise UnknownOfBackend(
+            f"the model asks the attention backend for {name}, which blending does not know"
+        )
 
     def forward(
         self,
@@ -64,9 +82,9 @@ class BlendAttnBackend:
         sinks = kwargs.pop("sinks", None)
         unknown = [name for name, value in kwargs.items() if value is not None]
         if unknown:
-            raise RuntimeError(
-                f"layer {layer.layer_id} passes {', '.join(unknown)} to attention, which blending "
-                "does not know"
+            raise UnsupportedError(
+                f"layer {layer.layer_id}: it passes {', '.join(unknown)} to attention, which "
+                "blending does not know"
             )
         heads, kv_heads = layer.tp_q_head_num, layer.tp_k_head_num
         q = q.reshape(-1, heads, layer.qk_head_dim)
@@ -128,6 +146,26 @@ class ScoringAttnBackend:
                 spec = _spec(layer, kwargs.get("sinks"))
                 self._scores.measure(spec, rows, self._pool, self._segments)
         return out
+
+
+@contextlib.contextmanager
+def attending(
+    model: torch.nn.Module, core: RowAttention, backend: type[BlendAttnBackend] = BlendAttnBackend
+) -> Iterator[None]:
+    """``core`` takes the place of attention in what the model computes meanwhile."""
+    forward = model.forward
+
+    def instead(input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
+        context = get_forward_context()
+        mine = dataclasses.replace(context, attn_backend=backend(context.attn_backend, core))
+        with forward_context(mine, forward_batch=forward_batch):
+            return forward(input_ids, positions, forward_batch, *args, **kw)
+
+    model.forward = instead  # the runner calls this and not the module
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sgl_blend.engine.launch.checks import VERIFIED_ROPES
 from sgl_blend.errors import UnsupportedError
 from sgl_blend.ops import Rope
 
@@ -15,47 +15,28 @@ if TYPE_CHECKING:
 
 
 class ModelPool:
-    """K and V buffers of an ``MHATokenToKVPool`` and each layer's rope.
+    """K and V buffers of an ``MHATokenToKVPool`` (SGLang 0.5.23) and each layer's rope.
 
-    Layers are found by structure: a module that holds ``attn`` (a ``RadixAttention``) and
-    ``rotary_emb`` (SGLang 0.5.23). Raises :class:`UnsupportedError` when a layer has no known
-    rope: K of an unknown encoding must not be moved to another position.
+    ropes: as measured (``engine.gate.rotations``), None for a layer whose keys carry no position.
+    positions: that the server serves.
     """
 
-    def __init__(self, model: torch.nn.Module, pool: MHATokenToKVPool, num_layers: int) -> None:
-        from sglang.srt.layers.radix_attention import RadixAttention
-
+    def __init__(
+        self, pool: MHATokenToKVPool, ropes: Sequence[Rope | None], positions: int
+    ) -> None:
         self._pool = pool
-        ropes: dict[int, Rope] = {}
-        shared: dict[int, Rope] = {}
-        for name, module in model.named_modules():
-            attn = getattr(module, "attn", None)
-            if not isinstance(attn, RadixAttention):
-                continue
-            if attn.layer_id in ropes or not 0 <= attn.layer_id < num_layers:
-                raise UnsupportedError(
-                    f"{name}: layer id {attn.layer_id} is not one of a plain stack"
-                )
-            rotary: Any = getattr(module, "rotary_emb", None)
-            kind = type(rotary).__name__
-            if kind not in VERIFIED_ROPES:
-                raise UnsupportedError(
-                    f"{name}: cannot move keys encoded by {kind} "
-                    f"(known: {', '.join(sorted(VERIFIED_ROPES))}). Launch without --enable-blend."
-                )
-            if id(rotary) not in shared:
-                shared[id(rotary)] = Rope.from_module(rotary)
-            ropes[attn.layer_id] = shared[id(rotary)]
-        if len(ropes) != num_layers:
-            raise UnsupportedError(
-                f"found attention in {len(ropes)} of {num_layers} layers of {type(model).__name__}"
-            )
-        self._ropes = [ropes[layer] for layer in range(num_layers)]
+        self._ropes = list(ropes)
+        self._positions = positions
+
+    @staticmethod
+    def split(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of a token's K and V is rotated, and what is kept as it is."""
+        return k, v
 
     @property
     def max_positions(self) -> int:
         """Positions that every layer's rotation table covers."""
-        return min(r.max_positions for r in self._ropes)
+        return min([r.max_positions for r in self._ropes if r is not None], default=self._positions)
 
     def k(self, layer: int) -> torch.Tensor:
         k: torch.Tensor = self._pool.get_key_buffer(layer)
@@ -65,5 +46,24 @@ class ModelPool:
         v: torch.Tensor = self._pool.get_value_buffer(layer)
         return v
 
-    def rope(self, layer: int) -> Rope:
+    def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.split(self.k(layer), self.v(layer))
+
+    def rope(self, layer: int) -> Rope | None:
         return self._ropes[layer]
+
+
+def kind_of_pool(pool: Any) -> type[ModelPool]:
+    """Who serves SGLang's ``pool``. Raises :class:`UnsupportedError` where nobody does.
+
+    A subclass of a pool may lay out its rows otherwise: classes are compared by name of themselves.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    kinds: dict[type, type[ModelPool]] = {MHATokenToKVPool: ModelPool}
+    if type(pool) not in kinds:
+        raise UnsupportedError(
+            f"the KV pool is a {type(pool).__name__}; blending serves "
+            f"{', '.join(k.__name__ for k in kinds)}. Launch without --enable-blend."
+        )
+    return kinds[type(pool)]

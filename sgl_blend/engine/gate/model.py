@@ -1,27 +1,22 @@
 """Prefills for the correctness gate, through SGLang's own batches and our own hooks.
 
-Fills :class:`sgl_blend.gate.model.GateModel`. The order of calls is ``Scheduler``'s (SGLang
-0.5.23): ``Req.init_next_round_input``, ``RadixCache.lock``, ``ScheduleBatch.prepare_for_extend``,
-``ForwardBatch.init_new``, ``ModelRunner.forward``, ``checkpoint_kv_cache``, ``release_kv_cache``.
-No token is sampled and no request reaches the scheduler. A run matches no prefix and enters the
-tree only where it is to be kept. Not for use beside a running batch: at launch, or while idle.
+Fills :class:`sgl_blend.gate.model.GateModel` with ``Prefills``.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
+from sgl_blend.engine.forward.attn_backend import attending
 from sgl_blend.engine.forward.pool import ModelPool
+from sgl_blend.engine.gate.prefills import Prefills
 from sgl_blend.engine.request.options import RequestOptions
 from sgl_blend.engine.request.state import Probe, RequestState, recomputes_all
 from sgl_blend.gate.model import Ask, Ran, Sizes
@@ -34,13 +29,9 @@ from sgl_blend.selection import POLICIES, Policy, ReusedTokens
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sgl_blend.engine.request.planner import PlannedBatch
-    from sgl_blend.tree.cache import BlendRadixCache
-
-_RIDS = count()
 
 
 class _Scattered(Policy):
@@ -71,29 +62,29 @@ class Run:
 
 
 class SglangModel:
-    """See the module's docstring. ``build``: SGLang's ``TreeCacheBuildContext``."""
+    """See the module's docstring. ids: plain tokens, [first, last)."""
 
     def __init__(
         self,
-        build: TreeCacheBuildContext,
-        tree: BlendRadixCache,
+        prefills: Prefills,
         pool: ModelPool,
+        num_layers: int,
         ranks: Ranks,
         config: BlendConfig,
         gate: GateState,
-        special: Sequence[int],
+        ids: tuple[int, int],
     ) -> None:
-        self.runner = build.tp_worker.model_runner
-        self.tree = tree
+        self.prefills = prefills
+        self.runner = prefills.runner
+        self.tree = prefills.tree
         self.pool = pool
         self.config = config
-        self.num_layers = build.model_config.num_hidden_layers
-        self._vocab = build.model_config.vocab_size
-        self._special = special
+        self.num_layers = num_layers
+        self._ids = ids
         self._ranks = ranks
         self._gate = gate
-        self._rows = build.params.req_to_token_pool
-        self._allocator = build.params.token_to_kv_pool_allocator
+        self._rows = prefills.rows
+        self._allocator = prefills.allocator
         dtypes = (self.runner.dtype, pool.k(0).dtype)
         self.roundoff = max(torch.finfo(d).eps / 2 for d in dtypes)
         policy = POLICIES.get(config.policy)
@@ -104,15 +95,13 @@ class SglangModel:
     def sizes(self) -> Sizes:
         from sglang.srt.runtime_context import get_schedule
 
-        # Special tokens lie at one end of the vocabulary: probes take the middle of it.
-        first, last = _plain_ids(self._special, self._vocab)
         room = self._allocator.available_size()
         requests = min(self.runner.max_running_requests, self._rows.available_size())
         positions = self.pool.max_positions
         piece = get_schedule().chunked_prefill_size or 0
         if piece <= 0:  # chunked prefill is off
             piece = positions
-        return Sizes(room, requests, positions, self.tree.page_size, (first, last), piece)
+        return Sizes(room, requests, positions, self.tree.page_size, self._ids, piece)
 
     @property
     def capacity(self) -> int:
@@ -141,16 +130,15 @@ class SglangModel:
         try:
             while waiting:
                 if stop():
-                    self._abandon(reqs)
+                    self.prefills.abandon(reqs)
                     return []
                 waiting = self._step(waiting, logits, reused)
         except BaseException:
-            self._abandon(reqs)
+            self.prefills.abandon(reqs)
             raise
         runs = []
         for ask, req in zip(asks, reqs, strict=True):
-            n = len(ask.tokens)
-            slots = self._rows.req_to_token[req.kv.req_pool_idx, :n].to(torch.int64)
+            slots = self.prefills.slots(req, len(ask.tokens))
             positions = torch.cat([torch.zeros(0, dtype=torch.int64), *reused[id(req)]])
             runs.append(Run(req, logits[id(req)], positions, slots))
         self._in_use += runs
@@ -163,7 +151,7 @@ class SglangModel:
     def release(self, *ran: Ran) -> None:
         for one in cast(tuple[Run, ...], ran):
             self._in_use.remove(one)
-            self._release(one.req, keep=not one.req.skip_radix_cache_insert)
+            self.prefills.release(one.req, keep=not one.req.skip_radix_cache_insert)
 
     def flush(self) -> None:
         """As ``Scheduler.flush_cache``. At launch only: the tree holds no other KV."""
@@ -184,19 +172,7 @@ class SglangModel:
         return torch.tensor(list(values), dtype=torch.float32, device=self.pool.k(0).device)
 
     def _request(self, ask: Ask) -> Req:
-        from sglang.srt.managers.schedule_batch import Req
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
-        params = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
-        params.normalize(None)
-        req = Req(
-            rid=f"sgl-blend-gate-{next(_RIDS)}",
-            origin_input_text="",
-            origin_input_ids=array("q", ask.tokens),
-            sampling_params=params,
-            vocab_size=self._vocab,
-        )
-        req.skip_radix_cache_insert = not ask.keep
+        req = self.prefills.request(ask.tokens, ask.keep)
         attach.STATE.set(req, self._state(ask))
         return req
 
@@ -223,34 +199,13 @@ class SglangModel:
 
     def _step(self, waiting: list, logits: dict, reused: dict) -> list:
         """One batch; returns who is not done yet."""
-        from sglang.srt.managers.schedule_batch import ScheduleBatch
-        from sglang.srt.mem_cache.common import checkpoint_kv_cache
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-        page = self.tree.page_size
         for _, req, pieces in waiting:
-            req.init_next_round_input()
-            if req.lock is None:
-                req.last_node = self.tree.root_node
-                req.lock = self.tree.lock(req.last_node)
-            left = len(req.full_untruncated_fill_ids) - req.prefix_len
-            take = min(pieces.pop(0) if pieces else left, left)
-            if take < left:
-                take = min(left, max(page, take // page * page))
-            req.extend_end = req.prefix_len + take
-        batch = ScheduleBatch.init_new(
-            reqs=[req for _, req, _ in waiting],
-            req_to_token_pool=self._rows,
-            token_to_kv_pool_allocator=self._allocator,
-            tree_cache=self.tree,
-            model_config=self.runner.model_config,
-            enable_overlap=False,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-        )
-        batch.prepare_for_extend()
+            self.prefills.begin_piece(req, pieces.pop(0) if pieces else None)
+        batch = self.prefills.batch([req for _, req, _ in waiting])
         exact = all(ask.policy is None for ask, _, _ in waiting)
         with self._meant(batch) if exact else nullcontext():
-            out, plan = self._forward(batch)
+            out, forward = self.prefills.forward(batch)
+        plan: PlannedBatch | None = attach.PIECES.get(forward)
         more = []
         for i, (ask, req, pieces) in enumerate(waiting):
             blend = None if plan is None else plan.pieces[i].blend
@@ -259,7 +214,7 @@ class SglangModel:
             if req.extend_end == len(ask.tokens):
                 logits[id(req)] = out[i].float().clone()
             else:
-                checkpoint_kv_cache(req, self.tree)
+                self.prefills.checkpoint(req)
                 more.append((ask, req, pieces))
         return more
 
@@ -272,39 +227,12 @@ class SglangModel:
             return
         segments, row = [], 0
         for req in batch.reqs:
-            slots = self._rows.req_to_token[req.kv.req_pool_idx, : req.extend_end]
+            slots = self.prefills.slots(req, req.extend_end)
             at = torch.arange(req.prefix_len, req.extend_end, device=slots.device)
-            segments.append(RowSegment(row, row + at.numel(), at, slots.to(torch.int64)))
+            segments.append(RowSegment(row, row + at.numel(), at, slots))
             row += at.numel()
-        base = self.runner.attn_backend
-        self.runner.attn_backend = BlendAttnBackend(base, PlainAttention(self.pool, segments))
-        try:
+        with attending(self.runner.model, PlainAttention(self.pool, segments)):
             yield
-        finally:
-            self.runner.attn_backend = base
-
-    def _forward(self, batch: ScheduleBatch) -> tuple[torch.Tensor, PlannedBatch | None]:
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-        if batch.input_ids is None:
-            batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
-            batch.prefill_input_ids_cpu = None
-        with torch.no_grad():
-            forward = ForwardBatch.init_new(
-                batch, self.runner, return_hidden_states_before_norm=False
-            )
-            plan = attach.PIECES.get(forward)
-            return self.runner.forward(forward).logits_output.next_token_logits, plan
-
-    def _abandon(self, reqs: list[Req]) -> None:
-        for req in reqs:
-            if req.kv.holds_kv:
-                self._release(req, keep=False)
-
-    def _release(self, req: Req, keep: bool) -> None:
-        from sglang.srt.mem_cache.common import release_kv_cache
-
-        release_kv_cache(req, self.tree, checkpoint=keep)
 
 
 def _leaves_out_the_cap(runner: ModelRunner) -> bool:
@@ -316,7 +244,7 @@ def _leaves_out_the_cap(runner: ModelRunner) -> bool:
     return capped and isinstance(runner.attn_backend, TorchNativeAttnBackend)
 
 
-def _plain_ids(special: Sequence[int], vocab: int) -> tuple[int, int]:
+def plain_ids(special: Sequence[int], vocab: int) -> tuple[int, int]:
     """The longest run of ids without a special one, [first, last)."""
     marks = [-1, *sorted(i for i in special if 0 <= i < vocab), vocab]
     gap, first = max((b - a - 1, a + 1) for a, b in zip(marks, marks[1:], strict=False))

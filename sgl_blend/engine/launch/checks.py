@@ -7,12 +7,16 @@ back is warned about once.
 from __future__ import annotations
 
 import errno
+import logging
 import socket
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.forward.pool import kind_of_pool
 from sgl_blend.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -20,27 +24,20 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.server_args import ServerArgs
 
-#: Model classes whose blended KV and logits are verified against full prefill by the tests.
-VERIFIED_MODELS = frozenset(
+    from sgl_blend.gate.rotation import Measured
+
+logger = logging.getLogger(__name__)
+
+#: Model classes whose blended KV and logits the tests compare with full prefill. Any other is
+#: served as well, where its layers' rotations can be measured (``engine.gate.rotations``).
+TESTED_MODELS = frozenset(
     {
+        "Gemma2ForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
-        "Gemma2ForCausalLM",
-    }
-)
-
-#: Rotary classes that are one fixed rotation per position (``layers/rotary_embedding/``, 0.5.23).
-#: Position-dependent frequencies (dynamic NTK, longrope, dual chunk) and multimodal positions
-#: cannot be re-rotated by a position difference.
-VERIFIED_ROPES = frozenset(
-    {
-        "RotaryEmbedding",
-        "LinearScalingRotaryEmbedding",
-        "Llama3RotaryEmbedding",
-        "YaRNScalingRotaryEmbedding",
     }
 )
 
@@ -135,18 +132,47 @@ def check_arguments(server_args: ServerArgs) -> None:
             + ". Drop the option or launch without --enable-blend."
         )
     model_config = model_config_of(server_args)
-    architectures = getattr(model_config.hf_config, "architectures", None) or ["?"]
-    if architectures[0] not in VERIFIED_MODELS:
-        raise unverified(architectures[0])
+    problems = model_problems(model_config.hf_text_config)
+    if problems:
+        name = (getattr(model_config.hf_config, "architectures", None) or ["the model"])[0]
+        raise UnsupportedError(
+            f"{name} cannot be blended: {'; '.join(problems)}. Launch without --enable-blend."
+        )
     check_depth(attach.CONFIG.get(server_args), model_config.num_hidden_layers)
 
 
-def unverified(name: str) -> UnsupportedError:
-    """The error for a model class that no test has verified."""
-    return UnsupportedError(
-        f"{name} is not verified for blending (verified: {', '.join(sorted(VERIFIED_MODELS))}). "
-        "Launch without --enable-blend."
+def model_problems(config: Any) -> list[str]:
+    """What the model's configuration (transformers' ``PretrainedConfig`` of its text part) tells of
+    it that blending cannot serve. Most is told by the loaded model alone."""
+
+    def get(name: str) -> Any:
+        return getattr(config, name, None)
+
+    rope = get("rope_parameters") or get("rope_scaling") or {}
+    ropes = [r for r in (rope, *rope.values()) if isinstance(r, dict)]
+    kinds = {str(r.get("rope_type", r.get("type"))) for r in ropes if "alpha" not in r}
+    rules = (
+        (
+            "dynamic" in kinds,
+            "dynamic NTK rotations, which are meant to follow the prompt's length",
+        ),
+        (
+            bool({"longrope", "su"} & kinds),
+            "longrope rotations, whose table is switched with the prompt's length",
+        ),
+        (get("dual_chunk_attention_config") is not None, "dual chunk attention"),
+        (
+            bool(get("attention_chunk_size")),
+            f"attention in chunks of {get('attention_chunk_size')} tokens",
+        ),
+        (get("index_topk") is not None, "sparse attention that an indexer chooses (index_topk)"),
+        (
+            bool(get("alibi")) or get("position_embedding_type") == "alibi",
+            "positions as biases of attention (ALiBi)",
+        ),
+        (bool(get("is_encoder_decoder")), "an encoder beside the decoder"),
     )
+    return [what for hit, what in rules if hit]
 
 
 def check_depth(config: BlendConfig, num_layers: int) -> None:
@@ -163,11 +189,7 @@ def check_model(model: torch.nn.Module, ctx: TreeCacheBuildContext) -> None:
 
     ``ctx``: SGLang's ``TreeCacheBuildContext``.
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
     name = type(model).__name__
-    if name not in VERIFIED_MODELS:
-        raise unverified(name)
     if ctx.is_hybrid_ssm or ctx.is_hybrid_swa:
         raise UnsupportedError(
             f"{name} uses a hybrid KV pool (state-space or sliding-window sub-pools), which "
@@ -175,11 +197,27 @@ def check_model(model: torch.nn.Module, ctx: TreeCacheBuildContext) -> None:
             "keeps one full pool."
         )
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
-    if type(pool) is not MHATokenToKVPool:
-        raise UnsupportedError(
-            f"the KV pool is a {type(pool).__name__}; blending serves MHATokenToKVPool only"
-        )
+    kind_of_pool(pool)
     if pool.dtype != pool.store_dtype:
         raise UnsupportedError(
             f"KV cache dtype {pool.dtype} is quantised; blending needs a plain one"
         )
+
+
+def say_what_was_measured(model: torch.nn.Module, layers: Sequence[Measured]) -> None:
+    """One line at launch; a warning for a model class that no test has compared."""
+    name = type(model).__name__
+    kinds = Counter(m.name.partition(" ")[0] for m in layers)
+    encodings = ", ".join(
+        f"{n} without positions" if kind == "none" else f"{n} by {kind}"
+        for kind, n in kinds.items()
+    )
+    tested = name in TESTED_MODELS
+    logger.log(
+        logging.INFO if tested else logging.WARNING,
+        "sgl-blend: %s is %stested by name; the rotations of its %d layers were measured (%s)",
+        name,
+        "" if tested else "not ",
+        len(layers),
+        encodings,
+    )

@@ -9,7 +9,7 @@ calls is ``Scheduler``'s (SGLang 0.5.23): ``init_next_round_input``, lock, ``pre
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -57,9 +57,10 @@ class Engine:
         tp_rank: int = 0,
         port: int | None = None,
         fp32_rope: bool = False,
+        change: Callable[[Any], None] | None = None,
     ) -> None:
         """``fp32_rope``: encode positions in fp32 and round once, as on a GPU; SGLang's CPU code
-        computes in the model's dtype."""
+        computes in the model's dtype. change: is given the loaded model."""
         argv = ["--model-path", str(model), "--device", "cpu", "--dtype", dtype]
         argv += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(pool_tokens)]
         argv += ["--page-size", str(page_size), "--max-running-requests", "32"]
@@ -85,6 +86,8 @@ class Engine:
         self.runner = bench.torch_runner
         if fp32_rope:
             encode_in_fp32(self.runner.model)
+        if change is not None:
+            change(self.runner.model)
         self.server_args = server_args
         runner = self.runner
         # What the cache builder reads of SGLang's TpModelWorker.

@@ -27,6 +27,10 @@ ARCHITECTURES.setdefault(
     "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
 )
 ARCHITECTURES.setdefault("granite", ("GraniteConfig", {"_kv_heads": 2}))
+ARCHITECTURES.setdefault(
+    "cohere2", ("Cohere2Config", {"_kv_heads": 2, "head_dim": 16, "sliding_window": 64})
+)
+ARCHITECTURES.setdefault("gpt2", ("GPT2Config", {}))
 #: Gemma 2: keys that published checkpoints carry, SGLang reads, and transformers no longer
 #: writes. The cap on the logits is left out: SGLang 0.5.23 has it as a GPU kernel only.
 PUBLISHED = {
@@ -234,6 +238,7 @@ def run_checks(
         checks_hkvd,
         checks_random,
         checks_reuse,
+        checks_rotation,
         checks_special,
         checks_stored,
     )

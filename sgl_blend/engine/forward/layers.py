@@ -1,0 +1,147 @@
+"""A model's attention layers and rotary modules, and what in them blending cannot serve.
+
+``gate/rotation.py`` measures what a single key shows. What it cannot show (masks, temperatures,
+tables that change while serving) stands in attributes of ``RadixAttention`` and in the class of the
+rotary module (SGLang 0.5.23): what is not known here is refused, with its layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sgl_blend.errors import KernelError, UnsupportedError
+from sgl_blend.gate.rotation import Candidate
+from sgl_blend.ops import Rope
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+#: Rotary classes (``layers/rotary_embedding/``, 0.5.23) that are no fixed rotation per position, or
+#: are not meant to be.
+VARYING_ROPES = {
+    "DynamicNTKScalingRotaryEmbedding": "its frequencies are meant to follow the prompt's length",
+    "Phi3LongRoPEScaledRotaryEmbedding": "its table is switched with the prompt's length",
+    "DualChunkRotaryEmbedding": "queries are encoded five times, by chunks of the prompt",
+    "FourierRotaryEmbedding": "each head mixes frequencies of its own",
+}
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+def _none(value: Any) -> bool:
+    return value is None
+
+
+def _off(value: Any) -> bool:
+    return not value
+
+
+#: attribute of ``RadixAttention`` (0.5.23) -> the values that ``AttentionSpec`` and the KV pool say
+#: all of
+KNOWN: Mapping[str, Callable[[Any], bool]] = {
+    "tp_q_head_num": _any,
+    "tp_k_head_num": _any,
+    "tp_v_head_num": _any,
+    "head_dim": _any,
+    "qk_head_dim": _any,
+    "v_head_dim": _any,
+    "scaling": _any,
+    "layer_id": _any,
+    "sliding_window_size": _any,
+    "use_prefill_attention_wrapper": _any,
+    "logit_cap": _any,
+    "logit_capping_method": lambda value: value == "tanh",
+    "is_cross_attention": _off,
+    "use_irope": _off,
+    "attn_type": lambda value: getattr(value, "value", value) == "decoder",
+    "pos_encoding_mode": lambda value: value == "NONE",
+    "xai_temperature_len": lambda value: value is None or value <= 0,
+    "k_scale": _any,
+    "v_scale": _any,
+    "k_scale_float": _any,
+    "v_scale_float": _any,
+    "q_scale_float": _none,
+    "idx_q_scale_float": _none,
+    "idx_k_scale_float": _none,
+    "idx_v_scale_float": _none,
+    "quant_method": _any,
+    "_is_hf_initialized": _any,  # of transformers
+}
+
+_OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
+
+
+def check_attributes(attn: RadixAttention) -> None:
+    """Raise :class:`UnsupportedError`, whose message begins with the layer, where the attention has
+    an attribute that blending does not know, or one with a value that it does not serve."""
+    values = {k: v for k, v in vars(attn).items() if k not in _OF_ANY_MODULE}
+    for held in (attn._parameters, attn._buffers, attn._modules):
+        values.update(held)
+    for name, value in values.items():
+        if not KNOWN.get(name, _none)(value):
+            shown = "" if isinstance(value, torch.nn.Module | torch.Tensor) else f" = {value}"
+            raise UnsupportedError(
+                f"layer {attn.layer_id}: its attention has {name}{shown}, which blending does not "
+                "serve"
+            )
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """candidates: the model's rotary modules. own: layer -> the candidate beside its attention."""
+
+    candidates: list[Candidate]
+    own: dict[int, int]
+
+    def positions(self, context: int) -> int:
+        """How many the model serves, as far as tables tell. context: the server's limit."""
+        tables = [self.candidates[i].rope.max_positions for i in self.own.values()]
+        if not tables:
+            tables = [max((c.rope.max_positions for c in self.candidates), default=context)]
+        return min(context, *tables)
+
+
+def model_layers(model: torch.nn.Module) -> ModelLayers:
+    """Look through the modules. Raises :class:`UnsupportedError` for a layer whose positions are
+    encoded in a way that no measurement shows to be fixed."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    found: dict[int, Candidate] = {}
+    own: dict[int, int] = {}
+    for name, module in model.named_modules():
+        rope = _rope(module)
+        if rope is not None:
+            found.setdefault(id(module), Candidate(f"{type(module).__name__} ({name})", rope))
+        attentions = [m for m in module.children() if isinstance(m, RadixAttention)]
+        if not attentions:
+            continue
+        layer = attentions[0].layer_id
+        rotary = getattr(module, "rotary_emb", None)
+        why = VARYING_ROPES.get(type(rotary).__name__)
+        if why is not None:
+            raise UnsupportedError(
+                f"layer {layer}: cannot move keys encoded by {type(rotary).__name__}: {why}"
+            )
+        if getattr(module, "alibi_slopes", None) is not None:
+            raise UnsupportedError(f"layer {layer}: positions are biases of attention (ALiBi)")
+        if rotary is not None:
+            own.setdefault(layer, id(rotary))
+    order = list(found)
+    return ModelLayers(
+        list(found.values()), {k: order.index(v) for k, v in own.items() if v in found}
+    )
+
+
+def _rope(module: Any) -> Rope | None:
+    if type(module).__name__ in VARYING_ROPES or not hasattr(module, "cos_sin_cache"):
+        return None
+    try:
+        return Rope.from_module(module)
+    except KernelError:
+        return None

@@ -1,0 +1,57 @@
+"""How layers encode positions is measured at launch, and what cannot be served is refused there.
+
+Needs: CPU only. Keys made by hand are in ``tests/gate/test_rotation.py``; that each architecture's
+rotations are measured is among the checks of ``test_blend_models.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+from model_support.checks_rotation import FAULTS
+
+CHECKS = "model_support.checks_rotation:"
+
+
+@pytest.fixture(scope="module")
+def refusals(jobs, models) -> dict[str, str]:
+    return jobs.run(CHECKS + "refusals", str(models))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_layer_that_cannot_be_served_is_refused_by_its_number(refusals, fault):
+    said = refusals[fault]
+    for words in ("LlamaForCausalLM cannot be blended: ", *FAULTS[fault][1]):
+        assert words in said
+    assert said.endswith("Launch without --enable-blend.") and "\n" not in said
+
+
+def test_without_a_fault_the_same_model_is_served(refusals):
+    """Negative control: what is refused lies in the fault."""
+    assert refusals["none"] == ""
+
+
+@pytest.mark.parametrize("gate", ["off", "disable"])
+def test_the_launch_ends_whatever_the_gate_is_told(jobs, models, gate):
+    said = jobs.run(CHECKS + "launch", str(models), "llama", {"gate": gate}, "frequencies scaled")
+    assert "layer 2: its keys are no known rotation" in said
+
+
+def test_learned_positions_are_refused_by_the_first_layer(jobs, models):
+    said = jobs.run(CHECKS + "launch", str(models), "gpt2", {}, None)
+    assert "GPT2LMHeadModel cannot be blended: layer 0: its values depend on the position" in said
+
+
+@pytest.mark.parametrize("launch_check", [True, False])
+def test_a_varying_rotation_is_refused_before_and_after_the_model_is_loaded(
+    jobs, models, launch_check
+):
+    said = jobs.run(
+        "model_support.checks_special:refusal", str(models), "llama-dynamic", launch_check
+    )
+    words = (
+        "dynamic NTK rotations"
+        if launch_check
+        else "layer 0: cannot move keys encoded by DynamicNTKScalingRotaryEmbedding"
+    )
+    assert words in said
+    assert "Launch without --enable-blend" in said
