@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,7 +162,7 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
 def refusals(models: str) -> dict[str, str]:
     """In a child, with one model: the message with which each fault is refused; "none" is the
     model as it was, measured last."""
-    engine = Engine(model_for(Path(models), "llama"), options={"gate": "off"})
+    engine = Engine(model_for(Path(models), "llama"))
     model, said = engine.runner.model, {}
     for name, (fault, _) in FAULTS.items():
         with fault(model):
@@ -189,19 +189,15 @@ def _refusal(engine: Engine) -> str:
 
 def launch(models: str, arch: str, options: dict[str, Any], fault: str | None) -> str:
     """In a child: the message with which the launch of ``arch`` ends; empty where it does not."""
-    change = None if fault is None else FAULTS[fault][0]
-
-    def broken(model: Any) -> None:
-        change(model).__enter__()
-
-    try:
-        Engine(
-            model_for(Path(models), arch),
-            options=options,
-            change=None if change is None else broken,
-        )
-    except UnsupportedError as e:
-        return str(e)
+    with ExitStack() as held:
+        broken = None
+        if fault is not None:
+            change = FAULTS[fault][0]
+            broken = lambda model: held.enter_context(change(model))  # noqa: E731
+        try:
+            Engine(model_for(Path(models), arch), options=options, change=broken)
+        except UnsupportedError as e:
+            return str(e)
     return ""
 
 
