@@ -5,7 +5,8 @@ check           what must hold                                      what breaks 
 ==============  ==================================================  ==========================
 ``lookup``      documents prefilled before are found                chunking, the index
 ``keys``        layer 0's K of every reused token is what exact     rotation, positions,
-                prefill computes at its new place                   the wrong source
+                prefill computes at its new place; every layer's    the wrong source; a layer
+                K of one token, moved about, is what it is there    that turns otherwise
 ``values``      the same of V                                       the wrong source; V moved
 ``recompute``   ratio 1.0: the logits and all KV are exact, beside  pruning, positions, batches
                 an ordinary request, whose logits are exact, too
@@ -15,7 +16,10 @@ check           what must hold                                      what breaks 
 ==============  ==================================================  ==========================
 
 Layer 0's K and V depend on token and position alone, so these two need no tolerance for context.
-Documents move forward and back, out of order, with a hole between them.
+Documents move forward and back, out of order, with a hole between them. Deeper layers see context;
+for them a prompt of one repeated token is prefilled whose tokens attend to themselves alone, so
+that there, too, K and V depend on the position alone (``rotation.py``). Parts of it are then reused
+at other places of a prompt like it.
 
 Tolerances. A token's error is the distance of its K (V) from exact prefill's, all heads together,
 over its norm or the median norm of the prompt's tokens, whichever is larger. Two exact prefills
@@ -45,6 +49,9 @@ LEAST_FIRST, LEAST_DEEP, LEAST_LOGITS = 2e-5, 2e-4, 1e-4
 MAX_DOCUMENT = 512
 #: of a probe prompt that there is time for
 DOCUMENTS = 3
+#: length of the prompt of one token, and what of it moves: (from, to, tokens), forward and back
+ALONE = 32
+MOVES = ((18, 2, 10), (2, 16, 12))
 
 
 class Finding(NamedTuple):
@@ -107,8 +114,8 @@ def make_prompt(
 def work_of(prompt: Prompt) -> Work:
     """What :func:`check_mechanics` prefills, at the most."""
     kept = sum(map(len, prompt.sources))
-    tokens = 6 * len(prompt.tokens) + kept + 2 * len(prompt.beside)
-    return Work(tokens, 7 + len(prompt.sources))
+    tokens = 6 * len(prompt.tokens) + kept + 2 * len(prompt.beside) + 2 * ALONE
+    return Work(tokens, 9 + len(prompt.sources))
 
 
 def slots_needed(prompt: Prompt, page: int) -> int:
@@ -126,10 +133,11 @@ def check_mechanics(
     return the same findings where errors are concerned."""
     found: list[Finding] = []
     n, beside = len(prompt.tokens), len(prompt.beside)
-    if not budget.allows(Work(2 * n, 3)):
+    if not budget.allows(Work(2 * n + 2 * ALONE, 5)):
         budget.leave_out("all checks")
         return found
     try:
+        turned = _turned(model, prompt.tokens[0])
         [exact] = model.run(Ask(prompt.tokens))
         [again] = model.run(Ask(prompt.tokens, pieces=(n // 2,)))
         meter = _Meter(model, exact, again)
@@ -138,7 +146,7 @@ def check_mechanics(
         if budget.allows(kept):
             for source in prompt.sources:
                 model.release(*model.run(Ask(source, keep=True)))
-            found += _moved(model, config, prompt, meter)
+            found += _moved(model, config, prompt, meter, turned)
             if not found[0].ok:  # what finds nothing blends nothing
                 pass
             elif budget.allows(Work(n + 2 * beside, 2)):
@@ -146,7 +154,10 @@ def check_mechanics(
             else:
                 budget.leave_out("the check recompute")
         else:
-            budget.leave_out("the checks lookup, keys, values and recompute")
+            found += turned
+            budget.leave_out(
+                "the checks lookup and recompute, and the documents of keys and values"
+            )
         if budget.allows(Work(2 * n, 1)):
             found.append(_masked(model, config, prompt, meter))
         else:
@@ -157,13 +168,38 @@ def check_mechanics(
     return _agreed(model, found)
 
 
-def _moved(model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter) -> list[Finding]:
+def _turned(model: GateModel, token: int) -> list[Finding]:
+    """``keys`` and ``values`` of every layer: the worst of each."""
+    tokens = [token] * ALONE
+    [source] = model.run(Ask(tokens, alone=True))
+    [ran] = model.run(Ask(tokens, policy="none", source=source, moves=MOVES))
+    rows = torch.tensor([p for _, to, n in MOVES for p in range(to, to + n)])
+    floor = _first_floor(model.roundoff)
+    found = []
+    for layer in range(model.num_layers):
+        ours, theirs = model.kv(ran, layer), model.kv(source, layer)
+        values = theirs[1]
+        noise = _quantile(_tokens_apart(values[:1].expand_as(values), values, None), 1.0)
+        for check, what, x, y in zip(("keys", "values"), "KV", ours, theirs, strict=True):
+            error = _quantile(_tokens_apart(x, y, rows), 1.0)
+            allowed = max(floor, NOISE * noise)
+            found.append(Finding(check, error, allowed, f"layer {layer}'s {what} of a moved token"))
+    model.release(ran, source)
+    return [
+        max((f for f in found if f.check == check), key=_severity) for check in ("keys", "values")
+    ]
+
+
+def _moved(
+    model: GateModel, config: BlendConfig, prompt: Prompt, meter: _Meter, turned: list[Finding]
+) -> list[Finding]:
+    """turned: what was found of every layer; the worse of both is told."""
     [ran] = model.run(Ask(prompt.tokens, policy="none"))
     short = 1.0 - ran.reused.numel() / prompt.documents
     # A span is extended as far as texts agree: a page at each end is all that may be missing.
     found = [Finding("lookup", short, 0.25, "the share of the documents' tokens found")]
-    if ran.reused.numel():
-        found += meter.first_layer(ran, ran.reused)
+    first = meter.first_layer(ran, ran.reused) if ran.reused.numel() else turned
+    found += [max(pair, key=_severity) for pair in zip(first, turned, strict=True)]
     model.release(ran)
     return found
 
@@ -219,7 +255,7 @@ class _Meter:
         self.quantile = 0.9 if half else 1.0
         u = model.roundoff
         self.noise = [self._layer(layer, again, None) for layer in range(model.num_layers)]
-        self.floor_first = max(LEAST_FIRST, 8 * u)
+        self.floor_first = _first_floor(u)
         self.floor_deep = max(LEAST_DEEP, 16 * u)
         self.tolerance_logits = max(
             LEAST_LOGITS, 16 * u, NOISE * _logits_apart(again.logits, exact.logits)
@@ -258,6 +294,10 @@ class _Meter:
         q = self.quantile if quantile is None else quantile
         k, v = (_quantile(_tokens_apart(x, y, rows), q) for x, y in zip(ours, theirs, strict=True))
         return k, v
+
+
+def _first_floor(roundoff: float) -> float:
+    return max(LEAST_FIRST, 8 * roundoff)
 
 
 def _tokens_apart(

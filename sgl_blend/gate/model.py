@@ -17,8 +17,10 @@ class Ask:
     policy, ratio: blend by them; ``policy=None`` is exact prefill. pieces: lengths of the prefill
     pieces but the last. source: reuse this run's KV of the very same prompt, all of it before
     ``suffix`` (nothing is looked up, nothing is moved); ``recompute`` are then the positions that
-    are recomputed, or None to let the policy choose. keep: leave the KV where later prompts can
-    reuse it, as a served request does.
+    are recomputed, or None to let the policy choose. moves: (from, to, tokens) of each part of the
+    source that is reused instead, at another place. alone: each token attends to itself alone
+    (exact prefill only). keep: leave the KV where later prompts can reuse it, as a served request
+    does.
     """
 
     tokens: Sequence[int]
@@ -28,6 +30,8 @@ class Ask:
     source: Ran | None = None
     suffix: int = 0
     recompute: tuple[int, ...] | None = None
+    moves: tuple[tuple[int, int, int], ...] = ()
+    alone: bool = False
     keep: bool = False
 
     def cut(self, piece: int) -> Ask:

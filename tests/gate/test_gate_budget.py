@@ -140,7 +140,7 @@ def test_where_there_is_time_all_is_done_and_nothing_said(launch):
 
 
 def test_fidelity_prompts_go_first(launch):
-    for pace, said in ((0.0047, "1 of 2 built-in prompts"), (0.0058, "2 of 2 built-in prompts")):
+    for pace, said in ((0.0047, "1 of 2 built-in prompts"), (0.0056, "2 of 2 built-in prompts")):
         got = launch(Machine(pace))
         assert (
             "passed 5 checks" in got.said
@@ -149,7 +149,7 @@ def test_fidelity_prompts_go_first(launch):
         assert got.machine.took <= SECONDS
 
 
-@pytest.mark.parametrize(("pace", "documents"), [(0.007, 1), (0.011, 2)])
+@pytest.mark.parametrize(("pace", "documents"), [(0.007, 1), (0.0105, 2)])
 def test_then_probes_grow_shorter_and_prove_as_much(launch, pace, documents):
     got = launch(Machine(pace))
     assert "passed 5 checks" in got.said
@@ -201,7 +201,7 @@ def test_ranks_do_the_same_whatever_their_clocks_say(launch):
 
 
 def test_ratios_that_were_not_tried_make_the_default_the_highest(launch):
-    got = launch(Machine(0.0042, error=lambda r: 9.0))
+    got = launch(Machine(0.0041, error=lambda r: 9.0))
     assert got.gate.on and got.gate.ratio == 0.5
     assert "ratios from 0.15 to 0.5" in got.said and "The default ratio is now 0.5" in got.said
 

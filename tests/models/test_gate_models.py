@@ -41,6 +41,15 @@ def test_a_broken_build_is_named_and_serves_exactly(broken, fault):
     assert got["fallbacks"]["turned off by the correctness gate"] == 1
 
 
+@pytest.mark.parametrize("fault", ["one_layer_turned_otherwise", "layers_without_positions"])
+def test_a_layer_that_turns_keys_otherwise_while_serving_is_named(broken, fault):
+    """Layer 0's keys are right, and no other layer's are what exact prefill computes of documents:
+    only a prompt whose tokens see themselves alone shows it."""
+    [finding] = [f for f in broken[fault]["findings"] if f.startswith("keys: ")]
+    layers = ["3"] if fault == "one_layer_turned_otherwise" else ["1", "2", "3"]
+    assert any(f"layer {layer}'s K of a moved token is" in finding for layer in layers)
+
+
 def test_without_a_fault_the_same_engine_blends_again(broken):
     """Negative control: what is found lies in the fault, not in what was left by the one before."""
     got = broken["none"]

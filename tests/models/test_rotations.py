@@ -41,6 +41,12 @@ def test_learned_positions_are_refused_by_the_first_layer(jobs, models):
     assert "GPT2LMHeadModel cannot be blended: layer 0: its values depend on the position" in said
 
 
+def test_a_layer_without_positions_that_is_declared_rotated_is_found_while_serving(jobs, models):
+    """With the measurement bypassed: Cohere 2 holds a rotary module in every layer."""
+    [finding] = jobs.run(CHECKS + "declared_rotated", str(models))
+    assert finding.startswith("keys: layer 3's K of a moved token is ")
+
+
 @pytest.mark.parametrize("launch_check", [True, False])
 def test_a_varying_rotation_is_refused_before_and_after_the_model_is_loaded(
     jobs, models, launch_check

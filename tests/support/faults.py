@@ -34,6 +34,31 @@ def source_positions_off_by_one() -> None:
     Rope.delta = lambda self, old_pos, new_pos: delta(self, (old_pos - 1).clamp(min=0), new_pos)
 
 
+def one_layer_turned_otherwise() -> None:
+    """The last layer's keys are moved by frequencies that are not the model's."""
+    from dataclasses import replace
+
+    from sgl_blend.engine.forward.pool import ModelPool
+
+    rope = ModelPool.rope
+
+    def other(self, layer):
+        found = rope(self, layer)
+        if layer < len(self._ropes) - 1:
+            return found
+        return replace(found, cos_sin=found.cos_sin.roll(1, dims=1))
+
+    ModelPool.rope = other
+
+
+def layers_without_positions() -> None:
+    """No layer's keys are turned but the first one's."""
+    from sgl_blend.engine.forward.pool import ModelPool
+
+    rope = ModelPool.rope
+    ModelPool.rope = lambda self, layer: rope(self, layer) if layer == 0 else None
+
+
 def bottom_right_mask() -> None:
     """Causal as if the rows were the last ones: what attention libraries do by default."""
     import torch
@@ -125,6 +150,8 @@ def attention_raises() -> None:
 CAUGHT_BY: dict[Callable[[], None], tuple[set[str], set[str]]] = {
     rotation_sign_flipped: ({"keys"}, set()),
     source_positions_off_by_one: ({"keys"}, {"mask"}),
+    one_layer_turned_otherwise: ({"keys"}, set()),
+    layers_without_positions: ({"keys"}, set()),
     bottom_right_mask: ({"mask"}, set()),
     rows_numbered_anew: ({"mask"}, set()),
     source_slots_shifted: ({"keys", "values", "mask"}, set()),
@@ -145,10 +172,12 @@ def broken_build(name: str) -> Iterator[None]:
     """The fault ``name`` inside, and the build as it was afterwards. "none": no fault."""
     from sgl_blend import ops
     from sgl_blend.engine.forward.model_passes import ModelPasses
+    from sgl_blend.engine.forward.pool import ModelPool
     from sgl_blend.ops.rotation import Rope
     from sgl_blend.tree.chunked import ChunkRadixCache
 
-    before = [(x, dict(vars(x))) for x in (ops, ModelPasses, Rope, ChunkRadixCache)]
+    changed = (ops, ModelPasses, ModelPool, Rope, ChunkRadixCache)
+    before = [(x, dict(vars(x))) for x in changed]
     if name != "none":
         break_build(name)
     try:

@@ -6,7 +6,7 @@ Fills :class:`sgl_blend.gate.model.GateModel` with ``Prefills``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +20,7 @@ from sgl_blend.engine.gate.prefills import Prefills
 from sgl_blend.engine.request.options import RequestOptions
 from sgl_blend.engine.request.state import Probe, RequestState, recomputes_all
 from sgl_blend.gate.model import Ask, Ran, Sizes
+from sgl_blend.gate.rotation import SelfAttention
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.yardstick import PlainAttention
 from sgl_blend.plan import ReuseSpan
@@ -185,7 +186,11 @@ class SglangModel:
             policy = POLICIES.get(ask.policy or self.config.policy)
         spans = None
         if ask.source is not None:
-            spans = [ReuseSpan(0, ask.suffix, 0, cast(Run, ask.source).slots[: ask.suffix])]
+            slots = cast(Run, ask.source).slots
+            spans = [
+                ReuseSpan(to, n, at, slots[at : at + n])
+                for at, to, n in ask.moves or ((0, 0, ask.suffix),)
+            ]
         exact = recomputes_all(policy, ask.ratio, self.config)
         return RequestState(
             options,
@@ -202,8 +207,7 @@ class SglangModel:
         for _, req, pieces in waiting:
             self.prefills.begin_piece(req, pieces.pop(0) if pieces else None)
         batch = self.prefills.batch([req for _, req, _ in waiting])
-        exact = all(ask.policy is None for ask, _, _ in waiting)
-        with self._meant(batch) if exact else nullcontext():
+        with self._attention([ask for ask, _, _ in waiting], batch):
             out, forward = self.prefills.forward(batch)
         plan: PlannedBatch | None = attach.PIECES.get(forward)
         more = []
@@ -217,6 +221,12 @@ class SglangModel:
                 self.prefills.checkpoint(req)
                 more.append((ask, req, pieces))
         return more
+
+    def _attention(self, asks: list[Ask], batch: ScheduleBatch) -> AbstractContextManager[None]:
+        if all(ask.alone for ask in asks):
+            return attending(self.runner.model, SelfAttention(self.pool.split))
+        exact = all(ask.policy is None for ask in asks)
+        return self._meant(batch) if exact else nullcontext()
 
     @contextmanager
     def _meant(self, batch: ScheduleBatch) -> Iterator[None]:
