@@ -87,6 +87,16 @@ class SelfAttention:
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).to(q.dtype)
 
 
+def same(stored: torch.Tensor, given: torch.Tensor) -> bool:
+    """Is ``stored`` what ``given`` [rows, heads, dim] is in its dtype, but for roundings? What is
+    stored in eight bits is not compared: it is scaled."""
+    if stored.element_size() == 1:
+        return True
+    roundoff = max(torch.finfo(x.dtype).eps / 2 for x in (stored, given))
+    off = _off(stored.float(), given.float(), None).max()
+    return bool(off <= max(LEAST, ROUNDOFFS * roundoff))
+
+
 def probe_positions(limit: int) -> tuple[list[int], list[int]]:
     """Positions below ``limit`` of the pass near the beginning and of the one over all, equally
     many. The first, the tenth and the last of each are ``ORIGIN``."""

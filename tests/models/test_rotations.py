@@ -30,6 +30,11 @@ def test_without_a_fault_the_same_model_is_served(refusals):
     assert refusals["none"] == ""
 
 
+def test_a_layer_that_writes_its_kv_by_itself_is_served(refusals):
+    """As where rotation and write are one kernel."""
+    assert refusals["fused"] == ""
+
+
 @pytest.mark.parametrize("gate", ["off", "disable"])
 def test_the_launch_ends_whatever_the_gate_is_told(jobs, models, gate):
     said = jobs.run(CHECKS + "launch", str(models), "llama", {"gate": gate}, "frequencies scaled")

@@ -25,6 +25,7 @@ from sgl_blend.gate.rotation import (
     SelfAttention,
     measure,
     probe_positions,
+    same,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 class ProbeBackend(BlendAttnBackend):
-    """Looks at each layer's attention before it runs."""
+    """Looks at each layer's attention before it runs, and at what a model writes by itself (on a
+    GPU, fused with the rotation): it must be the keys and values that attention is given."""
 
     def forward(
         self,
@@ -48,7 +50,20 @@ class ProbeBackend(BlendAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         check_attributes(layer)
-        return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        out = super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if not save_kv_cache and k is not None and v is not None:
+            pool, slots = self._base.token_to_kv_pool, forward_batch.out_cache_loc
+            for what, buffers, given in (
+                ("keys", pool.get_key_buffer, k),
+                ("values", pool.get_value_buffer, v),
+            ):
+                written = buffers(layer.layer_id)[slots]
+                if not same(written, given.reshape(written.shape)):
+                    raise UnsupportedError(
+                        f"layer {layer.layer_id}: it writes other {what} to the KV pool than it "
+                        "gives to attention"
+                    )
+        return out
 
 
 def measured_pool(

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from model_support.engine import Engine
@@ -118,6 +119,28 @@ def no_keys(model: Any, layer: int = 2) -> Iterator[None]:
         yield
 
 
+def _fused(layer: int, given: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
+    """The layer writes its KV by itself, and gives attention ``given`` of its keys."""
+
+    @contextmanager
+    def fused(model: Any) -> Iterator[None]:
+        attn = _attention(model, layer).attn
+
+        def write(forward: Any, q: Any, k: Any, v: Any, forward_batch: Any, **kw: Any) -> Any:
+            get_attn_backend().token_to_kv_pool.set_kv_buffer(
+                attn,
+                KVWriteLoc(forward_batch.out_cache_loc),
+                k.view(-1, attn.tp_k_head_num, attn.qk_head_dim),
+                v.view(-1, attn.tp_v_head_num, attn.v_head_dim),
+            )
+            return forward(q, given(k), v, forward_batch, save_kv_cache=False, **kw)
+
+        with _instead(attn, write):
+            yield
+
+    return fused
+
+
 def _attribute_of(layer: int, name: str, value: Any) -> Callable[[Any], Any]:
     return lambda model: _attribute(_attention(model, layer).attn, name, value)
 
@@ -131,6 +154,10 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], tuple[str, str]]] = {
     "attention of its own": (attention_of_its_own, ("layer 3", "no attention of it was seen")),
     "another layer's KV": (another_layers_kv, ("layer 1", "attention runs twice")),
     "no keys": (no_keys, ("layer 2", "no keys and values of its own")),
+    "unturned keys beside a fused write": (
+        _fused(1, lambda k: k.flip(-1)),
+        ("layer 1", "it writes other keys to the KV pool than it gives to attention"),
+    ),
     "chunked attention": (_attribute_of(1, "use_irope", True), ("layer 1", "use_irope = True")),
     "temperature": (
         _attribute_of(3, "xai_temperature_len", 1024),
@@ -168,6 +195,8 @@ def refusals(models: str) -> dict[str, str]:
         with fault(model):
             said[name] = _refusal(engine)
         engine.check()  # the probe's slots and locks are given back
+    with _fused(1, lambda k: k)(model):
+        said["fused"] = _refusal(engine)
     return {**said, "none": _refusal(engine)}
 
 
