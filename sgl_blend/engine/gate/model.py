@@ -207,8 +207,15 @@ class SglangModel:
         for _, req, pieces in waiting:
             self.prefills.begin_piece(req, pieces.pop(0) if pieces else None)
         batch = self.prefills.batch([req for _, req, _ in waiting])
-        with self._attention([ask for ask, _, _ in waiting], batch):
-            out, forward = self.prefills.forward(batch)
+        alone = all(ask.alone for ask, _, _ in waiting)
+        exact = all(ask.policy is None for ask, _, _ in waiting)
+        attention: AbstractContextManager[None] = nullcontext()
+        if alone:
+            attention = attending(self.runner.model, SelfAttention(self.pool.split))
+        elif exact:
+            attention = self._meant(batch)
+        with attention:
+            out, forward = self.prefills.forward(batch, eager=alone)
         plan: PlannedBatch | None = attach.PIECES.get(forward)
         more = []
         for i, (ask, req, pieces) in enumerate(waiting):
@@ -221,12 +228,6 @@ class SglangModel:
                 self.prefills.checkpoint(req)
                 more.append((ask, req, pieces))
         return more
-
-    def _attention(self, asks: list[Ask], batch: ScheduleBatch) -> AbstractContextManager[None]:
-        if all(ask.alone for ask in asks):
-            return attending(self.runner.model, SelfAttention(self.pool.split))
-        exact = all(ask.policy is None for ask in asks)
-        return self._meant(batch) if exact else nullcontext()
 
     @contextmanager
     def _meant(self, batch: ScheduleBatch) -> Iterator[None]:

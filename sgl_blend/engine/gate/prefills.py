@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sgl_blend import attach
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
@@ -85,9 +87,13 @@ class Prefills:
         return batch
 
     def forward(
-        self, batch: ScheduleBatch, change: Callable[[ForwardBatch], None] | None = None
+        self,
+        batch: ScheduleBatch,
+        change: Callable[[ForwardBatch], None] | None = None,
+        eager: bool = False,
     ) -> tuple[torch.Tensor, ForwardBatch]:
-        """The next tokens' logits [requests, vocab]. change: is called before the model runs."""
+        """The next tokens' logits [requests, vocab]. change: is called before the model runs.
+        eager: without prefill graphs, which hold SGLang's own attention."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
         if batch.input_ids is None:
@@ -97,6 +103,8 @@ class Prefills:
             forward = ForwardBatch.init_new(
                 batch, self.runner, return_hidden_states_before_norm=False
             )
+            if eager:
+                attach.EAGER.set(forward, True)
             if change is not None:
                 change(forward)
             return self.runner.forward(forward).logits_output.next_token_logits, forward

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sgl_blend import attach
 from sgl_blend.engine.forward.attn_backend import BlendAttnBackend, attending
 from sgl_blend.engine.forward.layers import check_attributes, model_layers
 from sgl_blend.engine.forward.pool import ModelPool, kind_of_pool
@@ -108,7 +107,6 @@ def _run(
         if forward.mrope_positions is not None:
             axes = forward.mrope_positions
             forward.mrope_positions = forward.positions.expand(axes.shape[0], -1).to(axes.dtype)
-        attach.EAGER.set(forward, True)
 
     core = SelfAttention(kind.split)
     req = prefills.request([token] * len(positions))
@@ -116,7 +114,7 @@ def _run(
         prefills.begin_piece(req)
         batch = prefills.batch([req])
         with attending(prefills.runner.model, core, ProbeBackend):
-            prefills.forward(batch, place)
+            prefills.forward(batch, place, eager=True)
     except UnsupportedError:
         raise
     except Exception as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -41,9 +42,16 @@ def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _instead(module: torch.nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """``call(forward, *args, **kw)`` in place of ``module``'s forward."""
-    forward = module.forward
-    with _attribute(module, "forward", lambda *args, **kw: call(forward, *args, **kw)):
+    """``call(forward, *args, **kw)`` in place of ``module``'s forward. It is the class's that is
+    replaced: an attribute of its own would be seen."""
+    kind, forward = type(module), type(module).forward
+
+    def dispatch(self: Any, *args: Any, **kw: Any) -> Any:
+        if self is not module:
+            return forward(self, *args, **kw)
+        return call(functools.partial(forward, self), *args, **kw)
+
+    with mock.patch.object(kind, "forward", dispatch):
         yield
 
 
