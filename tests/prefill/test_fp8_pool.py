@@ -31,6 +31,9 @@ class Pool:
     def v(self, layer: int) -> torch.Tensor:
         return self._v
 
+    def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k(layer), self.v(layer)
+
     def rope(self, layer: int) -> ops.Rope:
         return self._rope
 
