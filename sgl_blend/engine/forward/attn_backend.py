@@ -65,7 +65,7 @@ class BlendAttnBackend:
         if name in SHARED:
             return getattr(self._base, name)
         raise UnknownOfBackend(
-            f"the model asks the attention backend for {name}, which blending does not know"
+            f"it asks the attention backend for {name}, which blending does not know"
         )
 
     def forward(

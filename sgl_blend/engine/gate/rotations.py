@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sgl_blend.engine.forward.attn_backend import BlendAttnBackend, attending
+from sgl_blend.engine.forward.attn_backend import (
+    BlendAttnBackend,
+    UnknownOfBackend,
+    attending,
+)
 from sgl_blend.engine.forward.layers import check_attributes, model_layers
 from sgl_blend.engine.forward.pool import ModelPool, kind_of_pool
 from sgl_blend.engine.gate.prefills import Prefills
@@ -115,6 +119,8 @@ def _run(
         batch = prefills.batch([req])
         with attending(prefills.runner.model, core, ProbeBackend):
             prefills.forward(batch, place, eager=True)
+    except UnknownOfBackend as e:
+        raise UnsupportedError(f"layer {len(core.seen)}: {e}") from None
     except UnsupportedError:
         raise
     except Exception as e:
