@@ -28,6 +28,7 @@ from sgl_blend.engine.gate.model import SglangModel, plain_ids
 from sgl_blend.engine.gate.prefills import Prefills
 from sgl_blend.engine.gate.rotations import measured_pool
 from sgl_blend.engine.launch.checks import check_depth, check_model, say_what_was_measured
+from sgl_blend.engine.launch.disaggregation import watch_decode_nodes
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.request import admission, report
 from sgl_blend.engine.request.connect_store import connect_store
@@ -182,6 +183,9 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
         window = LiveWindow(gate, config, ratio_matters(config))
         planner.live = LiveGate(probes, config, gate, metrics, window, ctx.tp_rank == 0)
     _install_idle(planner)
+    if ctx.server_args.disaggregation_mode == "prefill":
+        watch = watch_decode_nodes(gate, ranks, lambda: metrics.gate_state(gate))
+        seams.install(seams.PREFILL_BOOTSTRAPPED, watch, "after")
     if tiers is not None:
         tiers.listen()
     return tree

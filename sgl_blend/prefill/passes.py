@@ -56,9 +56,15 @@ class Model(Protocol):
         logits of a pass that runs to the end."""
 
     def run_scratch(
-        self, ids: torch.Tensor, positions: torch.Tensor, attention: RowAttention, stop: int
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        counts: dict[int, int],
+        attention: RowAttention,
+        stop: int,
     ) -> None:
-        """Run rows that are not the batch's and must leave no KV behind."""
+        """Run rows that are not the batch's and must leave no KV behind; ``counts``: how many are
+        whose, piece by piece of those that have any, in the order of rows."""
 
 
 class Ranks(Protocol):
@@ -136,7 +142,8 @@ def run(
     passes = [PiecePass(p) if p.blend is None else BlendPass(p, p.blend) for p in pieces]
     asking = _of_need(passes, Need.QUERY)
     if asking:
-        _question_pass(asking, model, pool, ranks, config)
+        numbers = [passes.index(s) for s in asking]
+        _question_pass(asking, numbers, model, pool, ranks, config)
     scored = _of_need(passes, Need.STORED)
     if scored:
         if scores is None:
@@ -154,9 +161,16 @@ def _of_need(passes: Sequence[PiecePass], need: Need) -> list[BlendPass]:
 
 
 def _question_pass(
-    asking: list[BlendPass], model: Model, pool: PoolView, ranks: Ranks, config: BlendConfig
+    asking: list[BlendPass],
+    numbers: list[int],
+    model: Model,
+    pool: PoolView,
+    ranks: Ranks,
+    config: BlendConfig,
 ) -> None:
-    """Run the questions over the cached KV and choose each piece's rows by attention mass."""
+    """Run the questions over the cached KV and choose each piece's rows by attention mass.
+
+    numbers: the asking pieces' places in the batch."""
     depth = query_depth(model.num_layers, config)
     scratch, ids, positions, row = [], [], [], 0
     for s in asking:
@@ -189,7 +203,8 @@ def _question_pass(
         row += m
     copies = _together([copy for s in asking for copy in s.copy_all()])
     attention = QuestionAttention(pool, scratch, copies)
-    model.run_scratch(torch.cat(ids), torch.cat(positions), attention, depth - 1)
+    counts = {n: q.last - q.first for n, q in zip(numbers, scratch, strict=True)}
+    model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
     _choose(asking, [q.mass for q in scratch], ranks, config)
     for s in asking:
         s.copy_from = depth

@@ -17,7 +17,6 @@ CHECKS = "model_support.checks_company:"
 @pytest.mark.parametrize(
     ("kind", "arch", "page_size"),
     [
-        ("adapters", "llama", 1),
         ("embeddings", "llama", 1),
         ("embeddings", "qwen2", 16),
         ("hidden_states", "llama", 1),
@@ -27,6 +26,17 @@ CHECKS = "model_support.checks_company:"
 )
 def test_company(jobs, models, kind: str, arch: str, page_size: int) -> None:
     print(jobs.run(CHECKS + kind, str(models), arch, page_size))
+
+
+@pytest.mark.parametrize(("arch", "page_size"), [("llama-gqa", 1), ("qwen3", 16)])
+def test_adapters(jobs, models, arch: str, page_size: int) -> None:
+    """Requests of two LoRA adapters and of the base model."""
+    print(jobs.run("model_support.checks_adapters:adapters", str(models), arch, page_size))
+
+
+def test_ngram(jobs, models) -> None:
+    """A server that decodes by NGRAM's drafts."""
+    print(jobs.run("model_support.checks_ngram:ngram", str(models), "qwen3"))
 
 
 def test_each_field_of_a_batch_is_accounted_for() -> None:

@@ -86,12 +86,21 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
         [*ON, "--blend-gate-prompts", "<good.yaml>"], {}, "", ["<good.yaml>", "line 1"]),
     "another radix cache": (
         [*ON, "--radix-cache-backend", "lmcache"], {}, "", ["--radix-cache-backend lmcache"]),
-    "speculative decoding": (
-        [*ON, "--speculative-algorithm", "NGRAM"], {}, "", ["speculative decoding"]),
+    "speculative decoding with a draft model": (
+        [*ON, "--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "gpt2"],
+        {}, "", ["--speculative-algorithm STANDALONE", "NGRAM is served"]),
     "pipeline parallelism": ([*ON, "--pp-size", "2"], {}, "", ["pipeline parallelism"]),
     "DP attention": (
         [*ON, "--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}, "",
-        ["DP attention"]),
+        ["--enable-dp-attention", "a collective of all DP ranks"]),
+    "experts' all-to-all": (
+        [*ON, "--moe-a2a-backend", "deepep"], {}, "", ["--moe-a2a-backend deepep"]),
+    "weights on the host": (
+        [*ON, "--cpu-offload-gb", "1"], {}, "", ["--cpu-offload-gb 1", "where a pass was left"]),
+    "a decode node that keeps prompts": (
+        [*ON, "--disaggregation-mode", "decode", "--disaggregation-decode-enable-radix-cache"],
+        {}, "",
+        ["--disaggregation-decode-enable-radix-cache", "would keep blended KV as exact"]),
     "HiCache": ([*ON, "--enable-hierarchical-cache"], {}, "", ["HiCache"]),
     "no radix cache": ([*ON, "--disable-radix-cache"], {}, "", ["--disable-radix-cache"]),
     "embedding model": ([*ON, "--is-embedding"], {}, "", ["--is-embedding"]),

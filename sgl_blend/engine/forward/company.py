@@ -34,7 +34,7 @@ KEPT = frozenset(
     max_seq_len_override forward_metadata_ready forward_metadata_planned_bs
     forward_metadata_planned_num_tokens forward_metadata_replan_equivalent rids_int
     bootstrap_room_ids_int dimensions return_pooled_hidden_states attn_tp_sequence_sharded
-    req_all_ids_flat req_all_ids_lens
+    req_all_ids_flat req_all_ids_lens spec_info
     """.split()
 )
 #: Narrowed to the rows of each pass, or what its layers leave to one another.
@@ -71,7 +71,7 @@ REFUSED = frozenset(
     mamba_prefill_track_mask_cpu mamba_track_seqlens_cpu mamba_cow_src_indices mamba_cow_dst_indices
     mamba_clear_indices dllm_input_preparation_state dllm_prompt_mask encoder_lens
     encoder_out_cache_loc encoder_cached encoder_lens_cpu cross_attention_custom_mask
-    encoder_swa_replay encoder_swa_row_floor encoder_swa_compress_rows spec_info
+    encoder_swa_replay encoder_swa_row_floor encoder_swa_compress_rows
     dp_spec_prefill_coordination_applied global_forward_mode tbo_split_seq_index
     tbo_parent_token_range tbo_padded_len tbo_children reuse_dsa_topk_indices
     minimax_m3_precached_sparse_layers original_global_num_tokens_cpu _original_batch_size

@@ -79,7 +79,12 @@ class ModelPasses:
         return result
 
     def run_scratch(
-        self, ids: torch.Tensor, positions: torch.Tensor, attention: RowAttention, stop: int
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        counts: dict[int, int],
+        attention: RowAttention,
+        stop: int,
     ) -> None:
         n = ids.numel()
         fb = self.fb = copy.copy(self.whole)
@@ -91,9 +96,11 @@ class ModelPasses:
             fb.mrope_positions = positions.expand(self.whole.mrope_positions.shape[0], -1)
         # Slot 0 is the pool's padding slot: models that write KV in a fused kernel hit it only.
         fb.out_cache_loc = torch.zeros(n, dtype=torch.int64, device=ids.device)
-        # One request of the base model, as far as adapters are concerned: no other asks.
-        fb.batch_size, fb.lora_ids, fb.return_logprob = 1, [None], False
-        self._set_counts([n])
+        # A request's scratch rows are its adapter's.
+        lora = self.whole.lora_ids
+        fb.lora_ids = None if lora is None else [lora[i] for i in counts]
+        fb.batch_size, fb.return_logprob = len(counts), False
+        self._set_counts(list(counts.values()))
         self._pass(attention, stop)
 
     def _pass(self, attention: RowAttention, stop: int | None) -> Any:

@@ -93,6 +93,8 @@ class LiveGate:
             or state.counts_closed
             or state.record is None
             or not state.by_default
+            # Its adapter may not be loaded any more when the sample is computed again.
+            or req.lora_id is not None
             or number >= self.config.gate_sample * (1 << 56)
             or len(self.waiting) + self._planned >= QUEUE
             or number in self._seen

@@ -10,9 +10,9 @@ import errno
 import logging
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
@@ -75,43 +75,96 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _several(value: Any) -> bool:
+    return (value or 1) > 1
+
+
+class Refusal(NamedTuple):
+    """An option of ``ServerArgs`` that blending cannot be combined with, where ``hit`` says so of
+    its value. why: what a reader of the option's name cannot know."""
+
+    option: str
+    hit: Callable[[Any], bool]
+    why: str = ""
+
+
+#: passes that are left early leave behind what these put in place of a layer's weights
+_LEFT_EARLY = "its layers' weights would stay where a pass was left"
+#: a pass over fewer rows has other counts than the batch was padded and scattered by
+_PADDED = "SGLang pads and scatters the whole batch's rows, not those of each pass"
+#: options of the same kind next to each other
+REFUSED = (
+    # What runs: a batch's rows go through the model's forward several times.
+    Refusal(
+        "speculative_algorithm",
+        lambda v: v is not None and str(v).upper() != "NGRAM",
+        "its draft model needs hidden states of all rows; NGRAM is served",
+    ),
+    Refusal("decoupled_spec_role", lambda v: v not in (None, "null")),
+    Refusal("pp_size", _several, "pipeline parallelism"),
+    Refusal(
+        "enable_dp_attention",
+        bool,
+        "each forward is a collective of all DP ranks, and a blended batch runs several",
+    ),
+    Refusal("attn_dp_size", _several, "DP attention"),
+    Refusal("attn_cp_size", _several, "context parallelism"),
+    Refusal("enable_prefill_cp", bool, "context parallelism"),
+    Refusal("dcp_size", _several, "decode context parallelism"),
+    Refusal("dwdp_size", _several, _LEFT_EARLY),
+    Refusal("moe_a2a_backend", lambda v: v not in (None, "none"), _PADDED),
+    Refusal("moe_dense_tp_size", _given, _PADDED),
+    Refusal("enable_attn_tp_input_scattered", bool, _PADDED),
+    Refusal("enable_layernorm_sp", bool, _PADDED),
+    Refusal("elastic_ep_backend", _given, "a batch that met a failed rank runs once more"),
+    Refusal("enable_two_batch_overlap", bool, "two-batch overlap"),
+    Refusal("enable_single_batch_overlap", bool, "single-batch overlap"),
+    Refusal("enable_pdmux", bool, "PD multiplexing"),
+    Refusal("enable_pd_role_switch", bool, "a node blends in the prefill role alone"),
+    Refusal("is_embedding", bool, "embedding models"),
+    Refusal("dllm_algorithm", _given, "diffusion language models"),
+    Refusal("cpu_offload_gb", bool, _LEFT_EARLY),
+    Refusal("offload_group_size", lambda v: (v or 0) > 0, _LEFT_EARLY),
+    Refusal("kt_weight_path", _given, _LEFT_EARLY),
+    # What is promised: the same answer, whatever is cached.
+    Refusal("enable_deterministic_inference", bool, "a blended answer depends on what is cached"),
+    Refusal("rl_on_policy_target", _given, "a blended answer is not the training system's"),
+    # The tree and the pool.
+    Refusal("disable_radix_cache", bool),
+    Refusal("enable_hierarchical_cache", bool, "HiCache"),
+    Refusal("enable_lmcache", bool),
+    Refusal("enable_flexkv", bool),
+    Refusal("enable_unified_cache_external_linker", bool),
+    Refusal("enable_streaming_session", bool, "streaming sessions"),
+    Refusal("enable_session_radix_cache", bool),
+    Refusal("radix_eviction_policy", lambda v: v == "tlru"),
+    Refusal("enable_unified_memory", bool, "slots are not where the pool keeps them"),
+    Refusal("enable_page_major_kv_layout", bool, "slots are not where the pool keeps them"),
+    Refusal("enable_kv_cache_sharding", bool, "each rank holds a part of the slots"),
+    Refusal("enable_hisparse", bool, "hierarchical sparse attention"),
+    Refusal("prefill_only_disable_kv_cache", bool),
+    Refusal("kv_canary", lambda v: v not in (None, "none"), "it takes copied KV for damage"),
+    Refusal(
+        "kv_cache_dtype", lambda v: str(v or "auto") not in ("auto", "bfloat16", "bf16", "float16")
+    ),
+)
+
+
 def config_problems(view: ServerArgs) -> list[str]:
     """What in the resolved server arguments blending cannot serve; empty when all fits."""
-
-    def get(name: str, default: Any = None) -> Any:
-        return getattr(view, name, default)
-
-    rules = (
-        (
-            get("speculative_algorithm") is not None,
-            "speculative decoding (--speculative-algorithm)",
-        ),
-        ((get("pp_size") or 1) > 1, "pipeline parallelism (--pp-size > 1)"),
-        ((get("attn_dp_size") or 1) > 1 or bool(get("enable_dp_attention")), "DP attention"),
-        ((get("attn_cp_size") or 1) > 1, "context parallelism (--attn-cp-size > 1)"),
-        ((get("dcp_size") or 1) > 1, "decode context parallelism (--dcp-size > 1)"),
-        (bool(get("enable_two_batch_overlap")), "two-batch overlap"),
-        (bool(get("enable_single_batch_overlap")), "single-batch overlap"),
-        (bool(get("enable_pdmux")), "PD multiplexing (--enable-pdmux)"),
-        (
-            str(get("disaggregation_mode") or "null") != "null",
-            "prefill/decode disaggregation (--disaggregation-mode)",
-        ),
-        (bool(get("disable_radix_cache")), "--disable-radix-cache"),
-        (bool(get("enable_hierarchical_cache")), "HiCache (--enable-hierarchical-cache)"),
-        (bool(get("enable_lmcache")), "--enable-lmcache"),
-        (bool(get("enable_flexkv")), "--enable-flexkv"),
-        (bool(get("enable_streaming_session")), "streaming sessions"),
-        (bool(get("enable_session_radix_cache")), "--enable-session-radix-cache"),
-        (get("radix_eviction_policy") == "tlru", "--radix-eviction-policy tlru"),
-        (bool(get("is_embedding")), "embedding models (--is-embedding)"),
-        (get("dllm_algorithm") is not None, "diffusion language models"),
-        (
-            str(get("kv_cache_dtype") or "auto") not in ("auto", "bfloat16", "bf16", "float16"),
-            f"--kv-cache-dtype {get('kv_cache_dtype')}",
-        ),
-    )
-    return [what for hit, what in rules if hit]
+    problems = []
+    for option, hit, why in REFUSED:
+        value = getattr(view, option, None)
+        if hit(value):
+            flag = "--" + option.replace("_", "-")
+            if value is not True:
+                flag = f"{flag} {value}"
+            problems.append(f"{flag} ({why})" if why else flag)
+    return problems
 
 
 def check_arguments(server_args: ServerArgs) -> None:

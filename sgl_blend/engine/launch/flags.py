@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from sgl_blend import attach
 from sgl_blend.config import BLEND
+from sgl_blend.engine.launch.disaggregation import DECODE, is_decode_node
 from sgl_blend.engine.launch.switch import (
     claim_radix_cache,
     enabled_by_environment,
@@ -53,10 +55,13 @@ def from_cli_args(original, cls, args: argparse.Namespace):
         return original(cls, args)
     try:
         config = BLEND.load(flags, path=path)
+        if is_decode_node(args):
+            print(DECODE, file=sys.stderr, flush=True)
+            return original(cls, args)
         args.radix_cache_backend = claim_radix_cache(getattr(args, "radix_cache_backend", None))
         server_args = original(cls, args)
-        switch_on(server_args, config)
         attach.COMMAND_LINE.set(server_args, True)
+        switch_on(server_args, config)
     except BlendError as e:
         refuse(e)
     return server_args

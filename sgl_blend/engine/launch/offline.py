@@ -7,15 +7,20 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sgl_blend.config import BLEND
+from sgl_blend.engine.launch.disaggregation import DECODE, is_decode_node
 from sgl_blend.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints.engine import Engine as SglangEngine
 
     from sgl_blend.config import BlendConfig
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "blend_"
 
@@ -65,6 +70,9 @@ def _blend_engine(config: BlendConfig, kwargs: dict[str, Any]) -> SglangEngine:
     # Registers the radix cache backend; SGLang's own constructor does this too late for attach().
     load_plugins()
     kwargs = {"log_level": "error", **kwargs}
+    if is_decode_node(SimpleNamespace(**kwargs)):
+        logger.info(DECODE)
+        return SglangEngine(**kwargs)
     kwargs["radix_cache_backend"] = claim_radix_cache(kwargs.get("radix_cache_backend"))
     server_args = SglangEngine.server_args_class(**kwargs)
     switch_on(server_args, config)

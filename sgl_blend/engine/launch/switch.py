@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sgl_blend import attach
 from sgl_blend.config import BLEND, ENV_ENABLE, BlendConfig
+from sgl_blend.engine.launch.disaggregation import DECODE, PREFILL, is_decode_node, say
 from sgl_blend.errors import BlendError, ConfigError
 from sgl_blend.option_kinds import truth
 
@@ -67,6 +68,8 @@ def switch_on(server_args: ServerArgs, config: BlendConfig) -> None:
     if config.gate_prompts:
         read_prompts(config.gate_prompts)
     seams.verify()
+    if server_args.disaggregation_mode == "prefill":
+        say(PREFILL, server_args)
     attach.CONFIG.set(server_args, config)
     hook_resolution()
     _install_once(seams.VALIDATE_REQUEST, validate_request, "around")
@@ -113,7 +116,10 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
     from sgl_blend.engine.launch.cpu import choose_early
 
     if not getattr(server_args, "_resolution_finished", False):
-        if attach.CONFIG.get(server_args) is None and enabled_by_environment():
+        wanted = attach.CONFIG.get(server_args) is None and enabled_by_environment()
+        if wanted and is_decode_node(server_args):
+            say(DECODE, server_args)
+        elif wanted:
             config = BLEND.load()
             server_args.radix_cache_backend = claim_radix_cache(server_args.radix_cache_backend)
             switch_on(server_args, config)

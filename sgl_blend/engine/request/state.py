@@ -181,8 +181,6 @@ def unservable(req: Req) -> str | None:
         return "multimodal input"
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         return "input embeddings"
-    if req.lora_id is not None:
-        return "LoRA adapter"
     if req.session is not None:
         return "session"
     if req.return_hidden_states:

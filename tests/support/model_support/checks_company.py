@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
+from model_support.adapters import unpinned
 from model_support.asks import Ask, Outcome
 from model_support.checks_blend import LOGITS, ORDERS
 from model_support.compare import KV_FP32, apart, kv_apart, require_equal
@@ -38,7 +37,7 @@ def _rough(world: World, policy: str, order: int = 0, **kw: Any) -> Ask:
     return Ask(tokens, policy=policy, ratio=0.25, new_tokens=2, **kw)
 
 
-def _same_blend(ours: Outcome, alone: Outcome) -> None:
+def same_blend(ours: Outcome, alone: Outcome) -> None:
     """Blended as it is alone."""
     assert ours.report == alone.report, f"in company {ours.report}, alone {alone.report}"
     assert ours.report["reused"] > 0 and ours.report["fallback"] is None
@@ -64,7 +63,7 @@ def _company(world: World, neighbour: Callable[[], Ask], more: Callable[..., Non
                 ours, its = outcomes[id(ask)], outcomes[id(beside)]
                 require_equal(its, plain, f"beside {policy}, first {first}, pieces {chunks}")
                 more(its, plain)
-                _same_blend(ours, alone)
+                same_blend(ours, alone)
                 world.engine.check()
                 # What is filed as exact is exact: the neighbour again, on its own cached prefix.
                 [again] = world.engine.run(Ask(beside.tokens, blend=False, more=beside.more))
@@ -75,78 +74,6 @@ def _company(world: World, neighbour: Callable[[], Ask], more: Callable[..., Non
 
 def _nothing(*_: Any) -> None:
     pass
-
-
-# -- adapters --------------------------------------------------------------------------------
-
-
-def _make_adapter(model: Path, seed: int) -> Path:
-    """A random adapter of rank 4 that changes the answer, in PEFT's format."""
-    config = json.loads((model / "config.json").read_text())
-    size, heads = config["hidden_size"], config["num_attention_heads"]
-    inner = config["intermediate_size"]
-    head = config.get("head_dim") or size // heads
-    q, kv = heads * head, config["num_key_value_heads"] * head
-    shapes = {
-        "self_attn.q_proj": (size, q),
-        "self_attn.k_proj": (size, kv),
-        "self_attn.v_proj": (size, kv),
-        "self_attn.o_proj": (q, size),
-        "mlp.gate_proj": (size, inner),
-        "mlp.up_proj": (size, inner),
-        "mlp.down_proj": (inner, size),
-    }
-    random = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (into, out) in shapes.items():
-            at = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{at}.lora_A.weight"] = 0.2 * torch.randn(4, into, generator=random)
-            tensors[f"{at}.lora_B.weight"] = 0.2 * torch.randn(out, 4, generator=random)
-    path = model.parent / f"adapter-{seed}"
-    path.mkdir()
-    save_file(tensors, path / "adapter_model.safetensors")
-    words = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
-    words["target_modules"] = [name.split(".")[1] for name in shapes]
-    (path / "adapter_config.json").write_text(json.dumps(words))
-    return path
-
-
-def _unpinned() -> Any:
-    """SGLang's adapters pin host memory whatever the device; without an accelerator torch
-    cannot."""
-
-    def plain(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, pin_memory=False, **kw: make(*args, **kw)
-
-    made = {name: plain(getattr(torch, name)) for name in ("tensor", "zeros", "empty")}
-    torch.Tensor.pin_memory = lambda self, *args: self
-    return mock.patch.multiple(torch, **made)
-
-
-def adapters(models: str, arch: str, page_size: int) -> dict[str, Any]:
-    """In a child: requests of two adapters beside blended requests of the base model."""
-    model = model_for(Path(models), arch)
-    paths = [f"a{i}={_make_adapter(model, i)}" for i in range(2)]
-    args = ["--enable-lora", "--lora-backend", "torch_native", "--lora-paths", *paths]
-    with _unpinned():
-        engine = Engine(model, page_size=page_size, args=args)
-        world = World(engine, model)
-        names = iter([*engine.runner.lora_manager.loras] * 100)
-
-        def neighbour() -> Ask:
-            tokens, _ = world.desk.prompt((0, 3), 5)
-            return Ask(tokens, blend=True, new_tokens=3, more={"lora_id": next(names)})
-
-        plain, adapted = world.library[0], next(names)
-        [theirs] = engine.exact(Ask(plain, more={"lora_id": adapted}))
-        assert max(kv_apart(theirs, world.full(plain))) > 1e-2, "the adapter does nothing"
-        cases = _company(world, neighbour, _fell_back("LoRA adapter"))
-        with mock.patch.object(ModelPasses, "_prepare_adapters", lambda self: None):
-            must_fail(
-                "segments are the whole batch's", lambda: _company(world, neighbour, _nothing)
-            )
-    return {"cases": cases}
 
 
 def _fell_back(reason: str) -> Callable[..., None]:
@@ -230,7 +157,7 @@ def experts(models: str, arch: str, page_size: int) -> dict[str, Any]:
     of a blended request's exact tokens, which others may have back as cached, are full
     prefill's."""
     model = model_for(Path(models), arch)
-    with _unpinned(), mock.patch.dict(common.ALLOC_MEMORY_FUNCS, {"cpu": _plain_memory}):
+    with unpinned(), mock.patch.dict(common.ALLOC_MEMORY_FUNCS, {"cpu": _plain_memory}):
         engine = Engine(model, page_size=page_size, args=["--enable-return-routed-experts"])
         world = World(engine, model)
         cache = get_global_experts_capturer().host_cache.buffer

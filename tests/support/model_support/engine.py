@@ -44,6 +44,8 @@ from sgl_blend.tree.integrity import tree_nodes
 class Engine:
     """One model in this process. ``options``: blend options by name; ``args``: server flags."""
 
+    speculative = SpeculativeAlgorithm.NONE
+
     def __init__(
         self,
         model: Path,
@@ -132,7 +134,7 @@ class Engine:
             model_config=self.runner.model_config,
             tp_worker=worker,
             page_size=page_size,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
+            spec_algorithm=self.speculative,
             enable_metrics=False,
             enable_kv_cache_events=False,
             enable_hierarchical_cache=False,
@@ -279,7 +281,7 @@ class Engine:
             tree_cache=self.tree,
             model_config=self.runner.model_config,
             enable_overlap=False,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
+            spec_algorithm=self.speculative,
         )
         batch.prepare_for_extend()
         logits = self._forward(batch)

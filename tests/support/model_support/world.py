@@ -53,11 +53,13 @@ def check(function: Callable[[World], dict[str, Any]]) -> Callable[[World], dict
 
 class World:
     """``library``: prompts whose exact KV the tree holds after ``stock``: each document once,
-    except the first, which lies there twice at different positions."""
+    except the first, which lies there twice at different positions. ``model``: the reference's.
+    ``more``: what each request says besides (``Ask.more``)."""
 
-    def __init__(self, engine: Engine, model: Path) -> None:
+    def __init__(self, engine: Engine, model: Path, more: dict[str, Any] | None = None) -> None:
         self.engine = engine
         self.model = model
+        self.more = more or {}
         self.desk = Desk()
         self.library = [self.desk.prompt(order, head)[0] for order, head in LIBRARY]
         self._reference: Reference | None = None
@@ -73,13 +75,14 @@ class World:
         """Empty the tree, then prefill the library."""
         self.engine.flush()
         for tokens in self.library:
-            self.engine.run(Ask(tokens, blend=False))
+            self.engine.run(Ask(tokens, blend=False, more=self.more))
 
     def full(self, tokens: list[int], new_tokens: int = 1) -> Outcome:
         """Plain full prefill of ``tokens`` on an empty tree (kept; empties the tree)."""
         key = (new_tokens, *tokens)
         if key not in self._full:
-            [self._full[key]] = self.engine.exact(Ask(tokens, new_tokens=new_tokens))
+            ask = Ask(tokens, new_tokens=new_tokens, more=self.more)
+            [self._full[key]] = self.engine.exact(ask)
         return self._full[key]
 
     def reference_full(self, tokens: list[int], capped: bool = True) -> Kv:
