@@ -46,6 +46,10 @@ PREFIX = Attachment("_blend_prefix")
 #: ``tiering.loader.Load``: what the chunk store is bringing
 LOAD = Attachment("_blend_load")
 
+# On ``PrefillAdder``.
+#: int: requests of the other kind that it has passed over (``engine.request.admission``)
+PASSED = Attachment("_blend_passed")
+
 # On ``ForwardBatch``.
 #: ``engine.request.planner.PlannedBatch``
 PIECES = Attachment("_blend_pieces")

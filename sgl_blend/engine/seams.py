@@ -40,6 +40,7 @@ PREFILL_GRAPH_CAN_RUN = (
     "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
     ".PrefillCudaGraphRunner.can_run_graph"
 )
+ROPE_OF_LATENTS = "sglang.srt.layers.rotary_embedding.factory.get_rope_cpu"
 REQUEST_LEVEL_INFO = (
     "sglang.srt.managers.scheduler_components.output_streamer"
     ".SchedulerOutputStreamer.is_request_level_customized_info_key"

@@ -20,6 +20,7 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine import seams
 from sgl_blend.engine.forward.company import why_not
 from sgl_blend.engine.forward.fingerprint import model_fingerprint
+from sgl_blend.engine.forward.latent import absorber, serve_latents
 from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.forward.separators import load_tokenizer, strong_tokens
 from sgl_blend.engine.gate.launch import LaunchGate, ratio_matters
@@ -143,11 +144,13 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
         boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
     )
     _keep_off_graphs()
+    kv = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    serve_latents(kv, ctx.tp_rank == 0)
     prefills = Prefills(ctx, tree)
     ids = plain_ids(strong.tolist(), ctx.model_config.vocab_size)
     pool, measured = measured_pool(
         prefills,
-        ctx.params.token_to_kv_pool_allocator.get_kvcache(),
+        kv,
         num_layers,
         ctx.model_config.context_len,
         ids,
@@ -259,6 +262,7 @@ def _install(
     forward = f"{kind.__module__}.{kind.__qualname__}.forward"
 
     tiers, scores = planner.c.tiers, planner.c.scores
+    absorb = absorber(model, scores.layer) if scores is not None and pool.latent else None
 
     def blended_forward(original, self, input_ids, positions, forward_batch, *args, **kwargs):
         batch = attach.PIECES.get(forward_batch)
@@ -269,7 +273,7 @@ def _install(
                 if tiers is not None:
                     around.enter_context(tiers.clock.ordinary(forward_batch))
                 if batch is not None:
-                    around.enter_context(scoring(scores, pool, batch.pieces, forward_batch))
+                    around.enter_context(scoring(scores, pool, batch.pieces, forward_batch, absorb))
                 return original(self, input_ids, positions, forward_batch, *args, **kwargs)
         embeds = kwargs.pop("input_embeds", None)
         unknown = [name for name, value in kwargs.items() if value is not None]
@@ -304,7 +308,9 @@ def _install(
     seams.install(seams.FORWARD_BATCH_INIT, planner.after_init_new, "after")
     seams.install(seams.REQUEST_CREATED, read_options(config, gate), "after")
     seams.install(
-        seams.PREFILL_ADD_ONE, admission.admit(config, gate, tiers, planner.lookup), "around"
+        seams.PREFILL_ADD_ONE,
+        admission.admit(config, gate, tiers, planner.lookup, apart=pool.latent),
+        "around",
     )
     if tiers is not None:
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")

@@ -1,7 +1,7 @@
 """The compute primitives in plain torch: what the kernels are tested against, on any device.
 
 Also what runs where there is no kernel (CUDA tensors, machines without a compiler), hence one
-key/value head at a time, which bounds the score matrix to [R * group, S + E].
+key/value head and a block of rows at a time, which bounds the score matrix.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 
 from sgl_blend.ops.checks import FP8
+
+#: scores held at a time, in elements of fp32: 128 MiB
+BLOCK = 1 << 25
 
 
 def rotate(
@@ -95,8 +98,6 @@ def row_attention(
     key_pos = torch.arange(kv_pos0, kv_pos0 + keys, device=q.device)
     if extra_pos is not None:
         key_pos = torch.cat((key_pos, extra_pos))
-    hidden = ~visible(q_pos, key_pos, window).repeat_interleave(group, dim=0)
-    blind = hidden.all(dim=1)
     out = torch.zeros(rows, q_heads, v_cache.shape[2], dtype=q.dtype, device=q.device)
     mass = torch.zeros(keys, dtype=torch.float32, device=q.device) if with_mass else None
 
@@ -104,21 +105,26 @@ def row_attention(
         part = cache[kv_slots, head].float()
         return part if extra is None else torch.cat((part, extra[:, head].float()))
 
+    step = max(1, BLOCK // max(1, group * key_pos.numel()))
     for head in range(kv_heads):
         part = slice(head * group, (head + 1) * group)
-        scores = q[:, part].float().flatten(0, 1) @ gather(k_cache, k_extra, head).T * scale
-        if logit_cap > 0:
-            scores = logit_cap * torch.tanh(scores / logit_cap)
-        scores = scores.masked_fill(hidden, float("-inf"))
-        probs = softmax(scores, None if sinks is None else sinks[part].repeat(rows)[:, None])
-        probs[blind] = 0
-        values = probs @ gather(v_cache, v_extra, head)
-        out[:, part] = values.unflatten(0, (rows, group)).to(q.dtype)
-        if mass is not None:
-            part_of = probs[:, :keys]
-            if row_weights is not None:
-                part_of = part_of * row_weights.repeat_interleave(group)[:, None]
-            mass += part_of.sum(dim=0)
+        turned = gather(k_cache, k_extra, head).T * scale
+        values = gather(v_cache, v_extra, head)
+        for first in range(0, rows, step):
+            block = slice(first, first + step)
+            hidden = ~visible(q_pos[block], key_pos, window)[:, None]
+            scores = q[block, part].float() @ turned  # [r, group, S + E]
+            if logit_cap > 0:
+                scores = logit_cap * torch.tanh(scores / logit_cap)
+            scores.masked_fill_(hidden, float("-inf"))
+            probs = softmax(scores, None if sinks is None else sinks[part, None])
+            probs.masked_fill_(hidden.all(dim=-1, keepdim=True), 0.0)
+            out[block, part] = (probs @ values).to(q.dtype)
+            if mass is not None:
+                by_row = probs[..., :keys].sum(dim=1)
+                if row_weights is not None:
+                    by_row = by_row * row_weights[block, None]
+                mass += by_row.sum(dim=0)
     return out, mass
 
 

@@ -9,18 +9,15 @@ enters the pool, and sums how much they attend to each reused token. Tensors onl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
 from sgl_blend.ops.reference import softmax
+from sgl_blend.prefill import attention_cuda
 from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
-
-if TYPE_CHECKING:
-    from sgl_blend.prefill.attention_cuda import FlashInferRows
 
 
 @dataclass
@@ -88,11 +85,9 @@ class BatchAttention:
         self.segments = segments
         self.copies = copies
         self.scores = scores
-        self._device_rows: FlashInferRows | None = None
-        if segments and segments[0].kv_slots.is_cuda and pool.k(0).dtype != torch.float32:
-            from sgl_blend.prefill.attention_cuda import FlashInferRows
-
-            self._device_rows = FlashInferRows(segments)
+        self._device_rows: attention_cuda.FlashInferRows | None = None
+        if pool.k(0).is_cuda and segments and attention_cuda.serves(pool.k(0), pool.v(0)):
+            self._device_rows = attention_cuda.FlashInferRows(segments)
 
     def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
         copies = [copy for first, copy in self.copies if layer >= first]

@@ -26,6 +26,14 @@ def _workspace(device: torch.device) -> torch.Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
+def serves(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Is there a kernel for this pool? FlashInfer has none for fp32, nor, with a mask, for keys and
+    values of different sizes (latent attention): these rows run in plain torch, a block at a
+    time."""
+    same = k_cache.shape[2] == v_cache.shape[2]
+    return k_cache.is_cuda and k_cache.dtype != torch.float32 and same
+
+
 class FlashInferRows:
     """Attention for one set of rows; ``plan`` work is shared by all layers of one kind."""
 

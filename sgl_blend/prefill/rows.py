@@ -44,7 +44,7 @@ class Incoming(Protocol):
     """Tokens on their way into a request's slots: a ``KvCopy``, or loaded chunks."""
 
     def run(self, pool: PoolView, layer: int) -> None:
-        """Write ``layer``'s V, and K rotated to the new positions, into the pool."""
+        """Write ``layer``'s KV, rotated to the new positions where it is rotated, into the pool."""
 
 
 class PoolView(Protocol):
@@ -57,7 +57,9 @@ class PoolView(Protocol):
         """[num_slots, Hk, Dv]"""
 
     def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is rotated when a token moves, and what is copied as it is; (K, V) of most pools."""
+        """What is rotated when a token moves [num_slots, Hk, Dr], and what is copied as it is
+        [num_slots, Hk, Dc]: views of the pool. (K, V), or the two parts of a latent cache's
+        vectors."""
 
     def rope(self, layer: int) -> Rope | None:
         """The layer's rotation; None for a layer without positions in its keys."""

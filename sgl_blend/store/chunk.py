@@ -55,7 +55,8 @@ NO_CONTEXT = bytes(16)
 
 
 class Layout(msgspec.Struct, frozen=True, array_like=True):
-    """Shape of one token's KV. MLA is one head of ``kv_lora + rope`` dims with ``v_head_dim`` 0."""
+    """Shape of one token's KV. Of MLA's vectors K is the part that is rotated, V the latent: one
+    head of ``qk_rope_head_dim`` and ``kv_lora_rank`` dims."""
 
     n_layers: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     n_kv_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]

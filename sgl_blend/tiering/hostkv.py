@@ -74,8 +74,9 @@ class HostKV:
         ks, vs = [k[at] for k in self._ready.k], [v[at] for v in self._ready.v]
         # The store's memory is page-locked for this device (``ArenaMapping.register_cuda``): the
         # copies run beside the layers before.
+        k_pool, v_pool = pool.moved(layer)
         with torch.cuda.stream(self._stream):
-            out = self._upload(ks, pool.k(layer)), self._upload(vs, pool.v(layer))
+            out = self._upload(ks, k_pool), self._upload(vs, v_pool)
         current = torch.cuda.current_stream(self.dst_slots.device)
         current.wait_stream(self._stream)
         for tensor in out:

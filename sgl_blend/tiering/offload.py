@@ -39,9 +39,7 @@ _OUTCOMES = {
 class PoolKV(Protocol):
     """The KV pool, layer by layer (``rows.PoolView`` without its rotations)."""
 
-    def k(self, layer: int) -> torch.Tensor: ...
-
-    def v(self, layer: int) -> torch.Tensor: ...
+    def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class FreshChunk(NamedTuple):
@@ -141,9 +139,10 @@ class Offloader:
                 pack_tokens(job.tokens[chunk.start : chunk.end], slot.buf)
                 at = job.slots[chunk.start : chunk.end]
                 for layer in range(self.layout.n_layers):
-                    k, v = slot.body.torch_layer(layer)
-                    _gather(self.pool.k(layer), at, k)
-                    _gather(self.pool.v(layer), at, v)
+                    for cache, out in zip(
+                        self.pool.moved(layer), slot.body.torch_layer(layer), strict=True
+                    ):
+                        _gather(cache, at, out)
         if stream is not None:
             stream.synchronize()
 

@@ -33,6 +33,9 @@ class TinyPool:
     def v(self, layer: int) -> torch.Tensor:
         return -self.kv
 
+    def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k(layer), self.v(layer)
+
 
 def test_a_prompt_of_more_chunks_than_one_request_takes_is_loaded_whole():
     """At the default of 32 tokens a chunk that is a prompt of 131,000 tokens."""

@@ -7,7 +7,7 @@ from cache_world import World, doc
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.request.admission import PATIENCE, admit
+from sgl_blend.engine.request.admission import LOOKS, PATIENCE, admit
 from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.gate.state import GateState
 
@@ -19,10 +19,11 @@ class Queue:
     """Packs prefill batches of one waiting queue, as ``Scheduler`` does, with our hook or
     without."""
 
-    def __init__(self, world: World, hooked: bool = True) -> None:
+    def __init__(self, world: World, hooked: bool = True, apart: bool = False) -> None:
         self.world = world
         config, gate = BlendConfig(tiers=("device",)), GateState(0.1)
-        hook = admit(config, gate, None, SourceLookup(world.cache, config, gate, 4096, None))
+        lookup = SourceLookup(world.cache, config, gate, 4096, None)
+        hook = admit(config, gate, None, lookup, apart)
         self.add = hook if hooked else lambda add, adder, req, **kw: add(adder, req, **kw)
 
     def batch(self, reqs: list) -> tuple[list[tuple[str, int, int]], list]:
@@ -107,3 +108,60 @@ def test_nobody_waits_for_ever_behind_others():
     other = world.request(doc(99, 200), True)
     runs, left = queue.batch([other, blended])
     assert [rid for rid, _, _ in runs] == [other.rid, blended.rid] and left == []
+
+
+def _mix(world: World) -> tuple[list, list]:
+    """Short requests that reuse something, one of them to recompute it all, and others."""
+    reusing = [world.request(doc(60 + i, 9) + A[:80] + doc(70 + i, 30), True) for i in range(2)]
+    reusing[1].sampling_params.custom_params = {"blend_policy": "all"}
+    ordinary = [world.request(doc(80 + i, 30), True) for i in range(2)]
+    exact = world.request(doc(90, 9) + A[:80] + doc(91, 5))
+    exact.sampling_params.custom_params = {"blend": False}
+    return reusing, [*ordinary, exact]
+
+
+def test_under_latent_attention_a_batch_holds_one_kind_of_requests():
+    """The first one's; the others stay in the queue, in order."""
+    for first in (0, 1):
+        world = seen_world()
+        reusing, others = _mix(world)
+        kinds = (reusing, others) if first == 0 else (others, reusing)
+        waiting = [r for pair in zip(*kinds, strict=False) for r in pair] + others[2:]
+        queue = Queue(world, apart=True)
+        runs, left = queue.batch(waiting)
+        assert [rid for rid, _, _ in runs] == [r.rid for r in kinds[0]]
+        assert left == kinds[1]
+        runs, left = queue.batch(left)
+        assert [rid for rid, _, _ in runs] == [r.rid for r in kinds[1]] and left == []
+        # Without latents they share one.
+        world = seen_world()
+        reusing, others = _mix(world)
+        runs, left = Queue(world).batch([reusing[0], others[0]])
+        assert len(runs) == 2 and left == []
+
+
+def test_under_latent_attention_nobody_waits_for_ever_for_a_batch_of_its_kind():
+    world = seen_world()
+    queue = Queue(world, apart=True)
+    [blended, _], _ = _mix(world)
+    for turn in range(PATIENCE):
+        other = world.request(doc(100 + turn, 30), True)
+        runs, left = queue.batch([other, blended])
+        assert [rid for rid, _, _ in runs] == [other.rid] and left == [blended], turn
+    runs, left = queue.batch([world.request(doc(99, 30), True), blended])
+    assert len(runs) == 2 and left == []
+
+
+def test_under_latent_attention_a_long_queue_of_the_other_kind_is_not_looked_up_whole(monkeypatch):
+    world = seen_world()
+    queue = Queue(world, apart=True)
+    looked = []
+    search = SourceLookup.would_reuse
+    monkeypatch.setattr(
+        SourceLookup, "would_reuse", lambda self, req: (looked.append(req), search(self, req))[1]
+    )
+    [blended, _], _ = _mix(world)
+    others = [world.request(doc(200 + i, 3), True) for i in range(LOOKS + 20)]
+    runs, left = queue.batch([blended, *others])
+    assert [rid for rid, _, _ in runs] == [blended.rid] and left == others
+    assert len(looked) == 1 + LOOKS

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from sglang.srt.configs.model_config import AttentionArch
 
 from sgl_blend import attach, host_memory
 from sgl_blend.config import BlendConfig
@@ -36,6 +37,7 @@ def machine(monkeypatch):
         head_dim=64,
         dtype=torch.float32,
         get_num_kv_heads=lambda tp: 8 // tp,
+        attention_arch=AttentionArch.MHA,
     )
     monkeypatch.setattr(
         "sglang.srt.arg_groups.model_override_base.model_config_of", lambda _: model
@@ -61,6 +63,23 @@ def test_a_quarter_of_the_free_memory_goes_to_the_pool(machine, capsys):
     for part in ("--max-total-tokens 81920 ", "--sleep-on-idle ", "GOMP_SPINCOUNT=2000"):
         assert part in line
     assert "to change it" in line
+
+
+def test_a_latent_cache_is_one_vector_a_token_on_each_rank(machine, monkeypatch):
+    latents = types.SimpleNamespace(
+        num_hidden_layers=16,
+        kv_lora_rank=448,
+        qk_rope_head_dim=64,
+        dtype=torch.float32,
+        attention_arch=AttentionArch.MLA,
+    )
+    monkeypatch.setattr(
+        "sglang.srt.arg_groups.model_override_base.model_config_of", lambda _: latents
+    )
+    for ranks in (1, 2):
+        args = arguments(tp_size=ranks)
+        machine(args)
+        assert args.max_total_tokens == 5 * GB // 32768 // ranks // 1024 * 1024
 
 
 def test_ranks_share_memory_and_processors(machine):

@@ -49,7 +49,13 @@ def test_every_metric_is_listed():
 
 
 def test_every_tested_model_is_named():
-    names = {"Qwen3MoeForCausalLM": "Qwen3-MoE", "Gemma2ForCausalLM": "Gemma 2"}
+    names = {
+        "DeepseekV2ForCausalLM": "DeepSeek V2",
+        "DeepseekV3ForCausalLM": "V3",
+        "Gemma2ForCausalLM": "Gemma 2",
+        "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
+        "Qwen3MoeForCausalLM": "Qwen3-MoE",
+    }
     for cls in TESTED_MODELS:
         name = names.get(cls, cls.removesuffix("ForCausalLM"))
         assert name in README and name in COMPATIBILITY, cls

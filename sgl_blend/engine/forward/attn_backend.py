@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
+from sgl_blend.engine.forward.latent import ABSORBED, rank_of
 from sgl_blend.errors import UnsupportedError
 from sgl_blend.prefill.pieces import Piece
 from sgl_blend.prefill.rows import AttentionSpec, PoolView, RowAttention, RowSegment
@@ -61,6 +62,9 @@ class BlendAttnBackend:
         self._core = core
         self._stop = stop
 
+    #: models with latent attention choose its form by this name (``latent.py``)
+    prefill_attention_backend_str = ABSORBED
+
     def __getattr__(self, name: str) -> Any:
         if name in SHARED:
             return getattr(self._base, name)
@@ -78,13 +82,18 @@ class BlendAttnBackend:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        core = self._core
+        core, pool = self._core, self._base.token_to_kv_pool
         sinks = kwargs.pop("sinks", None)
         unknown = [name for name, value in kwargs.items() if value is not None]
         if unknown:
             raise UnsupportedError(
                 f"layer {layer.layer_id}: it passes {', '.join(unknown)} to attention, which "
                 "blending does not know"
+            )
+        if rank_of(pool) and layer.qk_head_dim != pool.kv_cache_dim:
+            raise UnsupportedError(
+                f"layer {layer.layer_id}: it makes keys of {layer.qk_head_dim} out of its cache of "
+                f"{pool.kv_cache_dim}, and blended rows attend to the cache itself"
             )
         heads, kv_heads = layer.tp_q_head_num, layer.tp_k_head_num
         q = q.reshape(-1, heads, layer.qk_head_dim)
@@ -96,9 +105,9 @@ class BlendAttnBackend:
             core.bring_in(layer.layer_id)  # where the model writes by itself, it hits slot 0 only
         elif save_kv_cache and k is not None:
             core.bring_in(layer.layer_id)
-            self._base.token_to_kv_pool.set_kv_buffer(
-                layer, KVWriteLoc(slots), k, v, layer.k_scale, layer.v_scale
-            )
+            # A latent cache takes no scales.
+            scales = () if rank_of(pool) else (layer.k_scale, layer.v_scale)
+            pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales)
         else:
             core.bring_in(layer.layer_id, written=slots)
         last = layer.layer_id == self._stop
@@ -120,8 +129,12 @@ class ScoringAttnBackend:
         scores: ScoreTable,
         pool: PoolView,
         segments: list[RowSegment],
+        absorb: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
+        """absorb: what makes queries for the pool's keys out of those for a layer's own
+        (``latent.absorber``); None where these are the same."""
         self._base = base
+        self._absorb = absorb
         self._scores = scores
         self._pool = pool
         self._segments = segments
@@ -143,6 +156,8 @@ class ScoringAttnBackend:
             # The rows' K lies in the pool by now.
             rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
             with torch.no_grad():
+                if self._absorb is not None and rows.shape[2] != self._pool.k(0).shape[2]:
+                    rows = self._absorb(rows)
                 spec = _spec(layer, kwargs.get("sinks"))
                 self._scores.measure(spec, rows, self._pool, self._segments)
         return out
@@ -170,7 +185,11 @@ def attending(
 
 @contextlib.contextmanager
 def scoring(
-    scores: ScoreTable, pool: PoolView, pieces: list[Piece], forward_batch: ForwardBatch
+    scores: ScoreTable,
+    pool: PoolView,
+    pieces: list[Piece],
+    forward_batch: ForwardBatch,
+    absorb: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[None]:
     """The model's own forward of ``pieces``, none of them blended, is scored meanwhile."""
     segments = [
@@ -179,7 +198,7 @@ def scoring(
         if p.starts is not None
     ]
     context = get_forward_context()
-    backend = ScoringAttnBackend(context.attn_backend, scores, pool, segments)
+    backend = ScoringAttnBackend(context.attn_backend, scores, pool, segments, absorb)
     with forward_context(
         dataclasses.replace(context, attn_backend=backend), forward_batch=forward_batch
     ):

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
+from sgl_blend.engine.forward.latent import rank_of
+
 logger = logging.getLogger(__name__)
 
 _BLOCK = 64 << 20
@@ -34,17 +36,25 @@ class Gathers(Protocol):
 def model_fingerprint(model: torch.nn.Module, model_config: Any, pool: Any, ranks: Gathers) -> str:
     """Digest over weights, architecture, dtypes, quantisation, KV layout and rope parameters.
 
-    model_config: SGLang's ``ModelConfig``; pool: its ``MHATokenToKVPool``. A rank's KV depends on
-    the weights of all ranks, so the digest covers all of them, and is the same on each.
+    model_config: SGLang's ``ModelConfig``; pool: its ``MHATokenToKVPool`` or
+    ``MLATokenToKVPool``. A rank's KV depends on the weights of all ranks, so the digest covers all
+    of them, and is the same on each.
     """
     hf = model_config.hf_config
     facts = (
         ("arch", getattr(hf, "architectures", None), model_config.hf_text_config.to_json_string()),
         ("dtype", str(model_config.dtype), str(getattr(model_config, "quantization", None))),
-        ("kv", str(pool.dtype), pool.head_num, pool.head_dim, pool.v_head_dim, pool.layer_num),
+        ("kv", str(pool.dtype), *_shape(pool)),
         ("weights", ranks.gather(weights_digest(model))),
     )
     return xxhash.xxh3_128(repr(facts).encode()).hexdigest()
+
+
+def _shape(pool: Any) -> tuple[int, ...]:
+    """Of one token's KV in ``pool``."""
+    if rank_of(pool):
+        return rank_of(pool), pool.kv_cache_dim, pool.layer_num
+    return pool.head_num, pool.head_dim, pool.v_head_dim, pool.layer_num
 
 
 def weights_digest(model: torch.nn.Module) -> bytes:

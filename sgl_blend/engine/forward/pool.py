@@ -11,7 +11,7 @@ from sgl_blend.errors import UnsupportedError
 from sgl_blend.ops import Rope
 
 if TYPE_CHECKING:
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 
 class ModelPool:
@@ -21,8 +21,14 @@ class ModelPool:
     positions: that the server serves.
     """
 
+    #: the pool holds latents, the same on all tensor-parallel ranks
+    latent = False
+
     def __init__(
-        self, pool: MHATokenToKVPool, ropes: Sequence[Rope | None], positions: int
+        self,
+        pool: MHATokenToKVPool | MLATokenToKVPool,
+        ropes: Sequence[Rope | None],
+        positions: int,
     ) -> None:
         self._pool = pool
         self._ropes = list(ropes)
@@ -53,14 +59,28 @@ class ModelPool:
         return self._ropes[layer]
 
 
+class LatentPool(ModelPool):
+    """An ``MLATokenToKVPool``: of each vector V is the first columns, K all of them, and what is
+    rotated the rest."""
+
+    latent = True
+
+    @staticmethod
+    def split(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return k[..., v.shape[-1] :], v
+
+
 def kind_of_pool(pool: Any) -> type[ModelPool]:
     """Who serves SGLang's ``pool``. Raises :class:`UnsupportedError` where nobody does.
 
     A subclass of a pool may lay out its rows otherwise: classes are compared by name of themselves.
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-    kinds: dict[type, type[ModelPool]] = {MHATokenToKVPool: ModelPool}
+    kinds: dict[type, type[ModelPool]] = {
+        MHATokenToKVPool: ModelPool,
+        MLATokenToKVPool: LatentPool,
+    }
     if type(pool) not in kinds:
         raise UnsupportedError(
             f"the KV pool is a {type(pool).__name__}; blending serves "

@@ -147,7 +147,8 @@ class SglangModel:
 
     def kv(self, ran: Ran, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         slots = cast(Run, ran).slots
-        return self.pool.k(layer)[slots], self.pool.v(layer)[slots]
+        rotated, copied = self.pool.moved(layer)
+        return rotated[slots], copied[slots]
 
     def release(self, *ran: Ran) -> None:
         for one in cast(tuple[Run, ...], ran):

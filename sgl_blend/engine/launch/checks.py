@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 #: served as well, where its layers' rotations can be measured (``engine.gate.rotations``).
 TESTED_MODELS = frozenset(
     {
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
         "Gemma2ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",
         "Qwen2ForCausalLM",

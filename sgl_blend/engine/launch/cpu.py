@@ -108,12 +108,16 @@ def has_amx() -> bool:
 def pool_tokens(server_args: ServerArgs) -> int:
     """Slots of the KV pool: a share of the memory that is free now, a cgroup's limit included."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.model_config import AttentionArch
 
     from sgl_blend.host_memory import available_memory
 
     model = model_config_of(server_args)
-    heads = model.get_num_kv_heads(server_args.tp_size)
-    token = 2 * model.num_hidden_layers * heads * model.head_dim * model.dtype.itemsize
+    if model.attention_arch == AttentionArch.MLA:  # one vector a token, on each rank
+        numbers = model.kv_lora_rank + model.qk_rope_head_dim
+    else:
+        numbers = 2 * model.get_num_kv_heads(server_args.tp_size) * model.head_dim
+    token = model.num_hidden_layers * numbers * model.dtype.itemsize
     tokens = available_memory() // POOL_SHARE // (token * ranks(server_args))
     # A rounded number is easier to read and to state.
     return max(1024, min(POOL_TOKENS, tokens // 1024 * 1024))

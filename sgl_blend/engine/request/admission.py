@@ -11,6 +11,12 @@ is first, and is cut at the full piece size if it has to be. Whether it is blend
 when it does not fit; all other requests are packed and cut as SGLang does. Where the policy of the
 queue sorts others before it again and again, it is cut all the same after ``PATIENCE`` batches.
 
+A model with latent attention computes ordinary rows in another form than blended ones, which is
+faster for long new texts; in a batch with a blended request all rows would run in that one's form.
+There a batch's first request decides whether it is a batch of requests that reuse something or of
+requests that do not, and the others stay in the queue, as SGLang does it with pooling modes; for
+``PATIENCE`` batches at most.
+
 With ``--enable-mixed-chunk`` running requests take their token each out of the piece size; there
 a long prompt's cuts still depend on how many run.
 """
@@ -19,12 +25,15 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.state import state_of
 from sgl_blend.gate.state import GateState
 
 #: batches that a request waits for, at most, in order not to be cut behind others
 PATIENCE = 8
+#: waiting requests of the other kind that are looked up for one batch, at most
+LOOKS = 32
 
 
 class Loads(Protocol):
@@ -40,14 +49,38 @@ class Blends(Protocol):
     def would_blend(self, req: Any) -> bool:
         """Would the request be blended if it ran now?"""
 
+    def would_reuse(self, req: Any) -> bool:
+        """Would any of it be reused, be it all recomputed?"""
 
-def admit(config: BlendConfig, gate: GateState, tiers: Loads | None, lookup: Blends):
-    """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23)."""
+
+def admit(
+    config: BlendConfig,
+    gate: GateState,
+    tiers: Loads | None,
+    lookup: Blends,
+    apart: bool = False,
+):
+    """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23).
+
+    apart: requests that reuse something run in batches without the others.
+    """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
         if tiers is not None and not tiers.admits(req):
             return AddReqResult.CONTINUE
+        if apart:
+            state, first = state_of(req, config, gate), next(iter(adder.can_run_list), None)
+            state.reuses = lookup.would_reuse(req)
+            if (
+                first is not None
+                and state.reuses != state_of(first, config, gate).reuses
+                and state.passed_over < PATIENCE
+            ):
+                state.passed_over += 1
+                looks = attach.PASSED.get(adder) or 0
+                attach.PASSED.set(adder, looks + 1)
+                return AddReqResult.CONTINUE if looks + 1 < LOOKS else AddReqResult.OTHER
         room = adder.rem_chunk_tokens
         if room is not None and adder.can_run_list:
             rows = len(req.full_untruncated_fill_ids) - req.prefix_len

@@ -42,7 +42,7 @@ def connect_store(
     endpoint = config.store_endpoint or attach.STORE.get(ctx.server_args)
     if "store" not in config.tiers or not endpoint:
         return None
-    k, v = pool.k(0), pool.v(0)
+    k, v = pool.moved(0)
     layout = Layout(num_layers, k.shape[1], k.shape[2], v.shape[2], tree.page_size)
     dtype = str(k.dtype).removeprefix("torch.")
     curve = None
@@ -57,7 +57,8 @@ def connect_store(
             deadline_s=config.store_deadline,
             wait_s=config.prefetch_timeout,
             layerwise=ctx.tp_size == 1,
-            offload=config.offload,
+            # Of what all ranks hold alike, one stores it for all.
+            offload=config.offload and not (pool.latent and ctx.tp_rank),
             adaptive=config.adaptive_ratio,
             max_generation=config.max_generation,
             max_positions=pool.max_positions,
@@ -73,7 +74,7 @@ def connect_store(
     if ctx.tp_rank == 0:
         logger.info("sgl-blend: chunks are stored at %s", endpoint)
     launch = attach.LAUNCH.get(ctx.server_args) or secrets.token_hex(16)
-    space = StoreSpace(bytes.fromhex(launch), rank)
+    space = StoreSpace(bytes.fromhex(launch), (0, 1) if pool.latent else rank)
     return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics, space)
 
 

@@ -99,18 +99,27 @@ class SourceLookup:
         return spans
 
     def would_blend(self, req: Any) -> bool:
-        """Would a waiting request be blended if it ran now?"""
+        """Would a waiting request be blended if it ran now, so that what it is cut into matters?"""
+        spans = self._waiting(req) if state_of(req, self.config, self.gate).wants_blend else []
+        return not all(s.exact for s in spans)
+
+    def would_reuse(self, req: Any) -> bool:
+        """Would any of a waiting request be reused if it ran now, be it all recomputed?"""
+        return bool(self._waiting(req))
+
+    def _waiting(self, req: Any) -> list[ReuseSpan]:
+        """What would be reused of a waiting request if it ran now."""
         state = state_of(req, self.config, self.gate)
-        if state.fallback is not None or not state.wants_blend:
-            return False
+        if state.fallback is not None:
+            return []
         n, begin = len(req.origin_input_ids), req.prefix_len
         state.suffix_start = self.sources.suffix_start(
             req.origin_input_ids, n, state.options.boundaries
         )
         if state.suffix_start - begin < self.config.min_span_tokens:
-            return False
+            return []
         if self.obstacle(req, state) is not None:
-            return False
+            return []
         spans = self.find(req, state, begin, state.suffix_start)
         least = max(1, self.config.min_reused_tokens)
-        return sum(s.length for s in spans) >= least and not all(s.exact for s in spans)
+        return spans if sum(s.length for s in spans) >= least else []

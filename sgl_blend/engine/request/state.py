@@ -79,6 +79,8 @@ class RequestState:
     cuts: np.ndarray | None = None
     #: how often it had to wait for a prefill batch of its own (``admission``)
     passed_over: int = 0
+    #: whether it found anything to reuse when it was last considered for a batch (``admission``)
+    reuses: bool = False
     probe: Probe | None = None
     #: the ratio that was applied: ``ratio``, or more where loading left time for it
     used_ratio: float = -1.0

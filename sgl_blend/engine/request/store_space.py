@@ -1,7 +1,8 @@
 """What a rank's chunks are filed under in a store that other ranks and servers use as well.
 
 Equal names mean that the KV may be shared: it was stored in the same way, for the same tenant, by
-the same rank of a tensor-parallel group, with the same weights. A tenant's digest already tells
+the same rank of a tensor-parallel group, with the same weights. Latent KV (MLA) is the same on all
+ranks: they count as one. A tenant's digest already tells
 the weights that were loaded at launch. What replaced them later has no such identity, so it
 is told by this launch of the server and by how often its weights have been replaced: the
 data-parallel ranks of one server are sent the same updates and go on sharing. No other server
@@ -22,7 +23,7 @@ _MOST_NAMES = 4096
 
 class StoreSpace:
     """launch: random bytes that all ranks of this launch of the server have in common. rank:
-    (number, size) within the tensor-parallel group."""
+    (number, size) within the tensor-parallel group, (0, 1) where all ranks hold the same KV."""
 
     def __init__(self, launch: bytes, rank: tuple[int, int]) -> None:
         self._launch, self._rank = launch, rank

@@ -6,7 +6,9 @@ Seams (SGLang 0.5.23): BEFORE ``Scheduler._add_request_to_queue`` a load begins;
 spinning loop sleeps for a moment, so that the threads that load get the interpreter. New chunks are
 offered when the tree takes them in.
 
-Tensor-parallel ranks each load their own heads from the same store. They must plan alike: they
+Tensor-parallel ranks each load their own heads from the same store. Latent KV (MLA) is computed
+alike on all of them: the first one stores it, all load it, and should their copies ever have
+differed by rounding, they are the first one's from then on. Ranks must plan alike: they
 agree on when a load is ready and on every token that it brings, and bring chunks in whole, so that
 no rank finds out within a forward pass that something is missing.
 """

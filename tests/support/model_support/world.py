@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from model_support import latent
 from model_support.asks import Ask, Outcome
 from model_support.engine import Engine
 from model_support.prompts import Desk
@@ -40,6 +41,8 @@ PUBLISHED = {
         "final_logit_softcapping": None,
     }
 }
+ARCHITECTURES.update(latent.ARCHITECTURES)
+PUBLISHED |= latent.PUBLISHED
 SIZE = {"layers": 4, "hidden": 64, "heads": 4, "vocab": 512}
 
 #: name -> check; filled by the ``@check`` functions of the ``checks_*`` modules
@@ -68,7 +71,9 @@ class World:
     @property
     def reference(self) -> Reference:
         if self._reference is None:
-            self._reference = Reference(self.model)
+            latents = "kv_lora_rank" in json.loads((self.model / "config.json").read_text())
+            kind = latent.LatentReference if latents else Reference
+            self._reference = kind(self.model)
         return self._reference
 
     def stock(self) -> None:
@@ -239,6 +244,7 @@ def run_checks(
         checks_fused,
         checks_gate,
         checks_hkvd,
+        checks_latent,
         checks_random,
         checks_reuse,
         checks_rotation,
