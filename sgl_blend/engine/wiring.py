@@ -142,6 +142,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
             model, ctx.model_config, model_runner.token_to_kv_pool, ranks
         ),
         boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
+        sources_end_of=lambda req: state_of(req, config, gate).media_start,
     )
     _keep_off_graphs()
     kv = ctx.params.token_to_kv_pool_allocator.get_kvcache()

@@ -63,6 +63,8 @@ class BlendRadixCache(ChunkRadixCache):
     namespace_of: ``(req, n) -> str | None``, the namespace approximate KV would be filed under
     if the request's first ``n`` tokens were a whole prompt; ``None`` where the request wants
     exact KV. boundaries_of: ``req -> offsets | None``, boundaries that the request states.
+    sources_end_of: ``req -> position | None``, where its first image lies: from there on no chunk
+    is indexed, and a span of another prompt, which is text, cannot reach across.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class BlendRadixCache(ChunkRadixCache):
         namespace_of: Callable[[Req, int], str | None],
         fingerprint: str,
         boundaries_of: Callable[[Req], Sequence[int] | None] = lambda req: None,
+        sources_end_of: Callable[[Req], int | None] = lambda req: None,
     ):
         super().__init__(params, config, strong=strong, fingerprint=fingerprint)
         self._namespace_of = namespace_of
         self._boundaries_of = boundaries_of
+        self._sources_end_of = sources_end_of
         #: nodes that ``_age`` has put at the head of the queue for eviction
         self._aged = 0
         self.kv_events: KVCacheEventRecorder = _ExactEvents(
@@ -179,14 +183,14 @@ class BlendRadixCache(ChunkRadixCache):
         record: BlendRecord | None = attach.RECORD.get(req)
         # What the request holds a lock on says what it runs on; its attributes may be stale.
         top = self._approximate_top(req.last_node)
-        self._stated = self._boundaries_of(req)
+        self._stated, self._sources_end = self._boundaries_of(req), self._sources_end_of(req)
         try:
             if top is None and (record is None or record.exact_len(up_to) >= up_to):
                 super().checkpoint(req, up_to=up_to)
             else:
                 self._checkpoint_approximate(req, up_to, record, top)
         finally:
-            self._stated = None
+            self._stated = self._sources_end = None
 
     def _checkpoint_approximate(
         self, req: Req, up_to: int, record: BlendRecord | None, top: TreeNode | None

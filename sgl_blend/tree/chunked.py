@@ -119,8 +119,10 @@ class ChunkRadixCache(RadixCache):
         self.on_reset: Callable[[], None] | None = None
         #: how often the tree has been emptied as a whole
         self.lives = 0
-        # Boundaries stated by the request whose KV is being inserted.
+        # Of the request whose KV is being inserted: boundaries that it states, and where its
+        # tokens cease to be sources.
         self._stated: Sequence[int] | None = None
+        self._sources_end: int | None = None
         super().__init__(params)
 
     # -- what the engine asks ------------------------------------------------------------
@@ -262,8 +264,13 @@ class ChunkRadixCache(RadixCache):
             node = node.parent
         cuts = cut_points(tokens, chunking, self.strong, self._stated, start or 0).tolist()
         bad = None
-        if labels is not None:
-            bad = np.cumsum(np.append(0, forbidden(labels, self.config.max_generation)))
+        if labels is not None or self._sources_end is not None:
+            none = np.zeros(n, dtype=bool)
+            if labels is not None:
+                none = forbidden(labels, self.config.max_generation)
+            if self._sources_end is not None:
+                none[self._sources_end :] = True
+            bad = np.cumsum(np.append(0, none))
         raw = tokens.tobytes()
         fresh = chunk_hasher(tenant).copy
         for a, b in zip(cuts, cuts[1:], strict=False):
@@ -282,9 +289,9 @@ class ChunkRadixCache(RadixCache):
         if self.on_fresh is not None:
 
             def usable(a: int, b: int) -> int | None:
-                if bad is None or labels is None:
-                    return EXACT
-                return None if bad[b] > bad[a] else int(labels[a:b].max())
+                if bad is not None and bad[b] > bad[a]:
+                    return None
+                return EXACT if labels is None else int(labels[a:b].max())
 
             self.on_fresh(last, tokens, matched, tenant, usable, self._stated)
 

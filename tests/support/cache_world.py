@@ -41,13 +41,24 @@ def publish_server_args() -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """What lies in a slot: of which tokens, at which position, how exact, filed by whom."""
+    """What lies in a slot: of which tokens, at which position, how exact, filed by whom. movable:
+    its position is its index."""
 
     token: int
     position: int
     prefix: bytes
     label: int
     namespace: str
+    movable: bool = True
+
+
+#: ids from here on stand for images
+IMAGE = 1_000_000
+
+
+def media_start(tokens) -> int | None:
+    """Where the first image of a prompt begins."""
+    return next((i for i, t in enumerate(tokens) if t >= IMAGE), None)
 
 
 @dataclass
@@ -83,6 +94,7 @@ class World:
             namespace_of=self.namespace_of,
             fingerprint="model",
             boundaries_of=lambda req: getattr(req, "_stated", None),
+            sources_end_of=lambda req: media_start(req.origin_input_ids),
         )
         self.kv: dict[int, Written] = {}
         self.running: list[Running] = []
@@ -107,7 +119,7 @@ class World:
             extra_key=extra_key,
             cache_salt=cache_salt,
         )
-        req._wants_blend = blend
+        req._wants_blend = blend and media_start(tokens) is None
         req._stated = stated
         return req
 
@@ -171,6 +183,7 @@ class World:
         req = run.req
         row = self.rows.req_to_token[req.kv.req_pool_idx, begin:end].tolist()
         tokens = req.origin_input_ids + req.output_ids
+        media = media_start(tokens)
         for i, slot in enumerate(row):
             position = begin + i
             self.kv[slot] = Written(
@@ -179,6 +192,7 @@ class World:
                 prefix_digest(tokens[: position + 1]),
                 int(labels[i]),
                 req.rid,
+                media is None or position < media,
             )
 
     def prefill(self, run: Running, piece: int = 10**9) -> bool:
@@ -265,6 +279,7 @@ class World:
                 kv = self.kv[slot]
                 assert (kv.token, kv.position) == (tokens[s.start + i], s.source_start + i)
                 assert EXACT <= kv.label <= self.cache.config.max_generation
+                assert kv.movable
                 top = max(top, kv.label)
             assert top == s.generation
             at = s.end

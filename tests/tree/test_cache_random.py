@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cache_world import World, doc, find
+from cache_world import IMAGE, World, doc, find, media_start
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -65,6 +65,19 @@ class Scheduler(RuleBasedStateMachine):
         self.world.admit(
             self.world.request(tokens, blend, extra_key=tenant, stated=bounds if stated else None)
         )
+
+    @precondition(room)
+    @rule(
+        system=st.integers(0, 2),
+        picks=st.lists(st.integers(0, len(DOCS) - 1), min_size=1, max_size=3),
+        image=st.integers(0, 1),
+    )
+    def arrive_with_an_image(self, system, picks, image):
+        """Behind the first document; never blended, whatever it asks."""
+        first, *more = (DOCS[p] for p in picks)
+        tokens = doc(300 + system, 9 * system) + first + [IMAGE + image] * 20
+        tokens += [t for d in more for t in d] + doc(400, 34)
+        self.world.admit(self.world.request(tokens, True))
 
     @precondition(lambda self: self.room() and self.finished)
     @rule(which=st.integers(0, 50), extra=st.integers(1, 40), flip=st.integers(0, 3))
@@ -164,7 +177,9 @@ class Walk:
         "look": 1,
     }
 
-    def __init__(self, seed: int, page: int, continuation: str):
+    def __init__(self, seed: int, page: int, continuation: str, images: int = 0):
+        """images: weight of requests that hold one."""
+        self.weights = self.WEIGHTS | {"arrive_with_an_image": images}
         self.rng = np.random.default_rng(seed)
         self.machine = Scheduler()
         self.machine.start(page, continuation, 1 + self.upto(3))
@@ -179,6 +194,8 @@ class Walk:
             picks = self.rng.integers(0, len(DOCS), 1 + upto(4)).tolist()
             tenant = [None, None, "x"][upto(3)]
             return upto(3), picks, upto(2), upto(4) > 0, tenant, upto(4) == 0
+        if name == "arrive_with_an_image":
+            return upto(3), self.rng.integers(0, len(DOCS), 1 + upto(3)).tolist(), upto(2)
         return {
             "finish": (upto(4), upto(20), 30 + upto(370)),
             "same_again": (upto(50), upto(6)),
@@ -193,8 +210,9 @@ class Walk:
 
     def possible(self, name: str) -> bool:
         machine = self.machine
-        if name in ("arrive", "same_again", "next_turn", "resume"):
-            ready = {"arrive": True, "resume": bool(machine.retracted)}
+        arrivals = "arrive", "arrive_with_an_image"
+        if name in (*arrivals, "same_again", "next_turn", "resume"):
+            ready = {**dict.fromkeys(arrivals, True), "resume": bool(machine.retracted)}
             return machine.room() and ready.get(name, bool(machine.finished))
         return machine.busy() or name in ("evict", "look")
 
@@ -203,7 +221,7 @@ class Walk:
 
     def step(self) -> None:
         machine, world = self.machine, self.machine.world
-        names = [n for n, w in self.WEIGHTS.items() for _ in range(w) if self.possible(n)]
+        names = [n for n, w in self.weights.items() for _ in range(w) if self.possible(n)]
         name = names[self.upto(len(names))]
         running, stored = len(world.running), len(world.cache.index)
         getattr(machine, name)(*self.arguments(name))
@@ -215,6 +233,8 @@ class Walk:
             self.count("approximate prefix", prefix)
             self.count("outputs of a turn before", prefix and sum(prefix) < n_prompt - 17)
             self.count("blending without one", run.blend and not prefix)
+            media = media_start(run.req.origin_input_ids)
+            self.count("prefix with an image", media and run.req.prefix_len > media)
         self.count("eviction", name == "evict" and len(world.cache.index) < stored)
         generations = world.cache.index._generations
         nodes = tree_nodes(world.cache)
@@ -235,8 +255,21 @@ def test_long_random_walks_meet_every_case(page, continuation):
             met[what] = met.get(what, 0) + times
     if continuation == "same":
         met.pop("outputs of a turn before")
+    met.pop("prefix with an image")
     print(met)
     assert min(met.values()) >= 5, met
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_random_walks_with_images(page):
+    met = 0
+    for seed in range(6):
+        walk = Walk(seed, page, "extend", images=2)
+        for _ in range(100):
+            walk.step()
+        walk.machine.teardown()
+        met += walk.met["prefix with an image"]
+    assert met > 20
 
 
 TestScheduler = Scheduler.TestCase

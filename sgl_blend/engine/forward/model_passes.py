@@ -72,6 +72,9 @@ class ModelPasses:
         self._rows, self._scratch = rows, False
         if rows is not None:
             self._take(rows, counts)
+        else:
+            # Gemma 3 of several modalities counts its positions up in place, in every pass.
+            self.fb.positions = self.whole.positions.clone()
         result = self._pass(attention, stop)
         if rows is not None and stop is None:
             self._spread_experts()
@@ -90,10 +93,10 @@ class ModelPasses:
         fb = self.fb = copy.copy(self.whole)
         self._rows, self._scratch = None, True
         fb.input_ids = ids
-        fb.positions = positions
+        fb.positions = positions.clone()
         if self.whole.mrope_positions is not None:
             # Text alone: the same position on each axis.
-            fb.mrope_positions = positions.expand(self.whole.mrope_positions.shape[0], -1)
+            fb.mrope_positions = positions.repeat(self.whole.mrope_positions.shape[0], 1)
         # Slot 0 is the pool's padding slot: models that write KV in a fused kernel hit it only.
         fb.out_cache_loc = torch.zeros(n, dtype=torch.int64, device=ids.device)
         # A request's scratch rows are its adapter's.

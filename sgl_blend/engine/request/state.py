@@ -18,7 +18,7 @@ from sgl_blend.plan import BlendRecord, ReuseSpan
 from sgl_blend.selection import POLICIES, Need, Policy
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import MultimodalInputs, Req
 
 
 @dataclass
@@ -86,6 +86,8 @@ class RequestState:
     used_ratio: float = -1.0
     #: how much may be recomputed while chunks are loading without taking longer
     free_ratio: float = 0.0
+    #: position of its first image (or sound); None: the prompt is text
+    media_start: int | None = None
 
     def __post_init__(self) -> None:
         self.used_ratio = self.ratio
@@ -136,7 +138,17 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
         attach.STATE.set(req, state)
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
+    if state.media_start is None and req.multimodal_inputs is not None:
+        # SGLang adds them after the request was made, and takes them away when it has finished.
+        state.media_start = _media_start(req.multimodal_inputs)
     return state
+
+
+def _media_start(inputs: MultimodalInputs) -> int:
+    """Where in the prompt what is no text begins. From there on a token's position, on the three
+    axes of a rotary embedding, need not be its index; before it nothing is known of it."""
+    starts = [item.offsets[0][0] if item.offsets else 0 for item in inputs.mm_items]
+    return min(starts, default=0)
 
 
 def read_options(config: BlendConfig, gate: GateState):
