@@ -7,7 +7,9 @@ import torch
 from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.ops import Rope
 from sgl_blend.ops.reference import rotate
+from sgl_blend.plan import HostPart
 from sgl_blend.prefill.attention import KvCopy
+from sgl_blend.tiering.hostkv import HostKV
 
 SLOTS, DIM, POSITIONS = 40, 8, 100
 
@@ -52,6 +54,40 @@ def test_each_layer_turns_keys_as_measured_or_not_at_all():
         assert torch.equal(buffers.v[layer][dst], v[src])
         others = [i for i in range(SLOTS) if i not in dst.tolist()]
         assert torch.equal(buffers.k[layer][others], k[others])
+
+
+class _Chunk:
+    """Loaded KV of tokens, as far as it is read: all layers are there."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = k, v
+
+    def range_of(self, layer: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        return 0, self.k, self.v
+
+
+class _Load:
+    def wait(self, layer: int, chunks: object) -> None:
+        """Nothing is under way."""
+
+
+def test_what_is_loaded_is_turned_as_measured_or_not_at_all():
+    ropes = [_rope(1e4), None, _rope(1e2), None]
+    buffers = Buffers(len(ropes))
+    pool = ModelPool(buffers, ropes, POSITIONS)
+    gen = torch.Generator().manual_seed(5)
+    k, v = (torch.randn(len(ropes), 7, 2, DIM, generator=gen) for _ in "kv")
+    chunk, dst = _Chunk(k, v), torch.arange(20, 25)
+    old, new = torch.arange(1, 6), torch.arange(60, 65)
+    kv = HostKV(_Load(), [HostPart(chunk, 1, 5)], old, new, dst)
+    for layer, rope in enumerate(ropes):
+        kv.run(pool, layer)
+        expected = k[layer, 1:6]
+        if rope is not None:
+            turn = rope.delta(old, new)
+            expected = rotate(expected, turn.cos, turn.sin, DIM, True)
+        torch.testing.assert_close(buffers.k[layer][dst], expected)
+        assert torch.equal(buffers.v[layer][dst], v[layer, 1:6])
 
 
 def test_layers_without_positions_set_no_limit_to_them():
