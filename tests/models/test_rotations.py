@@ -9,6 +9,8 @@ from __future__ import annotations
 import pytest
 from model_support.checks_rotation import FAULTS
 
+from sgl_blend.harness.process import free_port
+
 CHECKS = "model_support.checks_rotation:"
 
 
@@ -39,6 +41,15 @@ def test_a_layer_that_writes_its_kv_by_itself_is_served(refusals):
 def test_the_launch_ends_whatever_the_gate_is_told(jobs, models, gate):
     said = jobs.run(CHECKS + "launch", str(models), "llama", {"gate": gate}, "frequencies scaled")
     assert "layer 2: its keys are no known rotation" in said
+
+
+def test_a_layer_that_one_rank_cannot_serve_ends_the_launch_on_all(jobs, models):
+    """Each rank sees its own heads; one that went on alone would hang in the next collective."""
+    port = free_port()
+    args = (str(models), "llama", "frequencies scaled")
+    calls = [(CHECKS + "launch_of_ranks", (*args, rank, 2, port), {}) for rank in (0, 1)]
+    for said in jobs.run_all(calls):
+        assert "layer 2: its keys are no known rotation" in said
 
 
 def test_learned_positions_are_refused_by_the_first_layer(jobs, models):

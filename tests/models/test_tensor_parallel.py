@@ -44,7 +44,7 @@ def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "check"),
-    [(None, None), ("rotation_sign_flipped", "keys"), ("values_rotated", "values")],
+    [(None, None), ("one_layer_turned_otherwise", "keys"), ("values_rotated", "values")],
 )
 def test_what_the_gate_finds_on_one_rank_holds_on_all(jobs, models, fault, check) -> None:
     """Each rank sees its own heads: blending must go off on both, or they part ways."""

@@ -59,7 +59,7 @@ def test_a_broken_build_serves_as_plain_sglang_does(model, plain, start, tmp_pat
 def test_a_broken_build_ends_the_launch_where_asked(model, start, tmp_path):
     with pytest.raises(launcher.ServerError) as e:
         start(model, [*ON, "--blend-gate", "fail"], faults.install(tmp_path, "values_rotated"))
-    assert "the correctness gate failed: values: layer 0's V of a reused token" in str(e.value)
+    assert re.search(r"gate failed: values: layer \d's V of a (reused|moved) token", str(e.value))
 
 
 def send(server, d: Docs, count: int, **more):

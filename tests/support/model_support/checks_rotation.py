@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -224,7 +225,9 @@ def _refusal(engine: Engine) -> str:
     return ""
 
 
-def launch(models: str, arch: str, options: dict[str, Any], fault: str | None) -> str:
+def launch(
+    models: str, arch: str, options: dict[str, Any], fault: str | None, **tensor: int
+) -> str:
     """In a child: the message with which the launch of ``arch`` ends; empty where it does not."""
     with ExitStack() as held:
         broken = None
@@ -232,10 +235,17 @@ def launch(models: str, arch: str, options: dict[str, Any], fault: str | None) -
             change = FAULTS[fault][0]
             broken = lambda model: held.enter_context(change(model))  # noqa: E731
         try:
-            Engine(model_for(Path(models), arch), options=options, change=broken)
+            Engine(model_for(Path(models), arch), options=options, change=broken, **tensor)
         except UnsupportedError as e:
             return str(e)
     return ""
+
+
+def launch_of_ranks(models: str, arch: str, fault: str, rank: int, size: int, port: int) -> str:
+    """In a child (one a rank), the last rank alone with ``fault``: what the launch ends with."""
+    os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+    tensor = {"tp_size": size, "tp_rank": rank, "port": port}
+    return launch(models, arch, {}, fault if rank == size - 1 else None, **tensor)
 
 
 @check
