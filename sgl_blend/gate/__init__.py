@@ -3,6 +3,7 @@
 ==================  ============================================================
 ``state.py``        what the gate has decided: on, on at a raised ratio, or off and why
 ``model.py``        protocol: what the gate asks of a model (``engine/gate/model.py``)
+``rotation.py``     how each layer encodes positions, measured at launch whatever the gate is told
 ``mechanics.py``    exact checks at launch on random tokens: rotation, copies, mask, recomputation
 ``fidelity.py``     blended against exact next-token distributions; the ratio ladder
 ``yardstick.py``    exact attention, where the server's own is not what the model means
