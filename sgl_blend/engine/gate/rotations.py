@@ -110,7 +110,8 @@ def _run(
         forward.positions.copy_(torch.tensor(positions))
         if forward.mrope_positions is not None:
             axes = forward.mrope_positions
-            forward.mrope_positions = forward.positions.expand(axes.shape[0], -1).to(axes.dtype)
+            rows = forward.positions.expand(axes.shape[0], -1)
+            forward.mrope_positions = rows.to(axes.dtype).contiguous()
 
     core = SelfAttention(kind.split)
     req = prefills.request([token] * len(positions))
