@@ -12,7 +12,7 @@ import pytest
 from talk import Docs, ask
 
 from sgl_blend.harness import server as launcher
-from sgl_blend.harness.models import make_model
+from sgl_blend.harness.models import ARCHITECTURES, make_model
 
 SUPPORT = Path(__file__).parents[1] / "support"
 ON = ["--enable-blend"]
@@ -209,14 +209,15 @@ def test_the_launch_command_itself_refuses(model, child_env):
     assert "Traceback" not in done.stderr
 
 
-def test_a_rope_that_cannot_be_moved_ends_the_launch(tmp_path, start):
+def test_a_layer_that_cannot_be_moved_ends_the_launch(tmp_path, start, monkeypatch):
     """Only the loaded model shows it: the scheduler process says so, and the launch ends."""
-    model = make_model(tmp_path / "dynamic", "llama-dynamic", layers=4, hidden=64)
+    monkeypatch.setitem(ARCHITECTURES, "gpt2", ("GPT2Config", {}))
+    model = make_model(tmp_path / "gpt2", "gpt2", layers=4, hidden=64)
     with pytest.raises(launcher.ServerError) as e:
-        start(model, ON)
+        start(model, [*ON, "--blend-gate", "off"])
     assert "ended with" in str(e.value) and "ended with 0" not in str(e.value)
     log = str(e.value)
-    assert "cannot move keys encoded by DynamicNTKScalingRotaryEmbedding" in log
+    assert "GPT2LMHeadModel cannot be blended: layer 0: its values depend on the position" in log
 
 
 def test_without_the_flag_nothing_is_hooked_and_the_tree_is_sglangs(plain):
