@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from sgl_blend.errors import UnsupportedError
-from sgl_blend.ops import Rope, reference
+from sgl_blend.ops import AnyRope, reference
 from sgl_blend.prefill.rows import AttentionSpec
 
 ROUNDOFFS, NOISE = 16.0, 6.0
@@ -45,14 +45,14 @@ class Candidate(NamedTuple):
     """A rotary module of the model."""
 
     name: str
-    rope: Rope
+    rope: AnyRope
 
 
 class Measured(NamedTuple):
     """A layer's encoding. rope: None where keys carry no position. name: of its module, or "none".
     error: of what fits, over what is allowed; rejected: the same of the nearest that does not."""
 
-    rope: Rope | None
+    rope: AnyRope | None
     name: str
     error: float
     rejected: float
@@ -178,7 +178,7 @@ class _Probe:
             rows = [at + i for i, p in enumerate(positions) if p == positions[0]]
             self._same.append(rows)
             at += len(positions)
-        shapes: list[Rope | None] = [None, *(c.rope for c in candidates)]
+        shapes: list[AnyRope | None] = [None, *(c.rope for c in candidates)]
         first = self._keys[:1].expand_as(self._keys)
         self.kept = self._worst(kept[:1].expand_as(kept), kept, [None], angle=0.0)
         self.still = self._worst(first, self._keys, shapes, angle=0.0)
@@ -188,8 +188,8 @@ class _Probe:
     def misfits(self) -> list[float]:
         return [float(not o.share <= 1.0) for o in (self.kept, self.still, *self.moved)]
 
-    def _move(self, rope: Rope) -> Off:
-        device = rope.cos_sin.device
+    def _move(self, rope: AnyRope) -> Off:
+        device = rope.device
         new = self.positions.to(device)
         if int(self.positions.max()) >= rope.max_positions or rope.rotary_dim > self._keys.shape[2]:
             return Off(int(self.positions.max()), float("inf"), MOST)
@@ -200,7 +200,7 @@ class _Probe:
         return self._worst(moved, self._keys, [rope], ANGLE)
 
     def _worst(
-        self, ours: torch.Tensor, seen: torch.Tensor, shapes: Sequence[Rope | None], angle: float
+        self, ours: torch.Tensor, seen: torch.Tensor, shapes: Sequence[AnyRope | None], angle: float
     ) -> Off:
         off = torch.stack([_off(ours, seen, s) for s in shapes]).amax(dim=0).cpu()
         noise = max(
@@ -213,7 +213,7 @@ class _Probe:
         return Off(int(self.positions[row]), float(off[row]), float(allowed[row]))
 
 
-def _off(ours: torch.Tensor, seen: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+def _off(ours: torch.Tensor, seen: torch.Tensor, rope: AnyRope | None) -> torch.Tensor:
     """fp32 [rows]: each row's largest error (see the module's docstring), inf for NaN."""
     wrong, size = (ours - seen).square(), seen.square()
     if rope is None:
@@ -227,7 +227,7 @@ def _off(ours: torch.Tensor, seen: torch.Tensor, rope: Rope | None) -> torch.Ten
     return torch.nan_to_num(worst, nan=float("inf"))
 
 
-def _pairs(squares: torch.Tensor, half: int, rope: Rope) -> torch.Tensor:
+def _pairs(squares: torch.Tensor, half: int, rope: AnyRope) -> torch.Tensor:
     if rope.neox:
         return squares[..., :half] + squares[..., half:]
     return squares[..., 0::2] + squares[..., 1::2]

@@ -1,7 +1,7 @@
 """The compute primitives of the blend prefill. Knows tensors; no SGLang, no plans, no policies.
 
 ====================  =========================================================
-``rotation.py``       ``Rope``; copies of KV whose K is rotated to new positions
+``rotation.py``       ``Rope``, ``FrequencyRope``; copies of KV, K rotated to new positions
 ``attention.py``      attention of gapped rows by true position; attention mass
 ``outward.py``        share of attention that leaves the row's document
 ``deviation.py``      squared distance of cached from fresh V, per token
@@ -30,11 +30,21 @@ from sgl_blend.ops.attention import (
 from sgl_blend.ops.deviation import v_deviation
 from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.reference import cast, put
-from sgl_blend.ops.rotation import Parts, Rope, Rotation, rotate_copy, rotate_from
+from sgl_blend.ops.rotation import (
+    AnyRope,
+    FrequencyRope,
+    Parts,
+    Rope,
+    Rotation,
+    rotate_copy,
+    rotate_from,
+)
 from sgl_blend.ops.rows import covering_rows, top_rows
 
 __all__ = [
+    "AnyRope",
     "AttentionWithMass",
+    "FrequencyRope",
     "Parts",
     "Rope",
     "Rotation",

@@ -82,6 +82,10 @@ class Rope:
     def max_positions(self) -> int:
         return self.cos_sin.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.cos_sin.device
+
     def delta(self, old_pos: torch.Tensor, new_pos: torch.Tensor) -> Rotation:
         """Rotation that carries K computed at ``old_pos`` [n] to ``new_pos`` [n] (int64).
 
@@ -91,21 +95,64 @@ class Rope:
         Raises:
             KernelError: shapes differ, or a position lies outside the table.
         """
-        device = self.cos_sin.device
-        old = checks.index("old_pos", old_pos, device)
-        new = checks.index("new_pos", new_pos, device)
-        require(
-            old.shape == new.shape,
-            f"old_pos has {old.shape[0]} positions, new_pos {new.shape[0]}",
-        )
-        for name, pos in (("old_pos", old), ("new_pos", new)):
-            checks.in_range(name, pos, self.max_positions)
-        half = self.rotary_dim // 2
+        old, new = _positions(self, old_pos, new_pos)
         table = self.cos_sin if self.cos_sin.dtype == torch.float32 else self.cos_sin.float()
-        before, after = table[old], table[new]
-        c, s, cc, ss = before[:, :half], before[:, half:], after[:, :half], after[:, half:]
-        inverse = (c * c + s * s).reciprocal_()
-        return Rotation((cc * c + ss * s) * inverse, (ss * c - cc * s) * inverse)
+        return _quotient(table[old], table[new])
+
+
+@dataclass(frozen=True, eq=False)
+class FrequencyRope:
+    """A rotation whose angles a model computes in each pass, without a table (transformers'
+    rotary modules, and those that SGLang took from there).
+
+    inv_freq: fp32 [rotary_dim / 2], radians a position. dtype: that of the model, to which it
+    rounds cosine and sine. Otherwise as ``Rope``.
+    """
+
+    inv_freq: torch.Tensor
+    neox: bool
+    dtype: torch.dtype
+    max_positions: int
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.inv_freq.device
+
+    def delta(self, old_pos: torch.Tensor, new_pos: torch.Tensor) -> Rotation:
+        """As ``Rope.delta``."""
+        return _quotient(*(self._at(p) for p in _positions(self, old_pos, new_pos)))
+
+    def _at(self, positions: torch.Tensor) -> torch.Tensor:
+        angles = positions[:, None].float() * self.inv_freq
+        return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype).float()
+
+
+AnyRope = Rope | FrequencyRope
+
+
+def _positions(
+    rope: AnyRope, old_pos: torch.Tensor, new_pos: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    old = checks.index("old_pos", old_pos, rope.device)
+    new = checks.index("new_pos", new_pos, rope.device)
+    require(
+        old.shape == new.shape,
+        f"old_pos has {old.shape[0]} positions, new_pos {new.shape[0]}",
+    )
+    for name, pos in (("old_pos", old), ("new_pos", new)):
+        checks.in_range(name, pos, rope.max_positions)
+    return old, new
+
+
+def _quotient(before: torch.Tensor, after: torch.Tensor) -> Rotation:
+    """Of entries [n, rotary_dim], fp32: cosines, then sines."""
+    (c, s), (cc, ss) = before.chunk(2, dim=1), after.chunk(2, dim=1)
+    inverse = (c * c + s * s).reciprocal_()
+    return Rotation((cc * c + ss * s) * inverse, (ss * c - cc * s) * inverse)
 
 
 def rotate_copy(

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from sgl_blend.ops import Rope
+from sgl_blend.ops import AnyRope
 
 
 class AttentionSpec(NamedTuple):
@@ -61,7 +61,7 @@ class PoolView(Protocol):
         [num_slots, Hk, Dc]: views of the pool. (K, V), or the two parts of a latent cache's
         vectors."""
 
-    def rope(self, layer: int) -> Rope | None:
+    def rope(self, layer: int) -> AnyRope | None:
         """The layer's rotation; None for a layer without positions in its keys."""
 
 

@@ -77,6 +77,9 @@ def _cases() -> list:
         options = {"page_size": page, "pool_tokens": 8192, "options": {"min_reused_tokens": 32}}
         table += [(arch, options, RANDOM)]
     table += [("mistral-window", {"page_size": 1}, GATE + EXACT)]
+    table += [("cohere2", {"page_size": 1}, (*GATE, "layers_without_positions"))]
+    for dtype in ("float32", "bfloat16"):
+        table += [("gemma3-scaled", {"dtype": dtype}, (*GATE, "angles_without_a_table"))]
     return [
         pytest.param(name, arch, options, id=f"{arch}-{_words(options)}-{name}")
         for arch, options, names in table

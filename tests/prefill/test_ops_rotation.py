@@ -275,3 +275,17 @@ def test_a_table_that_fits_no_rotation_is_refused():
         ops.Rope(torch.randn(10, 8), 6, True)
     with pytest.raises(KernelError, match="no rotary module"):
         ops.Rope.from_module(object())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_that_are_computed_turn_as_a_table_of_them_does(dtype):
+    inv_freq = 1e4 ** (-torch.arange(0, 32, 2) / 32)
+    angles = torch.arange(5000)[:, None].float() * inv_freq
+    table = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
+    rope = ops.FrequencyRope(inv_freq, True, dtype, 5000)
+    old, new = torch.tensor([0, 7, 4999, 31]), torch.tensor([4999, 0, 12, 32])
+    ours, theirs = rope.delta(old, new), ops.Rope(table, 32, True).delta(old, new)
+    assert torch.equal(ours.cos, theirs.cos) and torch.equal(ours.sin, theirs.sin)
+    assert (rope.rotary_dim, rope.max_positions) == (32, 5000)
+    with pytest.raises(KernelError, match="new_pos spans"):
+        rope.delta(old, new + 1)

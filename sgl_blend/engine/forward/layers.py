@@ -7,6 +7,7 @@ rotary module (SGLang 0.5.23): what is not known here is refused, with its layer
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 
 from sgl_blend.errors import KernelError, UnsupportedError
 from sgl_blend.gate.rotation import Candidate
-from sgl_blend.ops import Rope
+from sgl_blend.ops import AnyRope, FrequencyRope, Rope
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -107,17 +108,21 @@ class ModelLayers:
         return min(context, *tables)
 
 
-def model_layers(model: torch.nn.Module) -> ModelLayers:
-    """Look through the modules. Raises :class:`UnsupportedError` for a layer whose positions are
-    encoded in a way that no measurement shows to be fixed."""
+def model_layers(model: torch.nn.Module, context: int, dtype: torch.dtype) -> ModelLayers:
+    """Look through the modules. context: positions that the server serves. dtype: the model's.
+
+    Raises :class:`UnsupportedError` for a layer whose positions are encoded in a way that no
+    measurement shows to be fixed.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    found: dict[int, Candidate] = {}
+    candidates: list[Candidate] = []
+    at: dict[int, int] = {}
     own: dict[int, int] = {}
     for name, module in model.named_modules():
-        rope = _rope(module)
-        if rope is not None:
-            found.setdefault(id(module), Candidate(f"{type(module).__name__} ({name})", rope))
+        for rope in _ropes(module, context, dtype):
+            at.setdefault(id(module), len(candidates))
+            candidates.append(Candidate(f"{type(module).__name__} ({name})", rope))
         attentions = [m for m in module.children() if isinstance(m, RadixAttention)]
         if not attentions:
             continue
@@ -132,16 +137,18 @@ def model_layers(model: torch.nn.Module) -> ModelLayers:
             raise UnsupportedError(f"layer {layer}: positions are biases of attention (ALiBi)")
         if rotary is not None:
             own.setdefault(layer, id(rotary))
-    order = list(found)
-    return ModelLayers(
-        list(found.values()), {k: order.index(v) for k, v in own.items() if v in found}
-    )
+    return ModelLayers(candidates, {k: at[v] for k, v in own.items() if v in at})
 
 
-def _rope(module: Any) -> Rope | None:
-    if type(module).__name__ in VARYING_ROPES or not hasattr(module, "cos_sin_cache"):
-        return None
-    try:
-        return Rope.from_module(module)
-    except KernelError:
-        return None
+def _ropes(module: Any, context: int, dtype: torch.dtype) -> list[AnyRope]:
+    """The rotations that ``module`` may apply; those of vision towers among them."""
+    if type(module).__name__ in VARYING_ROPES:
+        return []
+    if hasattr(module, "cos_sin_cache"):
+        with contextlib.suppress(KernelError):
+            return [Rope.from_module(module)]
+    inv_freq = getattr(module, "inv_freq", None)
+    if isinstance(inv_freq, torch.Tensor) and inv_freq.dim() == 1 and inv_freq.numel():
+        # Which dimensions are turned together stands in the attention's code.
+        return [FrequencyRope(inv_freq.float(), pairs, dtype, context) for pairs in (True, False)]
+    return []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sgl_blend.errors import UnsupportedError
-from sgl_blend.ops import Rope
+from sgl_blend.ops import AnyRope
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
@@ -27,7 +27,7 @@ class ModelPool:
     def __init__(
         self,
         pool: MHATokenToKVPool | MLATokenToKVPool,
-        ropes: Sequence[Rope | None],
+        ropes: Sequence[AnyRope | None],
         positions: int,
     ) -> None:
         self._pool = pool
@@ -55,7 +55,7 @@ class ModelPool:
     def moved(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.split(self.k(layer), self.v(layer))
 
-    def rope(self, layer: int) -> Rope | None:
+    def rope(self, layer: int) -> AnyRope | None:
         return self._ropes[layer]
 
 

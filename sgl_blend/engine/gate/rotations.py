@@ -85,7 +85,7 @@ def measured_pool(
     kind = kind_of_pool(kv)
     model = prefills.runner.model
     try:
-        layers = model_layers(model)
+        layers = model_layers(model, context, prefills.runner.dtype)
         limit = layers.positions(context)
         token = (ids[0] + ids[1]) // 2
         passes = [

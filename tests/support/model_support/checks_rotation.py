@@ -21,6 +21,7 @@ from model_support.world import World, check, model_for
 from sgl_blend.engine import wiring
 from sgl_blend.engine.gate import rotations
 from sgl_blend.errors import UnsupportedError
+from sgl_blend.ops import FrequencyRope, Rope
 
 
 def _attention(model: Any, layer: int) -> Any:
@@ -275,6 +276,16 @@ def layers_without_positions(world: World) -> dict[str, Any]:
     ropes = [pool.rope(layer) for layer in range(world.engine.layers)]
     without = [layer for layer, rope in enumerate(ropes) if rope is None]
     assert without == [3], without
+    return {}
+
+
+@check
+def angles_without_a_table(world: World) -> dict[str, Any]:
+    """Gemma 3 of 4B and more: layers of full attention compute their angles anew, by frequencies
+    that the rotary module beside their attention does not have."""
+    pool = world.engine.launch.probed.pool
+    kinds = [type(pool.rope(layer)) for layer in range(world.engine.layers)]
+    assert kinds == [Rope, FrequencyRope] * 2, kinds
     return {}
 
 

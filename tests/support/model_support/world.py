@@ -31,6 +31,22 @@ ARCHITECTURES.setdefault("granite", ("GraniteConfig", {"_kv_heads": 2}))
 ARCHITECTURES.setdefault(
     "cohere2", ("Cohere2Config", {"_kv_heads": 2, "head_dim": 16, "sliding_window": 64})
 )
+ARCHITECTURES.setdefault(
+    "gemma3-scaled",
+    (
+        "Gemma3TextConfig",
+        {
+            "_kv_heads": 2,
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+)
 ARCHITECTURES.setdefault("gpt2", ("GPT2Config", {}))
 #: Gemma 2: keys that published checkpoints carry, SGLang reads, and transformers no longer
 #: writes. The cap on the logits is left out: SGLang 0.5.23 has it as a GPU kernel only.
