@@ -46,10 +46,10 @@ def test_the_launch_ends_whatever_the_gate_is_told(jobs, models, gate):
 def test_a_layer_that_one_rank_cannot_serve_ends_the_launch_on_all(jobs, models):
     """Each rank sees its own heads; one that went on alone would hang in the next collective."""
     port = free_port()
-    args = (str(models), "llama", "frequencies scaled")
+    args = (str(models), "llama", "values by position")
     calls = [(CHECKS + "launch_of_ranks", (*args, rank, 2, port), {}) for rank in (0, 1)]
     for said in jobs.run_all(calls):
-        assert "layer 2: its keys are no known rotation" in said
+        assert "layer 1: its values depend on the position" in said
 
 
 def test_learned_positions_are_refused_by_the_first_layer(jobs, models):
