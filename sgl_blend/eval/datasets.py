@@ -12,16 +12,24 @@ documents, then the question.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 from sgl_blend.eval.metrics import Metric
-from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, warmup
+from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, ways
 from sgl_blend.eval.records import DatasetError, Record, read
 
+Split = Literal["all", "tuning", "held-out"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
 NEEDLE_WORDS = 150
+#: tokens of a short answer. LongBench allows 32: none of its references needs them, and what a
+#: small model says after the answer is its own affair
+SHORT = 16
 JOINER = "\n\n"
 
 _PASSAGE = re.compile(r"^(?=Passage \d+:)", re.MULTILINE)
@@ -53,9 +61,9 @@ class Format:
 
 _QUESTION = "Question: {input}\nAnswer:"
 FORMATS: dict[str, Format] = {
-    "2wikimqa": Format("f1", 32, _PASSAGE, _QA, _QUESTION),
-    "musique": Format("f1", 32, _PASSAGE, _QA, _QUESTION),
-    "hotpotqa": Format("f1", 32, _PASSAGE, _QA, _QUESTION),
+    "2wikimqa": Format("f1", SHORT, _PASSAGE, _QA, _QUESTION),
+    "musique": Format("f1", SHORT, _PASSAGE, _QA, _QUESTION),
+    "hotpotqa": Format("f1", SHORT, _PASSAGE, _QA, _QUESTION),
     "samsum": Format("rouge_l", 128, _DIALOGUE, _CHAT, "{input}", first_line=True),
     "multi_news": Format("rouge_l", 512, _PASSAGE, _NEWS, "Summary of all the reports:"),
 }
@@ -74,12 +82,20 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """limit: records taken of each file. seen: see ``probes.warmup``. max_new_tokens: instead
-    of the dataset's own."""
+    """limit: records taken of each file, of those in ``split``. seen: see ``probes.warmup``.
+    max_new_tokens: instead of the dataset's own."""
 
     limit: int | None = None
-    seen: Seen = "alone"
+    seen: tuple[Seen, ...] = ("alone",)
     max_new_tokens: int | None = None
+    split: Split = "all"
+
+
+def held_out(question: str) -> bool:
+    """Is this question kept from all tuning? Half of all questions are, by a hash of their text
+    (case and outer space aside), so that every file and every checkout agrees on which."""
+    digest = hashlib.sha256(question.strip().casefold().encode()).digest()
+    return digest[0] % 2 == 0
 
 
 def find_files(paths: Iterable[Path]) -> tuple[Path, ...]:
@@ -93,27 +109,48 @@ def find_files(paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(out)
 
 
+class _Asked(NamedTuple):
+    case: str
+    prompt: Prompt
+    step: Step
+    held_out: bool
+
+
 def load(path: Path, options: LoadOptions | None = None) -> Suite:
     """One file as a suite; LongBench and RULER are told apart by their fields.
 
     Raises :class:`DatasetError`, which names the line.
     """
     options = options or LoadOptions()
-    probes: list[Probe] = []
+    taken: list[_Asked] = []
     names: list[str] = []
-    for record in read(path):
-        if options.limit is not None and len(probes) >= options.limit:
+    for number, record in enumerate(read(path)):
+        # One more than asked for: the last question's neighbour.
+        if options.limit is not None and len(taken) > options.limit:
             break
         name, prompt, step = _parse(record, path.stem, options)
-        probes.append(Probe(f"{path.name}:{len(probes)}", warmup(prompt, options.seen), (step,)))
         names.append(name)
         if name != names[0]:
             raise record.error(f"dataset {name!r} in a file of {names[0]!r}; use a file for each")
-    if not probes:
-        raise DatasetError(f"{path} holds no record")
+        held = held_out(_question(record, prompt))
+        if options.split == "all" or held is (options.split == "held-out"):
+            taken.append(_Asked(f"{path.name}:{number}", prompt, step, held))
+    if not taken:
+        part = "" if options.split == "all" else f" of the {options.split} questions"
+        raise DatasetError(f"{path} holds no record{part}")
+    if len(taken) < 2 and "prompts" in options.seen:
+        raise DatasetError(f"{path} holds one question; 'prompts' shows documents with another's")
+    probes = [
+        Probe(
+            one.case,
+            ways(one.prompt, options.seen, taken[(i + 1) % len(taken)].prompt),
+            (one.step,),
+            one.held_out,
+        )
+        for i, one in enumerate(taken[: options.limit])
+    ]
     metric: Metric = "recall" if names[0] == NEEDLE else FORMATS[names[0]].metric
-    title = path.stem if names[0] == NEEDLE else names[0]
-    return Suite(title, metric, tuple(probes))
+    return Suite(path.stem, metric, tuple(probes))
 
 
 def _parse(record: Record, stem: str, options: LoadOptions) -> tuple[str, Prompt, Step]:
@@ -132,6 +169,13 @@ def _parse(record: Record, stem: str, options: LoadOptions) -> tuple[str, Prompt
     return name, prompt, step
 
 
+def _question(record: Record, prompt: Prompt) -> str:
+    """What the split goes by: the question; where there is none, the documents."""
+    if "context" not in record.values:
+        return prompt.tail
+    return record.text("input").strip() or record.text("context")
+
+
 def _longbench(record: Record, stem: str) -> tuple[str, Prompt, Step]:
     given = record.text("dataset") if "dataset" in record.values else stem
     name = _ALIASES.get(given.lower(), given.lower())
@@ -145,7 +189,7 @@ def _longbench(record: Record, stem: str) -> tuple[str, Prompt, Step]:
     if "{input}" in form.tail and not asked:
         raise record.error("'input' is empty, expected a question")
     prompt = Prompt(form.head, documents, form.tail.replace("{input}", asked), JOINER)
-    wanted = Reference(name, record.texts("answers"))
+    wanted = Reference(stem, record.texts("answers"))
     return name, prompt, Step(prompt, (wanted,), form.max_new_tokens, first_line=form.first_line)
 
 

@@ -25,12 +25,12 @@ class Encoder:
     """A model's own tokenizer.
 
     boundaries: state none, where the question begins, or where each document does as well.
-    chat: wrap the prompt as a user message by the tokenizer's chat template. The whole text is
-    tokenized at once, as what a person sends is. Raises ``ConfigError``.
+    chat: wrap the prompt as a user message by the tokenizer's chat template; None: where it has
+    one. The whole text is tokenized at once, as what a person sends is. Raises ``ConfigError``.
     """
 
     def __init__(
-        self, tokenizer: str | Path, *, boundaries: Boundaries = "none", chat: bool = False
+        self, tokenizer: str | Path, *, boundaries: Boundaries = "none", chat: bool | None = False
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -42,6 +42,8 @@ class Encoder:
             raise ConfigError(
                 f"no tokenizer at {str(tokenizer)!r}: {str(e).splitlines()[0]}"
             ) from None
+        if chat is None:
+            chat = bool(self._tokenizer.chat_template)
         if chat and not self._tokenizer.chat_template:
             raise ConfigError(f"the tokenizer at {str(tokenizer)!r} has no chat template")
         if boundaries != "none" and not self._tokenizer.is_fast:
@@ -50,18 +52,22 @@ class Encoder:
                 "tokens lie in the text; state no boundaries"
             )
         self._boundaries = boundaries
-        self._chat = chat
+        self.chat = chat
 
     def encode(self, prompt: Prompt) -> Encoded:
         text, shift = prompt.text, 0
-        if self._chat:
+        if self.chat:
+            said = [{"role": "system", "content": prompt.system}] if prompt.system else []
             text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt.text}],
+                [*said, {"role": "user", "content": prompt.text}],
                 tokenize=False,
                 add_generation_prompt=True,
             )
             # A template may strip the message; its beginning is never white space here.
             shift = text.find(prompt.text.rstrip())
+        elif prompt.system:
+            shift = len(prompt.system) + len(prompt.joiner)
+            text = prompt.system + prompt.joiner + text
         if self._boundaries == "none":
             return Encoded(tuple(self._ids(text)["input_ids"]))
         if shift < 0:
@@ -77,7 +83,7 @@ class Encoder:
 
     def _ids(self, text: str, **kw):
         # A chat template writes special tokens itself.
-        return self._tokenizer(text, add_special_tokens=not self._chat, verbose=False, **kw)
+        return self._tokenizer(text, add_special_tokens=not self.chat, verbose=False, **kw)
 
 
 def _places(starts: list[int], offsets: list[tuple[int, int]]) -> tuple[int, ...]:

@@ -9,17 +9,30 @@ from pathlib import Path
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client
-from sgl_blend.eval.datasets import LoadOptions, find_files, load
+from sgl_blend.eval.datasets import LoadOptions, Split, find_files, load
 from sgl_blend.eval.encoding import Boundaries, Encoder
 from sgl_blend.eval.probes import Seen, Suite
 from sgl_blend.eval.runner import Progress, Runner, RunOptions, Sample
-from sgl_blend.eval.settings import Setting, plan
+from sgl_blend.eval.settings import FULL, REUSE, Role, Setting, plan
 from sgl_blend.eval.stats import Bootstrap
-from sgl_blend.eval.summary import Row, summarise
+from sgl_blend.eval.summary import NEAR_TIE, Row, summarise
 from sgl_blend.eval.synthetic import Asking, Shape, synthetic
 
 #: seconds that a server of our own may take to come up: real weights load slowly
 START_TIMEOUT = 1800.0
+SYNTHETIC_SETTINGS = ("query:0.05", "query:0.15", "hkvd:0.15", "leading:0.15")
+#: the server's own, CacheBlend's choice as published, and others at the cost of the first
+DATA_SETTINGS = ("default", "hkvd:0.15", "hkvd~default", "leading~default")
+DATA_SEEN: tuple[Seen, ...] = ("alone", "other", "prompts", "system")
+#: settings of a data file's prompt that are asked at a time: decoding them together is cheaper
+AT_ONCE = 8
+#: own servers measure what they are told to, not what their gate made of it
+MEASURING = ("--blend-gate", "off")
+
+
+def run_options(data: bool, own_server: bool) -> RunOptions:
+    """How to run what suits the task: data files on a server of our own in states of a probe."""
+    return RunOptions("probe", at_once=AT_ONCE) if data and own_server else RunOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,71 +41,130 @@ class EvalOptions:
 
     data: LongBench or RULER files or folders of them; without any, the synthetic task of
     ``cases`` cases from ``seed`` on (``shape``, ``asking``, ``per_prompt``). limit: records of
-    each file. settings: see ``settings.py``; each set of server options among them takes a server
-    of its own. twins: settings that get a row of random tokens at their cost; None: all.
-    tokenizer: a folder; by default the server's.
+    each file, of those in ``split``. settings: see ``settings.py``; each set of server options
+    among them takes a server of its own. twins: settings that get a row of random tokens at their
+    cost; None: all. seen: the first way meets all settings, the others those in ``elsewhere`` and
+    full reuse. chat: None: where the tokenizer has a template, for data files. near_tie: nats; see
+    ``fidelity.Agreement.clear``. tokenizer: a folder; by default the server's.
+
+    Where ``settings`` and ``seen`` are None they are what suits the task: ``DATA_SETTINGS`` and
+    ``DATA_SEEN`` for data files. ``elsewhere``: None: the settings that need no other's cost.
     """
 
     model: str | None = None
     url: str | None = None
     tokenizer: str | None = None
     server_args: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ("query:0.05", "query:0.15", "hkvd:0.15", "leading:0.15")
+    settings: tuple[str, ...] | None = None
     twins: tuple[str, ...] | None = None
     data: tuple[Path, ...] = ()
     limit: int | None = None
+    split: Split = "all"
     max_new_tokens: int | None = None
     cases: int = 20
     seed: int = 0
     asking: Mapping[Asking, int | None] = field(default_factory=lambda: {"one": None})
     per_prompt: int = 2
     shape: Shape = field(default_factory=Shape)
-    seen: Seen = "alone"
+    seen: tuple[Seen, ...] | None = None
+    elsewhere: tuple[str, ...] | None = None
     boundaries: Boundaries = "none"
-    chat: bool = False
+    chat: bool | None = None
     run: RunOptions = field(default_factory=RunOptions)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    near_tie: float = NEAR_TIE
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.url is None):
             raise ConfigError("give either --model, to start a server, or --url, of a running one")
         if self.url is not None and self.server_args:
             raise ConfigError("--server-args are for a server of our own, not for --url")
-        if self.chat and not self.data:
-            raise ConfigError("--chat is for data files; the synthetic task has its own prompts")
-        if self.url is not None and any(s.options for s in plan(self.settings)):
+        if not self.data and (self.chat or self.split != "all"):
+            raise ConfigError(
+                "--chat and --split are for data files; the synthetic task has its own prompts"
+            )
+        if not self.data and set(self.seen or ()) & {"prompts", "system"}:
+            raise ConfigError("--seen prompts and system are for data files")
+        if self.near_tie < 0.0:
+            raise ConfigError(f"near_tie is {self.near_tie}; it must not be negative")
+        settings = self.planned()
+        if self.url is not None and any(s.options for s in settings):
             raise ConfigError("settings with options (+option=value) start servers; give --model")
+        self.planned_elsewhere(settings)
         for name in ("limit", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; take at least 1")
+
+    def planned(self) -> tuple[Setting, ...]:
+        """The rows. The prefix cache alone, which answers as full prefill does and costs nearly as
+        much, is not among a data file's unless ``prefix`` is among the settings."""
+        usual = DATA_SETTINGS if self.data else SYNTHETIC_SETTINGS
+        texts = usual if self.settings is None else self.settings
+        return plan(texts, self.twins, prefix=not self.data)
+
+    def planned_elsewhere(self, settings: Sequence[Setting]) -> tuple[Setting, ...]:
+        """The rows of the second and further ways of having been seen. Raises ``ConfigError``."""
+        if self.elsewhere is None:
+            wanted = [s.name for s in settings if s.role is Role.POLICY]
+        else:
+            wanted = [t for t in self.elsewhere if t != "none"]
+        for name in wanted:
+            if not any(s.name == name and s.cost_of is None for s in settings):
+                raise ConfigError(
+                    f"elsewhere {name!r}: not among the settings, or one at another's cost"
+                )
+        return tuple(s for s in settings if s.name in wanted or s in (FULL, REUSE))
+
+    def ways(self) -> tuple[Seen, ...]:
+        """How documents were seen before."""
+        return self.seen or (DATA_SEEN if self.data else ("alone",))
 
     def launch_args(self) -> list[str]:
         """Arguments of a server of our own."""
         args = [*self.server_args]
         if "--enable-blend" not in args:
             args.append("--enable-blend")
+        if not any(a.partition("=")[0] == MEASURING[0] for a in args):
+            args += MEASURING
+        if self.run.isolate == "probe":
+            args += ["--blend-max-generation", "0"]
         if "other" in self.asking and not self.data and "--blend-continuation" not in args:
             args += ["--blend-continuation", "extend"]
         return args
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """Rows over the samples of one way of having been seen; held_out: over the held-out questions
+    alone."""
+
+    seen: str
+    held_out: bool
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One suite's table. dropped: documents left out so that prompts fit, over all probes."""
+    """One suite's tables, the first over all questions as they were seen first. dropped: documents
+    left out so that prompts fit, over all probes."""
 
     suite: str
     metric: str
     probes: int
     dropped: int
-    rows: tuple[Row, ...]
+    tables: tuple[Table, ...]
     samples: tuple[Sample, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return self.tables[0].rows
 
 
 def suites(options: EvalOptions) -> tuple[Suite, ...]:
     """What will be asked. Raises ``DatasetError`` or ``ConfigError`` before a server starts."""
     if options.data:
-        how = LoadOptions(options.limit, options.seen, options.max_new_tokens)
+        how = LoadOptions(options.limit, options.ways(), options.max_new_tokens, options.split)
         return tuple(load(path, how) for path in find_files(options.data))
     return (
         synthetic(
@@ -101,29 +173,48 @@ def suites(options: EvalOptions) -> tuple[Suite, ...]:
             seed=options.seed,
             shape=options.shape,
             per_prompt=options.per_prompt,
-            seen=options.seen,
+            seen=options.ways(),
         ),
     )
 
 
 def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> Iterator[Evaluation]:
     """Yields each suite's evaluation when it is done; the server ends with the iteration."""
-    settings = plan(options.settings, options.twins)
+    settings = options.planned()
+    elsewhere = options.planned_elsewhere(settings)
     asked = suites(options)
     with _clients(options, settings, progress) as clients:
         client = clients[()]
         encoder = Encoder(
             options.tokenizer or options.model or client.tokenizer_path(),
             boundaries=options.boundaries,
-            chat=options.chat,
+            chat=options.chat if options.data else False,
         )
-        runner = Runner(client, encoder, settings, options.run, progress, clients)
+        runner = Runner(client, encoder, settings, options.run, progress, clients, elsewhere)
         for suite in asked:
             fitted = runner.fit(suite)
             samples = runner.run(fitted)
-            rows = summarise(samples, settings, suite.metric, options.bootstrap)
+            told = tables(samples, suite, options)
             dropped = _documents(suite) - _documents(fitted)
-            yield Evaluation(suite.name, suite.metric, len(suite.probes), dropped, rows, samples)
+            yield Evaluation(suite.name, suite.metric, len(suite.probes), dropped, told, samples)
+
+
+def tables(samples: Sequence[Sample], suite: Suite, options: EvalOptions) -> tuple[Table, ...]:
+    """One table a way, and one of the held-out questions as they were seen first, where some are
+    held out and some are not."""
+    settings = options.planned()
+    elsewhere = options.planned_elsewhere(settings)
+
+    def table(seen: str, rows: Sequence[Setting], held_out: bool = False) -> Table:
+        mine = [s for s in samples if s.seen in ("", seen) and (s.held_out or not held_out)]
+        told = summarise(mine, rows, suite.metric, options.bootstrap, options.near_tie)
+        return Table(seen, held_out, told)
+
+    first, *others = options.ways()
+    out = [table(first, settings)]
+    if len({s.held_out for s in samples}) == 2:
+        out.append(table(first, settings, held_out=True))
+    return (*out, *(table(seen, elsewhere) for seen in others))
 
 
 @contextmanager

@@ -37,14 +37,22 @@ class Output:
 class Agreement:
     """One blended output against the exact one.
 
-    compared: comparable positions. agreed: those with the same likeliest token. kl: KL_k at
-    each of them, nats. same: the outputs are equal as far as they were asked for.
+    compared: comparable positions. agreed: those with the same likeliest token (all but the last
+    one, at least). kl: KL_k at each of them, nats. margins: of exact's likeliest token over its
+    second one at each of them, nats. same: the outputs are equal as far as they were asked for.
     """
 
     compared: int
     agreed: int
     kl: tuple[float, ...]
     same: bool
+    margins: tuple[float, ...] = ()
+
+    def clear(self, near_tie: float) -> tuple[int, int]:
+        """``(agreed, compared)`` of the positions at which exact's margin is at least ``near_tie``
+        nats: below it either token is an answer."""
+        clear = [m >= near_tie for m in self.margins]
+        return sum(clear[: self.agreed]), sum(clear)
 
 
 def truncated_kl(exact: Mapping[int, float], blended: Mapping[int, float]) -> float:
@@ -74,7 +82,14 @@ def agreement(exact: Output, blended: Output) -> Agreement:
     compared = shared if differs is None else min(shared, differs + 1)
     kl = tuple(truncated_kl(exact.logprobs[i], blended.logprobs[i]) for i in range(compared))
     agreed = compared if differs is None or differs >= shared else compared - 1
-    return Agreement(compared, agreed, kl, differs is None)
+    margins = tuple(_margin(exact.logprobs[i]) for i in range(compared))
+    return Agreement(compared, agreed, kl, differs is None, margins)
+
+
+def _margin(logprobs: Mapping[int, float]) -> float:
+    """Of the likeliest token over the second one; infinite where one alone is known."""
+    best = sorted(logprobs.values(), reverse=True)[:2]
+    return best[0] - best[1] if len(best) == 2 else math.inf
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

@@ -116,6 +116,8 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
             # What follows the ratio (coverage, options of the server) makes another line.
             rest = "".join(re.findall(r"[@+].*", row.setting)[:1])
             label = row.policy + rest if row.policy else row.setting
+        elif row.role == Role.EQUAL.value and row.policy:
+            label = row.policy
         else:
             label = row.role
         lines.setdefault(label, []).append(row)

@@ -2,14 +2,15 @@
 
 A setting in writing: ``policy``, then optionally ``:ratio``, ``@coverage`` and ``+option=value``
 for each option of the server that is to differ (lists with ``/``): ``query:0.1@0.9``,
-``hkvd:0.15+check_layers=1/2``. ``default`` leaves policy and ratio to the server.
+``hkvd:0.15+check_layers=1/2``. ``default`` leaves policy and ratio to the server. ``policy~other``
+is that policy at the true cost of setting ``other``: ``hkvd~default``.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sgl_blend.config import option_fields, parse_text
@@ -23,7 +24,7 @@ class Role(enum.Enum):
     FULL = "full prefill"
     PREFIX = "prefix cache only"
     REUSE = "full reuse"
-    RANDOM = "random"
+    EQUAL = "equal cost"
     POLICY = "policy"
 
 
@@ -36,7 +37,8 @@ DEFAULT = "default"
 class Setting:
     """One row. policy, ratio, coverage: None leaves the choice to the server's configuration.
 
-    twin_of: for ``RANDOM``, the setting whose cost it is given. options: blend options, name and
+    cost_of: for ``EQUAL``, the setting whose true cost it is given. like: for ``EQUAL`` of a policy
+    that pays for its choice, the setting that tells what it pays. options: blend options, name and
     text, that its server must be started with.
     """
 
@@ -44,13 +46,18 @@ class Setting:
     role: Role
     policy: str | None = None
     ratio: float | None = None
-    twin_of: str | None = None
+    cost_of: str | None = None
+    like: str | None = None
     coverage: float | None = None
     options: tuple[tuple[str, str], ...] = ()
 
     @property
     def exact(self) -> bool:
         return self.role in (Role.FULL, Role.PREFIX)
+
+    def leaves_all_exact(self, ratio: float | None) -> bool:
+        """At ``ratio`` its KV is exact, so that nobody else may find it."""
+        return self.policy == "all" or (ratio is not None and ratio >= 1.0)
 
     def custom(self, ratio: float | None = None) -> dict[str, Any]:
         """``custom_params``; ``ratio`` in place of the setting's own."""
@@ -75,11 +82,17 @@ REUSE = Setting(Role.REUSE.value, Role.REUSE, "none")
 def parse(text: str) -> Setting:
     """One setting from its text (see the module's docstring). Raises ``ConfigError``."""
     whole = text.strip()
-    head, *changes = whole.split("+")
+    left, tilde, target = whole.partition("~")
+    head, *changes = left.split("+")
     options = tuple(_option(whole, change) for change in changes)
     head, at, share = head.partition("@")
     name, colon, number = head.partition(":")
     coverage = _share(whole, share, "the coverage") if at else None
+    if tilde and (colon or at or name == DEFAULT or not target):
+        raise ConfigError(
+            f"setting {whole!r}: expected policy~setting, such as hkvd~default; what the setting "
+            "costs decides the ratio"
+        )
     if name == DEFAULT:
         if colon:
             raise ConfigError(f"setting {whole!r}: 'default' takes no ratio")
@@ -90,6 +103,8 @@ def parse(text: str) -> Setting:
     if coverage and need is Need.NOTHING:
         raise ConfigError(f"setting {whole!r}: {name} has no score to cover")
     ratio = _share(whole, number, "the ratio") if colon else None
+    if tilde:
+        return Setting(f"{left} = {target}", Role.EQUAL, name, cost_of=target, options=options)
     return Setting(whole, Role.POLICY, name, ratio, coverage=coverage, options=options)
 
 
@@ -115,26 +130,49 @@ def _option(whole: str, change: str) -> tuple[str, str]:
     return name, value
 
 
-def plan(texts: Iterable[str], twins: Collection[str] | None = None) -> tuple[Setting, ...]:
+def plan(
+    texts: Iterable[str], twins: Collection[str] | None = None, prefix: bool = True
+) -> tuple[Setting, ...]:
     """The rows in order: baselines, then each setting, followed by its random twin if it is among
     ``twins`` (None: all are).
 
-    ``none`` is full reuse, which is always there. Raises ``ConfigError`` for a repeated setting and
-    for a twin of no setting.
+    ``none`` is full reuse, which is always there; the prefix cache alone is there if ``prefix``,
+    or if ``prefix`` is among the settings. Raises ``ConfigError`` for a repeated setting, for a
+    twin of no setting, and for an equal cost that nothing tells.
     """
-    out = [FULL, PREFIX, REUSE]
-    for setting in map(parse, texts):
+    texts = [t.strip() for t in texts]
+    out = [FULL, *([PREFIX] if prefix or "prefix" in texts else []), REUSE]
+    for setting in (parse(t) for t in texts if t != "prefix"):
         if setting.policy == "none":
             continue
         if any(s.name == setting.name for s in out):
             raise ConfigError(f"setting {setting.name!r} is given twice")
         out.append(setting)
-        if setting.policy in WITHOUT_TWIN:
+        if setting.role is Role.EQUAL or setting.policy in WITHOUT_TWIN:
             continue
-        if twins is None or setting.name in twins:
-            name = f"random = {setting.name}"
-            out.append(Setting(name, Role.RANDOM, "random", twin_of=setting.name))
+        name = f"random = {setting.name}"
+        if (twins is None or setting.name in twins) and not any(s.name == name for s in out):
+            out.append(Setting(name, Role.EQUAL, "random", cost_of=setting.name))
     for name in twins or ():
-        if not any(s.twin_of == name for s in out):
+        if not any(s.name == f"random = {name}" for s in out):
             raise ConfigError(f"no setting {name!r} to give a random twin to")
-    return tuple(out)
+    return tuple(_told(s, out) if s.role is Role.EQUAL else s for s in out)
+
+
+def _told(setting: Setting, rows: Sequence[Setting]) -> Setting:
+    """``setting`` with what it needs of the other rows."""
+    policies = [s for s in rows if s.role is Role.POLICY]
+    if not any(s.name == setting.cost_of for s in policies):
+        raise ConfigError(
+            f"setting {setting.name!r}: {setting.cost_of!r} is not among the settings "
+            f"({', '.join(s.name for s in policies)})"
+        )
+    if POLICIES.get(setting.policy or "").need is Need.NOTHING:
+        return setting
+    for s in policies:
+        if (s.policy, s.options) == (setting.policy, setting.options) and s.ratio is not None:
+            return replace(setting, like=s.name)
+    raise ConfigError(
+        f"setting {setting.name!r}: what {setting.policy} pays for its choice is read off another "
+        f"row of it; add {setting.policy}:0.15 with the same options"
+    )

@@ -12,6 +12,10 @@ from sgl_blend.eval.runner import Sample
 from sgl_blend.eval.settings import FULL, Setting
 from sgl_blend.eval.stats import Bootstrap, Estimate
 
+#: nats. Where exact prefill's second token is at least 90 % as likely as its first, either is an
+#: answer
+NEAR_TIE = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class KindScore:
@@ -27,10 +31,12 @@ class Row:
     """One setting. Shares and qualities lie in 0..1; ttft is in seconds, kl in nats a position.
 
     kinds: by the suite's metric. cost: true cost (``cost.py``). speedup: full prefill's TTFT over
-    this one's. top1: share of comparable output positions with the same likeliest token. same:
-    share of outputs equal to full prefill's. ratio: what was asked for, on average, None: the
-    server's own. continued: share of prompts that continued on approximate KV of their own
-    conversation. fallbacks: why requests were not blended, with counts.
+    this one's (None: not timed). f1_exact: the text's against full prefill's; same: share of texts
+    that are full prefill's. top1: share of comparable output positions with the same likeliest
+    token; top1_clear: of those that are no near tie (None: all are), clear: how many are none.
+    top1_first, kl_first: of the first output token alone. ratio: what was asked for, on average,
+    None: the server's own. continued: share of prompts that continued on approximate KV of their
+    own conversation. fallbacks: why requests were not blended, with counts.
     """
 
     setting: str
@@ -41,12 +47,17 @@ class Row:
     em: Estimate
     f1: Estimate
     rouge_l: Estimate
-    top1: Estimate
+    f1_exact: Estimate
     same: Estimate
+    top1: Estimate
+    top1_clear: Estimate | None
+    clear: Estimate
+    top1_first: Estimate
     kl: Estimate
+    kl_first: Estimate
     cost: Estimate
-    ttft: Estimate
-    speedup: Estimate
+    ttft: Estimate | None
+    speedup: Estimate | None
     reused: Estimate
     continued: Estimate
     fallbacks: tuple[tuple[str, int], ...]
@@ -60,6 +71,7 @@ def summarise(
     settings: Sequence[Setting],
     metric: Metric,
     bootstrap: Bootstrap | None = None,
+    near_tie: float = NEAR_TIE,
 ) -> tuple[Row, ...]:
     """One row for each setting, in order. ``samples`` hold the same prompts for each."""
     boot = bootstrap or Bootstrap()
@@ -69,6 +81,7 @@ def summarise(
     for setting in settings:
         mine = [s for s in samples if s.setting == setting.name]
         over = _Over(mine, boot)
+        timed = all(s.ttft > 0.0 for s in mine)
         ratios = [s.ratio for s in mine if s.ratio is not None]
         reasons = Counter(s.tokens.fallback for s in mine if s.tokens.fallback)
         rows.append(
@@ -81,12 +94,17 @@ def summarise(
                 over.mean(lambda s: [g.em for g in s.grades]),
                 over.mean(lambda s: [g.f1 for g in s.grades]),
                 over.mean(lambda s: [g.rouge_l for g in s.grades]),
+                over.mean(lambda s: [s.f1_exact]),
+                over.mean(lambda s: [float(s.same_text)]),
                 over.ratio(lambda s: (s.agreement.agreed, s.agreement.compared)),
-                over.mean(lambda s: [float(s.agreement.same)]),
+                over.perhaps(lambda s: s.agreement.clear(near_tie)),
+                over.ratio(lambda s: (s.agreement.clear(near_tie)[1], s.agreement.compared)),
+                over.mean(lambda s: [float(s.agreement.agreed > 0)]),
                 over.mean(lambda s: s.agreement.kl),
+                over.mean(lambda s: s.agreement.kl[:1]),
                 over.ratio(lambda s: (s.spent, s.whole)),
-                over.mean(lambda s: [s.ttft]),
-                over.ratio(lambda s: (full[s.probe, s.step].ttft, s.ttft)),
+                over.mean(lambda s: [s.ttft]) if timed else None,
+                over.ratio(lambda s: (full[s.probe, s.step].ttft, s.ttft)) if timed else None,
                 over.ratio(lambda s: (s.tokens.reused + s.tokens.recomputed, s.tokens.prompt)),
                 over.mean(lambda s: [float(s.tokens.continued)]),
                 tuple(reasons.most_common()),
@@ -119,11 +137,18 @@ class _Over:
     def ratio(self, pair: Callable[[Sample], tuple[float, float]]) -> Estimate:
         return self._sum(lambda s: [pair(s)])
 
+    def perhaps(self, pair: Callable[[Sample], tuple[float, float]]) -> Estimate | None:
+        """``ratio``, None where nothing counts."""
+        return self._estimate(lambda s: [pair(s)])
+
     def _sum(self, pairs: Callable[[Sample], list[tuple[float, float]]]) -> Estimate:
-        clusters: dict[str, list[tuple[float, float]]] = {}
-        for sample in self._samples:
-            clusters.setdefault(sample.case, []).extend(pairs(sample))
-        out = self._boot.ratio(clusters)
+        out = self._estimate(pairs)
         if out is None:
             raise ConfigError("there are no samples to summarise for one of the settings")
         return out
+
+    def _estimate(self, pairs: Callable[[Sample], list[tuple[float, float]]]) -> Estimate | None:
+        clusters: dict[str, list[tuple[float, float]]] = {}
+        for sample in self._samples:
+            clusters.setdefault(sample.case, []).extend(pairs(sample))
+        return self._boot.ratio(clusters)

@@ -16,13 +16,13 @@ the dependent ones by way: ``dependent`` (asked alone), ``joint``, ``follow-up``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval import tasks
-from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, warmup
+from sgl_blend.eval.probes import Probe, Prompt, Reference, Seen, Step, Suite, ways
 
 Asking = Literal["one", "joint", "follow", "turns", "other"]
 ASKING: tuple[Asking, ...] = get_args(Asking)
@@ -67,7 +67,7 @@ def synthetic(
     seed: int = 0,
     shape: Shape | None = None,
     per_prompt: int = 2,
-    seen: Seen = "alone",
+    seen: Sequence[Seen] = ("alone",),
 ) -> Suite:
     """``cases`` cases from the seeds ``seed``, ``seed + 1``, ... Raises ``ConfigError``.
 
@@ -116,7 +116,9 @@ def _by_way(probe: Probe, name: str) -> Probe:
     return replace(probe, steps=steps)
 
 
-def _case(seed: int, shape: Shape, asking: Asking, per_prompt: int, seen: Seen) -> list[Probe]:
+def _case(
+    seed: int, shape: Shape, asking: Asking, per_prompt: int, seen: Sequence[Seen]
+) -> list[Probe]:
     case = tasks.make_case(seed, n_questions=shape.questions, **shape.sizes())
     q = case.questions
     chains: list[tuple[Step, ...]]
@@ -134,7 +136,7 @@ def _case(seed: int, shape: Shape, asking: Asking, per_prompt: int, seen: Seen) 
         chains = [(_step(case, (a,), measured=False), _step(case, (b,), (a,))) for a, b in pairs]
     if not chains:
         raise ConfigError(f"asking {asking!r} needs at least 2 questions a case, got {len(q)}")
-    return [Probe(str(seed), warmup(c[0].prompt, seen), c) for c in chains]
+    return [Probe(str(seed), ways(c[0].prompt, seen), c) for c in chains]
 
 
 def _step(
@@ -148,14 +150,14 @@ def _step(
     return _expect(prompt, questions, measured)
 
 
-def _conversation(seed: int, shape: Shape, turns: int, seen: Seen) -> Probe:
+def _conversation(seed: int, shape: Shape, turns: int, seen: Sequence[Seen]) -> Probe:
     talk = tasks.make_conversation(seed, n_turns=turns, later_docs=0, **shape.sizes())
     documents = talk.turns[0].documents
     steps = tuple(
         _expect(_prompt(talk.prompt(i), talk.system, documents), turn.questions)
         for i, turn in enumerate(talk.turns)
     )
-    return Probe(str(seed), warmup(steps[0].prompt, seen), steps)
+    return Probe(str(seed), ways(steps[0].prompt, seen), steps)
 
 
 def _prompt(text: str, head: str, documents: tuple[str, ...]) -> Prompt:

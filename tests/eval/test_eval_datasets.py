@@ -4,10 +4,11 @@ Needs a CPU and the standard library.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from sgl_blend.eval.datasets import LoadOptions, cut_by_words, find_files, load
+from sgl_blend.eval.datasets import LoadOptions, cut_by_words, find_files, held_out, load
 from sgl_blend.eval.records import DatasetError
 
 # --- data files ------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ def write(path, *lines):
 @pytest.mark.parametrize("name", ["2wikimqa", "musique", "hotpotqa"])
 def test_question_answering_files(tmp_path, name):
     suite = load(write(tmp_path / "x.jsonl", line(dataset=name), line(dataset=name)))
-    assert (suite.name, suite.metric, len(suite.probes)) == (name, "f1", 2)
+    assert (suite.name, suite.metric, len(suite.probes)) == ("x", "f1", 2)
     probe = suite.probes[0]
     step = probe.steps[0]
     assert step.prompt.documents == (
@@ -37,10 +38,12 @@ def test_question_answering_files(tmp_path, name):
         "Passage 2:\nRome\nPassage is a word here.",
     )
     assert step.prompt.text.endswith("\n\nQuestion: Which is cold?\nAnswer:")
-    assert step.max_new_tokens == 32
+    assert step.max_new_tokens == 16
     assert step.grades("It is Oslo")[0].f1 == pytest.approx(0.5)
-    assert [w.documents for w in probe.warmup] == [(d,) for d in step.prompt.documents]
-    assert probe.case != suite.probes[1].case
+    [way] = probe.ways
+    assert way.seen == "alone"
+    assert [w.documents for w in way.prompts] == [(d,) for d in step.prompt.documents]
+    assert [p.case for p in suite.probes] == ["x.jsonl:0", "x.jsonl:1"]
 
 
 def test_samsum_file(tmp_path):
@@ -95,9 +98,51 @@ def test_cut_by_words_keeps_every_word():
 
 def test_limit_seen_and_length_are_options(tmp_path):
     path = write(tmp_path / "x.jsonl", *[line()] * 5)
-    suite = load(path, LoadOptions(limit=2, seen="other", max_new_tokens=5))
+    suite = load(path, LoadOptions(limit=2, seen=("other", "none"), max_new_tokens=5))
     assert len(suite.probes) == 2 and suite.probes[0].steps[0].max_new_tokens == 5
-    assert len(suite.probes[0].warmup) == 2
+    assert [(w.seen, len(w.prompts)) for w in suite.probes[0].ways] == [("other", 2), ("none", 0)]
+
+
+HELD = ["long?", "cold?", "warm?", "far?", "wide?"]
+QUESTIONS = [f"Which river is {w}?" for w in "long deep cold warm old far blue wide".split()]
+
+
+def test_held_out_questions_are_the_same_everywhere():
+    told = [held_out(q) for q in QUESTIONS]
+    assert told == [held_out(f"  {q.upper()} ") for q in QUESTIONS]
+    # Written down once: nobody may move a question from one half to the other.
+    assert [q.split()[-1] for q, held in zip(QUESTIONS, told, strict=True) if held] == HELD
+    many = [held_out(f"question {i}") for i in range(2000)]
+    assert 900 < sum(many) < 1100
+
+
+def test_a_split_takes_its_half_and_keeps_names(tmp_path):
+    path = write(tmp_path / "q.jsonl", *[line(input=q) for q in QUESTIONS])
+    whole = load(path)
+    assert [p.held_out for p in whole.probes] == [held_out(q) for q in QUESTIONS]
+    for split, held in (("held-out", True), ("tuning", False)):
+        part = load(path, LoadOptions(split=split))
+        assert [p.case for p in part.probes] == [p.case for p in whole.probes if p.held_out is held]
+        few = load(path, LoadOptions(split=split, limit=2))
+        assert [p.steps for p in few.probes] == [p.steps for p in part.probes[:2]]
+    with pytest.raises(DatasetError, match="no record of the tuning questions"):
+        load(write(tmp_path / "h.jsonl", line(input=QUESTIONS[2])), LoadOptions(split="tuning"))
+
+
+def test_documents_are_shown_with_the_next_question_and_its_documents(tmp_path):
+    theirs = "Passage 1:\nOne.\nPassage 2:\nTwo.\nPassage 3:\nThree.\n"
+    path = write(tmp_path / "n.jsonl", line(), line(input="Whose?", context=theirs))
+    options = LoadOptions(limit=1, seen=("prompts",))
+    [way] = load(path, options).probes[0].ways
+    first, second = way.prompts
+    assert first.tail.startswith("Question: Whose?") and first.tail == second.tail
+    own = load(path).probes[0].steps[0].prompt.documents
+    assert first.documents == ("Passage 1:\nOne.", "Passage 2:\nTwo.", own[0])
+    # The last question's neighbour is the first one, where none follows.
+    [way] = load(path, replace(options, limit=None)).probes[1].ways
+    assert way.prompts[0].tail.startswith("Question: Which is cold?")
+    with pytest.raises(DatasetError, match="holds one question"):
+        load(write(tmp_path / "one.jsonl", line()), options)
 
 
 @pytest.mark.parametrize(

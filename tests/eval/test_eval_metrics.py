@@ -8,7 +8,7 @@ import math
 import pytest
 
 from sgl_blend.errors import ConfigError
-from sgl_blend.eval.cost import Tokens, random_ratio, read_tokens
+from sgl_blend.eval.cost import Tokens, equal_ratio, read_tokens
 from sgl_blend.eval.fidelity import Agreement, Output, agreement, truncated_kl
 from sgl_blend.eval.metrics import (
     common_subsequence,
@@ -126,7 +126,13 @@ def test_agreement_ends_with_the_first_difference():
     got = agreement(exact, Output((97, 97, 97, 99), (row, other, other, row)))
     assert (got.compared, got.agreed, got.same) == (3, 2, False)
     assert got.kl[0] == 0.0 and got.kl[1] == got.kl[2] > 0.0
-    assert agreement(exact, exact) == Agreement(4, 4, (0.0,) * 4, True)
+    # One token alone is known of each position: nothing comes near it.
+    assert agreement(exact, exact) == Agreement(4, 4, (0.0,) * 4, True, (math.inf,) * 4)
+    sure, near, tie = logs(a=0.9, b=0.05), logs(a=0.4, b=0.38), logs(a=0.3, b=0.3)
+    got = agreement(Output((97,) * 3, (sure, near, tie)), Output((97, 97, 98), (sure, near, tie)))
+    assert got.margins == pytest.approx((math.log(18), math.log(40 / 38), 0.0))
+    assert got.clear(0.0) == (2, 3) and got.clear(0.05) == (2, 2) and got.clear(0.1) == (1, 1)
+    assert got.clear(3.0) == (0, 0)
     short = agreement(exact, Output((97, 97), (row, row)))
     assert (short.compared, short.agreed, short.same) == (2, 2, False)
 
@@ -197,11 +203,28 @@ def test_cost_refuses_reports_that_do_not_add_up():
 
 def test_random_spends_what_its_twin_spent():
     # 100 tokens, 20 prefix, 10 computed; 0.5 * 80 = 40 tokens' worth: 30 of 70 are random's
-    assert random_ratio([told(cost=0.5)]) == pytest.approx(30 / 70)
+    assert equal_ratio([told(cost=0.5)]) == pytest.approx(30 / 70)
     twice = [told(cost=0.5), told(cost=0.125)]
-    assert random_ratio(twice) == pytest.approx(30 / 140)
-    assert random_ratio([Tokens(50, 20, 0, 0, 30, 50, 1.0, "x")]) == 0.0
-    assert random_ratio([told(cost=0.01)]) == 0.0
+    assert equal_ratio(twice) == pytest.approx(30 / 140)
+    assert equal_ratio([Tokens(50, 20, 0, 0, 30, 50, 1.0, "x")]) == 0.0
+    assert equal_ratio([told(cost=0.01)]) == 0.0
+
+
+def test_a_policy_that_pays_for_its_choice_gets_less_to_recompute():
+    # Check layers cost 0.1 of 80 tokens: 8 of the 40 tokens' worth, so 22 of 70 are left.
+    like = told(recomputed=5, reused=65, cost=(10 + 5 + 8) / 80)
+    assert equal_ratio([told(cost=0.5)], [like]) == pytest.approx((30 - 8) / 70)
+    # What costs more than there is to spend gets nothing.
+    assert equal_ratio([told(cost=0.2)], [like]) == 0.0
+
+
+def test_tokens_behind_the_prefix_that_all_found():
+    tokens = told()
+    assert tokens.behind(20) == tokens.behind(30) == tokens
+    # 3 exact tokens more than the first who asked found are what it had left there.
+    seen = tokens.behind(17)
+    assert (seen.prefix, seen.computed, seen.reused) == (17, 13, 60)
+    assert seen.true_cost * 100 == pytest.approx(tokens.true_cost * 100 + 3)
 
 
 # --- settings --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval import tasks
 from sgl_blend.eval.encoding import Encoder
-from sgl_blend.eval.probes import Prompt, warmup
+from sgl_blend.eval.probes import Prompt, warmup, ways
 from sgl_blend.eval.settings import Role, Setting, parse, plan
 from sgl_blend.eval.synthetic import ASKING, Shape, synthetic
 
@@ -26,6 +26,17 @@ def test_warmups_show_each_document_once_in_other_company():
     assert other == [("e", "c", "a"), ("d", "b")]
     assert all(w.text.startswith("H\n") and "Q?" not in w.text for w in warmup(p, "other"))
     assert warmup(p, "none") == ()
+    beside = Prompt("H", ("v", "w", "x", "y", "z"), "Other?")
+    prompts = warmup(p, "prompts", beside)
+    assert [w.documents for w in prompts] == [("v", "a", "w", "c", "e"), ("x", "b", "y", "d")]
+    assert all(w.head == "H" and w.tail == "Other?" for w in prompts)
+    system = warmup(p, "system")
+    assert [w.documents for w in system] == [("a",), ("b",), ("c",), ("d",), ("e",)]
+    assert all(w.system and w.head not in ("", "H") and not w.tail for w in system)
+    with pytest.raises(ConfigError, match="no other question"):
+        warmup(p, "prompts")
+    with pytest.raises(ConfigError, match="each way once"):
+        ways(p, ("alone", "alone"))
     assert [w.documents for w in warmup(Prompt("H", ("a",), "Q"), "other")] == [("a",)]
 
 
@@ -51,7 +62,7 @@ def test_synthetic_prompts_are_the_tasks(asking):
     assert [s.measured for s in first.steps] == {"turns": [True, True], "other": [False, True]}.get(
         asking, [True]
     )
-    assert len(first.warmup) == 3
+    assert [(w.seen, len(w.prompts)) for w in first.ways] == [("alone", 3)]
     if asking in ("other", "turns"):
         assert texts[1].startswith(texts[0])
     graded = [g.accuracy for g in first.steps[-1].grades(" copper ")]
@@ -109,6 +120,42 @@ def test_settings_in_writing():
         plan(["all"], twins=("all",))
 
 
+def test_a_policy_at_another_settings_cost():
+    rows = plan(["default", "hkvd:0.15", "hkvd~default", "leading~hkvd:0.15"], (), prefix=False)
+    told = {s.name: s for s in rows}
+    assert list(told)[2:] == [
+        "default",
+        "hkvd:0.15",
+        "hkvd = default",
+        "leading = hkvd:0.15",
+    ]
+    hkvd, leading = told["hkvd = default"], told["leading = hkvd:0.15"]
+    # hkvd pays for its choice, which another row of it tells; leading pays nothing.
+    assert (hkvd.policy, hkvd.cost_of, hkvd.like) == ("hkvd", "default", "hkvd:0.15")
+    assert (leading.cost_of, leading.like, leading.ratio) == ("hkvd:0.15", None, None)
+    assert hkvd.custom(0.07) == {"blend_policy": "hkvd", "blend_ratio": 0.07}
+    changed = plan(["query", "hkvd:0.1+check_layers=2", "hkvd+check_layers=2~query"], ())[-1]
+    assert changed.like == "hkvd:0.1+check_layers=2"
+    assert [s.name for s in plan(["random~query", "query"])[3:]] == ["random = query", "query"]
+    assert [s.name for s in plan(["prefix", "query"], (), prefix=False)][1] == "prefix cache only"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["hkvd~default"], "'default' is not among the settings"),
+        (["default", "hkvd~default"], "add hkvd:0.15"),
+        (["default", "hkvd:0.15", "hkvd+check_layers=2~default"], "with the same options"),
+        (["default", "hkvd:0.1~default"], "decides the ratio"),
+        (["default", "leading~"], "expected policy~setting"),
+        (["query", "default~query"], "expected policy~setting"),
+    ],
+)
+def test_equal_costs_that_nothing_tells(texts, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(texts)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -158,6 +205,19 @@ def test_boundaries_follow_the_chat_template(tokenizer):
     got = encoder.encode(p)
     assert encoder._tokenizer.decode(got.ids[got.boundaries[0] :]).startswith("Q?")
     assert encoder._tokenizer.decode(got.ids).count("<s>") == 1
+
+
+def test_a_system_message_comes_first(tokenizer):
+    p = Prompt("Be brief.", ("one", "two"), "Q?", system="You keep books.")
+    for chat in (True, None):
+        encoder = Encoder(tokenizer, boundaries="documents", chat=chat)
+        got = encoder.encode(p)
+        text = encoder._tokenizer.decode(got.ids)
+        assert encoder.chat and text.index("system: You keep") < text.index("user: Be brief.")
+        assert encoder._tokenizer.decode(got.ids[got.boundaries[0] :]).startswith("one")
+    plain = Encoder(tokenizer, boundaries="documents").encode(p)
+    assert encoder._tokenizer.decode(plain.ids) == "You keep books.\n" + p.text
+    assert encoder._tokenizer.decode(plain.ids[plain.boundaries[0] :]).startswith("one")
 
 
 def test_encoder_refuses_what_it_cannot_do(tokenizer, tmp_path):

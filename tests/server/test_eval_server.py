@@ -28,7 +28,7 @@ NOISE = 1e-5
 @pytest.fixture(scope="module")
 def url(model, start):
     args = ["--enable-blend", "--blend-continuation", "extend", "--max-total-tokens", "16384"]
-    return start(model, args).url
+    return start(model, [*args, "--blend-max-generation", "0"]).url
 
 
 def measure(url, model, settings=SETTINGS, options=None, asking="one", **kw):
@@ -100,15 +100,43 @@ def test_flushed_and_salted_states_are_the_same_state(url, model, measured):
         assert (s.tokens, s.text) == (other.tokens, other.text)
 
 
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_a_state_that_all_share_is_the_same_state(url, model, measured, at_once):
+    # In another order, so that what one leaves is before another than in the first run.
+    settings = (SETTINGS[0], *reversed(SETTINGS[1:]))
+    shared, _ = measure(url, model, settings, RunOptions("probe", at_once=at_once))
+    salted = {(s.setting, s.probe): s for s in measured[0]}
+    assert len(shared) == len(salted)
+    for s in shared:
+        other = salted[s.setting, s.probe]
+        assert (s.text, s.agreement.agreed) == (other.text, other.agreement.agreed)
+        assert s.agreement.kl == pytest.approx(other.agreement.kl, abs=NOISE)
+        assert (s.tokens.reused, s.tokens.recomputed, s.tokens.prefix) == (
+            other.tokens.reused,
+            other.tokens.recomputed,
+            other.tokens.prefix,
+        )
+        assert s.spent == pytest.approx(other.spent, abs=0.1)
+        assert (s.ttft > 0.0) is (at_once == 1)
+
+
+def test_policies_at_equal_cost_cost_the_same(url, model):
+    settings = plan(["query:0.3", "hkvd:0.15", "leading~query:0.3", "query~hkvd:0.15"], twins=())
+    _, rows = measure(url, model, settings, RunOptions("probe", at_once=8))
+    for name, target in (("leading = query:0.3", "query:0.3"), ("query = hkvd:0.15", "hkvd:0.15")):
+        assert rows[name].cost.value == pytest.approx(rows[target].cost.value, abs=0.01)
+    assert rows["hkvd:0.15"].cost.value > rows["query:0.3"].cost.value + 0.05
+
+
 def test_unseen_documents_are_computed(url, model):
-    _, rows = measure(url, model, plan(["query:0.2"]), seen="none")
+    _, rows = measure(url, model, plan(["query:0.2"]), seen=("none",))
     for row in rows.values():
         assert row.cost.value == 1.0 and row.reused.value == 0.0
         assert 0.0 <= row.kl.value < NOISE
 
 
 def test_documents_seen_in_other_orders_are_reused(url, model):
-    _, rows = measure(url, model, plan([]), seen="other")
+    _, rows = measure(url, model, plan([]), seen=("other",))
     assert rows["full reuse"].reused.value > 0.5
     assert rows["full reuse"].kl.value > 100 * NOISE
 
@@ -181,7 +209,7 @@ def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys)
     data.write_text("".join(json.dumps(record | {"_id": i}) + "\n" for i in range(2)))
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
-    argv = ["eval", "--url", url, "--data", str(data), "--settings", "query:0.2"]
+    argv = ["eval", "--url", url, "--data", str(data), "--settings", "prefix,query:0.2"]
     argv += [
         "--limit",
         "1",
@@ -190,6 +218,8 @@ def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys)
         "--logprob-positions",
         "2",
         "--chat",
+        "--seen",
+        "alone,prompts",
         "--resamples",
         "50",
     ]
@@ -197,9 +227,15 @@ def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys)
     args = parser.parse_args(argv)
     assert args.run(args) == 0
     out = capsys.readouterr().out
-    assert "2wikimqa: 1 prompts of 1 cases" in out and "random = query:0.2" in out
+    assert "two: 1 prompts of 1 cases; each document seen alone before" in out
+    assert "in two other prompts" in out and "random = query:0.2" in out
     told = json.loads((tmp_path / "o.json").read_text())["evaluations"][0]
-    rows = {r["setting"]: r for r in told["rows"]}
+    first, other = told["tables"]
+    rows = {r["setting"]: r for r in first["rows"]}
+    assert rows["prefix cache only"]["same"]["value"] == 1.0
     assert told["metric"] == "f1" and rows["full prefill"]["cost"]["value"] == 1.0
     assert rows["query:0.2"]["reused"]["value"] > 0.3
+    elsewhere = {r["setting"]: r for r in other["rows"]}
+    assert list(elsewhere) == ["full prefill", "full reuse", "query:0.2"]
+    assert elsewhere["query:0.2"]["reused"]["value"] > 0.3
     assert (tmp_path / "o.png").read_bytes()[:4] == b"\x89PNG"
