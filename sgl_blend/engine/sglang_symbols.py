@@ -11,6 +11,8 @@ from __future__ import annotations
 USED = (
     "sglang.srt.arg_groups.model_override_base.model_config_of",
     "sglang.srt.arg_groups.overrides.resolving_view",
+    "sglang.srt.configs.hybrid_arch.mambaish_config",
+    "sglang.srt.configs.linear_attn_model_registry.get_linear_attn_config",
     "sglang.srt.configs.model_config.AttentionArch",
     "sglang.srt.entrypoints.engine.Engine",
     "sglang.srt.entrypoints.http_server",
@@ -77,6 +79,7 @@ USED = (
     "sglang.srt.speculative.spec_info.SpeculativeAlgorithm",
     "sglang.srt.state_capturer.routed_experts.get_global_experts_capturer",
     "sglang.srt.utils.hf_transformers_utils.get_tokenizer",
+    "sglang.srt.utils.hf_transformers.config.get_config",
 )
 
 #: overridden method -> its parameters

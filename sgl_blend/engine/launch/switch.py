@@ -127,6 +127,7 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
         original(server_args)
         return
     from sgl_blend.engine.launch.checks import check_arguments, check_model_path, check_port
+    from sgl_blend.engine.launch.families import check_family
     from sgl_blend.engine.launch.own_store import start_store
 
     try:
@@ -134,6 +135,7 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
             check_model_path(server_args.model_path)
             if attach.COMMAND_LINE.get(server_args) and server_args.node_rank == 0:
                 check_port(server_args.host, server_args.port)
+            check_family(server_args)
             choose_early(server_args)
         _resolve(original, server_args)
         check_arguments(server_args)
