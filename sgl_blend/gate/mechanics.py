@@ -28,7 +28,10 @@ depends on the model. So the prompt is prefilled exactly twice, in one piece and
 check allows ``NOISE`` times what these two are apart, at that layer, and never less than a floor
 of a few unit roundoffs. In half precision a single token may fall either way (a router's choice
 in a mixture of experts): there a layer's error is the 90th percentile of its tokens' errors, in
-fp32 the largest.
+fp32 the largest. So it is over a pool of fp8,
+where a sum that falls beside a step's middle moves an element by a whole step. There the moved K
+has been rounded once more than exact prefill's, and lies about one unit roundoff off: two are
+allowed.
 """
 
 from __future__ import annotations
@@ -174,7 +177,7 @@ def _turned(model: GateModel, token: int) -> list[Finding]:
     [source] = model.run(Ask(tokens, alone=True))
     [ran] = model.run(Ask(tokens, policy="none", source=source, moves=MOVES))
     rows = torch.tensor([p for _, to, n in MOVES for p in range(to, to + n)])
-    floor = _first_floor(model.roundoff)
+    floor = _first_floor(model)
     found = []
     for layer in range(model.num_layers):
         ours, theirs = model.kv(ran, layer), model.kv(source, layer)
@@ -251,14 +254,13 @@ class _Meter:
     def __init__(self, model: GateModel, exact: Ran, again: Ran) -> None:
         self.model = model
         self.exact = exact
-        half = model.roundoff > 1e-5
-        self.quantile = 0.9 if half else 1.0
-        u = model.roundoff
+        u, quantum = model.roundoff, model.quantum
+        self.quantile = 0.9 if max(u, quantum) > 1e-5 else 1.0
         self.noise = [self._layer(layer, again, None) for layer in range(model.num_layers)]
-        self.floor_first = _first_floor(u)
-        self.floor_deep = max(LEAST_DEEP, 16 * u)
+        self.floor_first = _first_floor(model)
+        self.floor_deep = max(LEAST_DEEP, 16 * u, quantum)
         self.tolerance_logits = max(
-            LEAST_LOGITS, 16 * u, NOISE * _logits_apart(again.logits, exact.logits)
+            LEAST_LOGITS, 16 * u, quantum, NOISE * _logits_apart(again.logits, exact.logits)
         )
 
     def first_layer(self, ran: Ran, rows: torch.Tensor) -> list[Finding]:
@@ -296,8 +298,8 @@ class _Meter:
         return k, v
 
 
-def _first_floor(roundoff: float) -> float:
-    return max(LEAST_FIRST, 8 * roundoff)
+def _first_floor(model: GateModel) -> float:
+    return max(LEAST_FIRST, 8 * model.roundoff, 2 * model.quantum)
 
 
 def _tokens_apart(

@@ -67,8 +67,10 @@ class GateModel(Protocol):
     """All calls are made by every tensor-parallel rank, in the same order."""
 
     num_layers: int
-    #: unit roundoff of the coarser of the model's and the pool's dtype
+    #: unit roundoff of the coarser of the model's and the pool's dtype, fp8 left out
     roundoff: float
+    #: unit roundoff of a pool of fp8; 0 for any other
+    quantum: float
     #: a policy that recomputes everything at ratio 1.0: the configured one, where it does
     full_policy: str
 

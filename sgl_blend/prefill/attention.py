@@ -54,8 +54,8 @@ class KvCopy:
         rope = pool.rope(layer)
         k, v = pool.moved(layer)
         if rope is None:
-            k[self.dst_slots] = k[self.src_slots]
-            v[self.dst_slots] = v[self.src_slots]
+            ops.put(k, self.dst_slots, k[self.src_slots])
+            ops.put(v, self.dst_slots, v[self.src_slots])
             return
         turn = self._rotations.get(id(rope))
         if turn is None:
@@ -99,7 +99,7 @@ class BatchAttention:
         for copy in copies:
             copy.run(self.pool, layer)
         for part, rows in zip(pool, computed, strict=True):
-            part[written] = rows
+            ops.put(part, written, rows)
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None

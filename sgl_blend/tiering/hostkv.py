@@ -47,7 +47,8 @@ class HostKV:
         k, v = pool.moved(layer)
         parts, at = self._parts(pool, layer)
         if rope is None:
-            k[self.dst_slots], v[self.dst_slots] = parts.layer(at)
+            for cache, values in zip((k, v), parts.layer(at), strict=True):
+                ops.put(cache, self.dst_slots, values)
             return
         turn = self._rotations.get(id(rope))
         if turn is None:

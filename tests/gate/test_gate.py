@@ -213,6 +213,7 @@ class StandIn:
 
     num_layers = 1
     roundoff = 1e-7
+    quantum = 0.0
     full_policy = "all"
 
     def __init__(self, error) -> None:

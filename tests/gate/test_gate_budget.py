@@ -45,6 +45,7 @@ class Machine:
 
     num_layers = 1
     roundoff = 1e-7
+    quantum = 0.0
     full_policy = "all"
 
     def __init__(self, pace: float, overhead: float = 0.0, cold: float = 0.0, error=lambda r: 0.0):

@@ -2,7 +2,8 @@
 
 Seams (SGLang 0.5.23): ``forward_context(replace(get_forward_context(), attn_backend=...))``;
 ``RadixAttention.forward`` calls ``get_attn_backend().forward(q, k, v,
-layer, forward_batch, save_kv_cache)``; ``pool.set_kv_buffer(layer, KVWriteLoc(loc), k, v)``;
+layer, forward_batch, save_kv_cache)``; ``pool.set_kv_buffer(layer, KVWriteLoc(loc), k, v)``, with
+the layer's scales where the pool is quantised (``kv_scales.py``);
 ``save_kv_cache=False`` where the rows' KV lies at ``forward_batch.out_cache_loc`` already: on CUDA
 many models write it inside the rope kernel (``models/utils.py``: ``enable_fused_set_kv_buffer``),
 others read what a layer before has written.
@@ -19,6 +20,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 
+from sgl_blend.engine.forward.kv_scales import KvScales, kv_scales
 from sgl_blend.engine.forward.latent import ABSORBED, rank_of
 from sgl_blend.errors import UnsupportedError
 from sgl_blend.prefill.pieces import Piece
@@ -100,20 +102,21 @@ class BlendAttnBackend:
         if k is not None and v is not None:
             k = k.reshape(-1, kv_heads, layer.qk_head_dim)
             v = v.reshape(-1, kv_heads, layer.v_head_dim)
+        scales = kv_scales(layer, self._base, q.dtype)
         slots = forward_batch.out_cache_loc
         if core.scratch:
             core.bring_in(layer.layer_id)  # where the model writes by itself, it hits slot 0 only
-        elif save_kv_cache and k is not None:
+        elif save_kv_cache and k is not None and v is not None:
             core.bring_in(layer.layer_id)
-            # A latent cache takes no scales.
-            scales = () if rank_of(pool) else (layer.k_scale, layer.v_scale)
-            pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales)
+            if scales.write:  # it divides in place
+                k, v = k.clone(), v.clone()
+            pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales.write)
         else:
             core.bring_in(layer.layer_id, written=slots)
         last = layer.layer_id == self._stop
         if last and not core.scratch:
             raise StopPass
-        out = core(_spec(layer, sinks), q, k, v)
+        out = core(_spec(layer, scales, sinks), q, k, v)
         if last:
             raise StopPass
         return out.reshape(q.shape[0], heads * layer.v_head_dim)
@@ -158,7 +161,7 @@ class ScoringAttnBackend:
             with torch.no_grad():
                 if self._absorb is not None and rows.shape[2] != self._pool.k(0).shape[2]:
                     rows = self._absorb(rows)
-                spec = _spec(layer, kwargs.get("sinks"))
+                spec = _spec(layer, kv_scales(layer, self._base, q.dtype), kwargs.get("sinks"))
                 self._scores.measure(spec, rows, self._pool, self._segments)
         return out
 
@@ -205,7 +208,9 @@ def scoring(
         yield
 
 
-def _spec(layer: RadixAttention, sinks: torch.Tensor | None = None) -> AttentionSpec:
+def _spec(
+    layer: RadixAttention, scales: KvScales, sinks: torch.Tensor | None = None
+) -> AttentionSpec:
     window = layer.sliding_window_size
     return AttentionSpec(
         layer.layer_id,
@@ -213,4 +218,6 @@ def _spec(layer: RadixAttention, sinks: torch.Tensor | None = None) -> Attention
         -1 if window is None else int(window),
         float(layer.logit_cap or 0.0),
         sinks,
+        scales.k,
+        scales.v,
     )

@@ -23,6 +23,7 @@ from sgl_blend.gate.model import Ask, Ran, Sizes
 from sgl_blend.gate.rotation import SelfAttention
 from sgl_blend.gate.state import GateState
 from sgl_blend.gate.yardstick import PlainAttention
+from sgl_blend.ops.checks import FP8
 from sgl_blend.plan import ReuseSpan
 from sgl_blend.prefill.passes import Ranks
 from sgl_blend.prefill.rows import RowSegment
@@ -87,7 +88,8 @@ class SglangModel:
         self._rows = prefills.rows
         self._allocator = prefills.allocator
         dtypes = (self.runner.dtype, pool.k(0).dtype)
-        self.roundoff = max(torch.finfo(d).eps / 2 for d in dtypes)
+        self.roundoff = max(torch.finfo(d).eps / 2 for d in dtypes if d not in FP8)
+        self.quantum = max(torch.finfo(d).eps / 2 if d in FP8 else 0.0 for d in dtypes)
         policy = POLICIES.get(config.policy)
         self.full_policy = config.policy if recomputes_all(policy, 1.0, config) else "all"
         self._in_use: list[Run] = []

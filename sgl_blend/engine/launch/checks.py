@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.forward.kv_scales import check_scales
 from sgl_blend.engine.forward.pool import kind_of_pool
 from sgl_blend.errors import ConfigError, UnsupportedError
 
@@ -43,6 +44,10 @@ TESTED_MODELS = frozenset(
         "Qwen3MoeForCausalLM",
     }
 )
+
+#: ``--kv-cache-dtype``: one value a byte or more. "auto" is the model's dtype, or fp8 where a
+#: checkpoint declares it (``mem_cache/kv_cache_dtype.py``, 0.5.23).
+KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3", "fp8_e5m2")
 
 
 def check_model_path(path: str) -> None:
@@ -152,7 +157,9 @@ REFUSED = (
     Refusal("prefill_only_disable_kv_cache", bool),
     Refusal("kv_canary", lambda v: v not in (None, "none"), "it takes copied KV for damage"),
     Refusal(
-        "kv_cache_dtype", lambda v: str(v or "auto") not in ("auto", "bfloat16", "bf16", "float16")
+        "kv_cache_dtype",
+        lambda v: str(v or "auto") not in KV_DTYPES,
+        f"served are {', '.join(KV_DTYPES)}",
     ),
 )
 
@@ -245,6 +252,8 @@ def check_model(model: torch.nn.Module, ctx: TreeCacheBuildContext) -> None:
 
     ``ctx``: SGLang's ``TreeCacheBuildContext``.
     """
+    from sgl_blend.ops.checks import FLOATS, FP8
+
     name = type(model).__name__
     if ctx.is_hybrid_ssm or ctx.is_hybrid_swa:
         raise UnsupportedError(
@@ -254,10 +263,18 @@ def check_model(model: torch.nn.Module, ctx: TreeCacheBuildContext) -> None:
         )
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     kind_of_pool(pool)
-    if pool.dtype != pool.store_dtype:
+    if pool.dtype not in FLOATS + FP8:
         raise UnsupportedError(
-            f"KV cache dtype {pool.dtype} is quantised; blending needs a plain one"
+            f"the KV pool holds {pool.dtype}; blending serves --kv-cache-dtype "
+            + ", ".join(KV_DTYPES)
         )
+    layout = getattr(pool, "kv_cache_layout", "nhd")
+    if layout != "nhd":
+        raise UnsupportedError(
+            f"the KV pool's layout is {layout}; blending serves one row of heads a token. Unset "
+            "SGLANG_USE_HND_KVCACHE, or launch without --enable-blend"
+        )
+    check_scales(ctx.tp_worker.model_runner)
 
 
 def say_what_was_measured(model: torch.nn.Module, layers: Sequence[Measured]) -> None:

@@ -31,6 +31,7 @@ from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from model_support.asks import Ask, Outcome
+from model_support.calibrated import calibrate
 from model_support.results import hand_out_hidden_states
 from model_support.rope import encode_in_fp32
 from sgl_blend import attach
@@ -60,9 +61,11 @@ class Engine:
         port: int | None = None,
         fp32_rope: bool = False,
         change: Callable[[Any], None] | None = None,
+        kv_scales: tuple[float, float] | None = None,
     ) -> None:
         """``fp32_rope``: encode positions in fp32 and round once, as on a GPU; SGLang's CPU code
-        computes in the model's dtype. change: is given the loaded model."""
+        computes in the model's dtype. change: is given the loaded model. kv_scales: of each layer's
+        K and V, which grow from layer to layer, under a backend that applies them."""
         argv = ["--model-path", str(model), "--device", "cpu", "--dtype", dtype]
         argv += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(pool_tokens)]
         argv += ["--page-size", str(page_size), "--max-running-requests", "32"]
@@ -90,6 +93,8 @@ class Engine:
             encode_in_fp32(self.runner.model)
         if change is not None:
             change(self.runner.model)
+        if kv_scales is not None:
+            calibrate(self.runner, *kv_scales)
         self.server_args = server_args
         runner = self.runner
         # What the cache builder reads of SGLang's TpModelWorker.
