@@ -257,6 +257,7 @@ def run_checks(
     from model_support import (  # noqa: F401
         checks_blend,
         checks_exact,
+        checks_fp8,
         checks_fused,
         checks_gate,
         checks_hkvd,

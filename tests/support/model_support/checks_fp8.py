@@ -1,0 +1,131 @@
+"""Pools of fp8: what is copied, against the source turned by plain arithmetic and rounded once."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+
+from model_support.asks import Ask
+from model_support.compare import steps_apart
+from model_support.world import World, check, must_fail
+from sgl_blend import ops
+
+POLICIES = ("none", "query", "hkvd", "leading")
+
+
+@check
+def fp8_copies(world: World) -> dict[str, Any]:
+    """In every layer a copied token's V is its source's, byte for byte, and its K the source's
+    turned in fp64 by the difference of the positions and rounded once; alone, in pieces, in one
+    batch. What is recomputed is neither."""
+    moved, copied = 0.0, 0
+    asks = [
+        Ask(world.desk.prompt((2, 0, 1, 2), 9)[0], policy=p, ratio=0.2, chunks=c)
+        for p in POLICIES
+        for c in ((), (83, 141))
+    ]
+    for batch in ([[a] for a in asks], [asks]):
+        for together in batch:
+            world.stock()
+            for ask, ours in zip(together, world.engine.run(*together), strict=True):
+                got = _copied(world, ours)
+                copied += got[0]
+                moved = max(moved, got[1])
+                assert ours.report["reused"] == got[2] > 64, (ask.policy, ours.report, got)
+            world.engine.check()
+    return {"moved": moved, "copied": copied}
+
+
+def _copied(world: World, ours: Any) -> tuple[int, float, int]:
+    """(elements looked at, the largest share in a layer that is a step off, tokens copied)."""
+    engine, worst, seen, tokens = world.engine, 0.0, 0, 0
+    # Hugging Face's own frequencies: nothing of SGLang's table or of ours.
+    freq = world.reference.hf.model.rotary_emb.inv_freq.double()
+    for piece in ours.pieces:
+        if piece is None or piece.blend is None:
+            continue
+        b = piece.blend
+        at, src = b.tokens.positions, b.src_slots
+        last = engine.layers - 1
+        stays = (ours.v[last][at].view(torch.uint8) == _source(engine, "v", last, src)).all(-1)
+        stays = stays.all(-1)
+        tokens += int(stays.sum())
+        at, src, old = at[stays], src[stays], b.src_pos[stays]
+        angle = ((at - old)[:, None].double() * freq)[:, None]
+        if not stays.any():
+            continue
+        # Below the last check layer all of hkvd's tokens hold fresh KV.
+        first = engine.config.check_layers[-1] + 1 if b.plan.policy == "hkvd" else 0
+        for layer in range(first, engine.layers):
+            values = ours.v[layer][at].view(torch.uint8)
+            assert torch.equal(values, _source(engine, "v", layer, src)), f"layer {layer}'s V"
+            k = engine.pool.get_key_buffer(layer)[src].double()
+            x, y = k.chunk(2, -1)
+            turned = torch.cat(
+                (x * angle.cos() - y * angle.sin(), y * angle.cos() + x * angle.sin()), -1
+            )
+            limit = torch.finfo(ours.k[layer].dtype).max
+            want = turned.float().clamp(-limit, limit).to(ours.k[layer].dtype)
+            steps = steps_apart(ours.k[layer][at], want)
+            # SGLang's table is fp32's: an element beside a step's middle may fall to either side.
+            share = float((steps > 0).float().mean())
+            assert share <= 2e-3, f"layer {layer}: {share:.2e} of the moved K's elements are others"
+            near = (
+                ours.k[layer][at].float() - want.float()
+            ).abs() <= 0.3 * want.float().abs() + 1e-3
+            assert bool(near.all()), f"layer {layer}: K is not the source's"
+            worst, seen = max(worst, share), seen + steps.numel()
+    return seen, worst, tokens
+
+
+def _source(engine: Any, kind: str, layer: int, slots: torch.Tensor) -> torch.Tensor:
+    read = engine.pool.get_key_buffer if kind == "k" else engine.pool.get_value_buffer
+    return read(layer)[slots].view(torch.uint8)
+
+
+@check
+def fp8_copies_bite(world: World) -> dict[str, Any]:
+    """Negative controls: K rounded twice, K turned the other way, V in another unit."""
+    ask = Ask(world.desk.prompt((2, 0, 1, 2), 9)[0], policy="none")
+
+    def compare() -> None:
+        world.stock()
+        [ours] = world.engine.run(ask)
+        _copied(world, ours)
+
+    compare()
+    rotate_copy = ops.rotate_copy
+
+    def twice(k, v, src, dst, cos, sin, rotary_dim, neox):
+        angle = torch.atan2(sin, cos) / 2
+        middle = torch.arange(len(k) - len(src), len(k))  # the pool's last slots are free
+        half = (angle.cos(), angle.sin(), rotary_dim, neox)
+        rotate_copy(k, v, src, middle, *half)
+        rotate_copy(k, v, middle, dst, *half)
+
+    def back(k, v, src, dst, cos, sin, *rest):
+        rotate_copy(k, v, src, dst, cos, -sin, *rest)
+
+    def through_fp32(k, v, src, dst, *rest):
+        rotate_copy(k, v, src, dst, *rest)
+        ops.put(v, dst, ops.cast(v[dst].float() * 1.2, v.dtype))
+
+    for what, fault in (
+        ("K is rounded twice", twice),
+        ("K is turned the wrong way", back),
+        ("V is not copied as it is", through_fp32),
+    ):
+        with mock.patch.object(ops, "rotate_copy", fault):
+            if what.startswith("V"):
+                assert _tokens(world, ask) == 0, "V may have been scaled and is taken for a copy"
+            else:
+                must_fail(what, compare)
+    return {}
+
+
+def _tokens(world: World, ask: Ask) -> int:
+    world.stock()
+    [ours] = world.engine.run(ask)
+    return _copied(world, ours)[2]
