@@ -33,7 +33,10 @@ class KvScales(NamedTuple):
 
 
 def kv_scales(layer: RadixAttention, base: AttentionBackend, dtype: torch.dtype) -> KvScales:
-    """The layer's scales under ``base``; a latent cache takes none (:func:`check_scales`). dtype: of the rows' K and V, as the model has them."""
+    """The layer's scales under ``base``; a latent cache takes none (:func:`check_scales`).
+
+    dtype: of the rows' K and V, as the model has them.
+    """
     pool = base.token_to_kv_pool
     if layer.k_scale is None or pool.dtype == dtype or not _applies(base) or rank_of(pool):
         return KvScales()

@@ -14,10 +14,9 @@ KV_FP32 = 5e-5
 #: layer 0 sees no attention: token and position alone, one extra rotation
 KV_LAYER0_FP32 = 1e-5
 #: Over a pool of fp8 fp32's noise moves an element that lies beside a step's middle by a step,
-#: which moves others in the layers above. Of a layer's elements this share (two runs of SGLang's
-#: own prefill, in one piece and in two, differ in as many), and of the logits' scale. A wrong
-#: token or position moves nearly all.
-MOVED_FP8, LOGITS_FP8 = 2e-2, 2e-2
+#: which moves others in the layers above. Of a layer's elements this share, and of the logits'
+#: scale. A wrong token or position moves nearly all.
+MOVED_FP8, LOGITS_FP8 = 5e-2, 1e-2
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

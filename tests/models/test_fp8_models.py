@@ -1,0 +1,58 @@
+"""Pools of fp8 and models whose weights are quantised, in process. Needs: CPU only.
+
+The checks are in ``model_support/checks_fp8.py``; those of every pool, with bounds for fp8
+(``compare.py``), in ``checks_exact.py`` and ``checks_gate.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+EXACT = (
+    "exact_alone",
+    "exact_by_ratio",
+    "exact_in_a_batch",
+    "exact_in_company",
+    "exact_in_pieces",
+    "exact_in_pieces_together",
+    "exact_behind_a_prefix",
+    "exact_check_bites",
+)
+COPIES = ("fp8_copies", "fp8_copies_bite")
+E4M3 = ("--kv-cache-dtype", "fp8_e4m3")
+E5M2 = ("--kv-cache-dtype", "fp8_e5m2")
+ENGINES = {
+    "e4m3": ("llama", {"args": E4M3}, ("gate_passes", *EXACT, *COPIES)),
+    "e4m3-scaled": (
+        "qwen3",
+        {"args": E4M3, "kv_scales": (0.02, 0.5), "page_size": 16},
+        ("gate_passes", *EXACT, *COPIES),
+    ),
+    "e5m2-scaled": (
+        "qwen3-moe",
+        {"args": E5M2, "kv_scales": (0.02, 0.5)},
+        ("gate_passes", *EXACT, *COPIES),
+    ),
+    "e4m3-scaled-bf16": (
+        "qwen3",
+        {"args": E4M3, "kv_scales": (0.02, 0.5), "dtype": "bfloat16", "page_size": 16},
+        ("gate_passes",),
+    ),
+    "latent": ("deepseek-v3", {"args": E4M3}, ("gate_passes", *EXACT)),
+    "e5m2-bf16": ("llama", {"args": E5M2, "dtype": "bfloat16"}, ("gate_passes",)),
+}
+
+
+def _cases() -> list:
+    return [
+        pytest.param(name, arch, options, id=f"{key}-{name}")
+        for key, (arch, options, names) in ENGINES.items()
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(("name", "arch", "options"), _cases())
+def test_model(checked, name: str, arch: str, options: dict) -> None:
+    """``name`` is a check of ``model_support``; its docstring says what holds."""
+    figures = checked(name, arch, options)
+    print({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in figures.items()})
