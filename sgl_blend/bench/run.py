@@ -63,9 +63,12 @@ def _custom(setting: str) -> dict[str, Any]:
     """A request's options from ``policy:ratio``. Raises :class:`ConfigError`."""
     policy, _, ratio = setting.partition(":")
     try:
-        return {"blend_policy": policy, "blend_ratio": float(ratio)}
+        custom = {"blend_policy": policy, "blend_ratio": float(ratio)}
     except ValueError:
         raise ConfigError(f"setting {setting!r} is not POLICY:RATIO, as query:0.1 is") from None
+    if policy in ("none", "all"):  # they recompute nothing or everything, and take no ratio
+        del custom["blend_ratio"]
+    return custom
 
 
 @dataclass

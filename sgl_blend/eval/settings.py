@@ -30,6 +30,8 @@ class Role(enum.Enum):
 
 #: policies whose row needs no random twin: they are baselines themselves, or exact
 WITHOUT_TWIN = ("none", "all", "random")
+#: policies that recompute nothing or everything: requests that state a ratio too are refused
+WITHOUT_RATIO = ("none", "all")
 DEFAULT = "default"
 
 
@@ -67,7 +69,7 @@ class Setting:
         if self.policy is not None:
             out["blend_policy"] = self.policy
         ratio = self.ratio if ratio is None else ratio
-        if ratio is not None:
+        if ratio is not None and self.policy not in WITHOUT_RATIO:
             out["blend_ratio"] = ratio
         if self.coverage is not None:
             out["blend_coverage"] = self.coverage

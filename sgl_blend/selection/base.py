@@ -66,6 +66,10 @@ class Policy(ABC):
         """Tokens to recompute out of ``count`` reused ones."""
         return budget_of(count, ratio)
 
+    def takes_ratio(self, config: BlendConfig) -> bool:
+        """Does a higher ratio recompute more?"""
+        return self.budget(1000, 0.2) > self.budget(1000, 0.1)
+
     @abstractmethod
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig

@@ -53,6 +53,9 @@ class Leading(Policy):
 
     name = "leading"
 
+    def takes_ratio(self, config: BlendConfig) -> bool:
+        return not config.leading_tokens
+
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
     ) -> torch.Tensor:

@@ -184,6 +184,8 @@ class BlendRadixCache(ChunkRadixCache):
         # What the request holds a lock on says what it runs on; its attributes may be stale.
         top = self._approximate_top(req.last_node)
         self._stated, self._sources_end = self._boundaries_of(req), self._sources_end_of(req)
+        # An adapter's id is made of its name and path: elsewhere, or later, it may be another one.
+        self._told = req.lora_id is None
         try:
             if top is None and (record is None or record.exact_len(up_to) >= up_to):
                 super().checkpoint(req, up_to=up_to)
@@ -191,6 +193,7 @@ class BlendRadixCache(ChunkRadixCache):
                 self._checkpoint_approximate(req, up_to, record, top)
         finally:
             self._stated = self._sources_end = None
+            self._told = True
 
     def _checkpoint_approximate(
         self, req: Req, up_to: int, record: BlendRecord | None, top: TreeNode | None

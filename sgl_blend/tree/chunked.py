@@ -119,10 +119,11 @@ class ChunkRadixCache(RadixCache):
         self.on_reset: Callable[[], None] | None = None
         #: how often the tree has been emptied as a whole
         self.lives = 0
-        # Of the request whose KV is being inserted: boundaries that it states, and where its
-        # tokens cease to be sources.
+        # Of the request whose KV is being inserted: boundaries that it states, where its tokens
+        # cease to be sources, and whether ``on_fresh`` is told.
         self._stated: Sequence[int] | None = None
         self._sources_end: int | None = None
+        self._told = True
         super().__init__(params)
 
     # -- what the engine asks ------------------------------------------------------------
@@ -286,7 +287,7 @@ class ChunkRadixCache(RadixCache):
             hasher.update(raw[8 * a : 8 * b])
             generation = EXACT if labels is None else int(labels[a:b].max())
             self.index.add(hasher.digest(), path[-1], b, generation)
-        if self.on_fresh is not None:
+        if self.on_fresh is not None and self._told:
 
             def usable(a: int, b: int) -> int | None:
                 if bad is not None and bad[b] > bad[a]:

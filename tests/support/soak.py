@@ -136,7 +136,9 @@ class Traffic:
                     return
 
     def blend(self, rng) -> None:
-        custom = {"blend_policy": rng.choice(POLICIES), "blend_ratio": rng.choice((0.1, 0.3))}
+        custom = {"blend_policy": rng.choice(POLICIES)}
+        if custom["blend_policy"] not in ("none", "all"):
+            custom["blend_ratio"] = rng.choice((0.1, 0.3))
         a = ask(self.server, self.prompt(rng), new=rng.choice((4, 64, 256)), custom=custom)
         self.figures.note("blend", a)
 

@@ -70,10 +70,6 @@ def test_a_policy_without_a_score_may_be_told_that_coverage_is_off():
         ({"blend_ratio": float("nan")}, r"custom_params\.blend_ratio is nan"),
         ({"blend_coverage": 1.5}, r"custom_params\.blend_coverage is 1\.5: expected a number"),
         ({"blend_coverage": False}, r"custom_params\.blend_coverage is False"),
-        (
-            {"blend_coverage": 0.5, "blend_policy": "leading"},
-            r"blend_coverage is 0\.5: policy 'leading' has no score to cover",
-        ),
         ({"blend_policy": "hkvdd"}, r"blend_policy: unknown policy 'hkvdd'; did you mean 'hkvd'"),
         ({"blend_policy": 3}, r"blend_policy: unknown policy '3'"),
         ({"blend_polcy": "hkvd"}, r"unknown key 'blend_polcy'; did you mean 'blend_policy'"),
@@ -116,6 +112,46 @@ def test_validation_sees_sampling_params_of_the_request():
     validate_request(passes, server, request(None), None)
     with pytest.raises(RequestError, match="past the prompt's end"):
         validate_request(passes, server, request({"blend_boundaries": [4]}), [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("server", "said", "message"),
+    [
+        ({}, {"blend_ratio": 0.2, "blend_policy": "none"}, "blend_ratio is 0.2: .* policy 'none'"),
+        ({}, {"blend_ratio": 1.0, "blend_policy": "all"}, "blend_ratio is 1.0: .* policy 'all'"),
+        ({"policy": "none"}, {"blend_ratio": 0}, "blend_ratio is 0.0: .* policy 'none'"),
+        (
+            {"leading_tokens": 8},
+            {"blend_ratio": 0.2, "blend_policy": "leading"},
+            "blend_ratio is 0.2: .* policy 'leading'",
+        ),
+        (
+            {},
+            {"blend_coverage": 0.5, "blend_policy": "leading"},
+            "blend_coverage is 0.5: policy 'leading' has no score to cover",
+        ),
+        ({"policy": "random"}, {"blend_coverage": 0.5}, "policy 'random' has no score to cover"),
+    ],
+)
+def test_what_the_policy_makes_nothing_of_is_refused(server, said, message):
+    request = types.SimpleNamespace(sampling_params={"custom_params": said})
+    with pytest.raises(RequestError, match=message):
+        validate_request(passes, manager(**server), request, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [
+        ({"policy": "none"}, {"blend_policy": "query", "blend_ratio": 0.2}),
+        ({"policy": "none", "coverage": 0.5}, {}),
+        ({"leading_tokens": 8}, {"blend_ratio": 0.2}),
+        ({}, {"blend_policy": "leading", "blend_ratio": 0.2}),
+        ({}, {"blend_policy": "none", "blend_coverage": 0}),
+    ],
+)
+def test_what_the_policy_heeds_is_accepted(server, said):
+    request = types.SimpleNamespace(sampling_params={"custom_params": said})
+    validate_request(passes, manager(**server), request, [1, 2, 3])
 
 
 def test_a_policy_whose_scores_are_not_kept_is_refused_with_what_to_do():

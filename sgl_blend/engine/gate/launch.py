@@ -29,7 +29,7 @@ from sgl_blend.gate.mechanics import work_of as mechanics_work
 from sgl_blend.gate.model import GateModel
 from sgl_blend.gate.prompts import BUILT_IN_TOKENS, built_in, encode, read_prompts
 from sgl_blend.gate.state import GateState
-from sgl_blend.selection import POLICIES, Need
+from sgl_blend.selection import POLICIES
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,4 @@ class LaunchGate:
 
 def ratio_matters(config: BlendConfig) -> bool:
     """Does a higher ratio recompute more?"""
-    policy = POLICIES.get(config.policy)
-    if policy.need is Need.NOTHING and config.leading_tokens:
-        return False
-    return policy.budget(1000, 0.2) > policy.budget(1000, 0.1)
+    return POLICIES.get(config.policy).takes_ratio(config)

@@ -52,28 +52,36 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
 
     policy = custom_params.get("blend_policy")
     if policy is not None:
-        from sgl_blend.selection import POLICIES, Need
+        from sgl_blend.selection import POLICIES
 
         if not isinstance(policy, str) or policy not in POLICIES:
             raise RequestError(
                 "custom_params.blend_policy: "
                 + unknown_name("policy", str(policy), POLICIES.names())
             )
-        if coverage and POLICIES.get(policy).need is Need.NOTHING:
-            raise RequestError(
-                f"custom_params.blend_coverage is {coverage}: policy {policy!r} has no score to "
-                "cover"
-            )
 
     boundaries = _boundaries(custom_params, prompt_tokens)
     return RequestOptions(enabled, ratio, policy, boundaries, coverage)
 
 
-def check_scores(options: RequestOptions, config: BlendConfig) -> None:
-    """Raise :class:`RequestError` for a policy whose scores this server does not keep."""
+def check_options(options: RequestOptions, config: BlendConfig) -> None:
+    """Raise :class:`RequestError` for a ratio or a coverage that the policy, the request's or else
+    the server's, makes nothing of, and for a policy whose scores this server does not keep."""
     from sgl_blend.selection import POLICIES, Need, keeps_scores
 
-    if options.policy is None or POLICIES.get(options.policy).need is not Need.STORED:
+    name = options.policy or config.policy
+    policy = POLICIES.get(name)
+    if options.ratio is not None and not policy.takes_ratio(config):
+        raise RequestError(
+            f"custom_params.blend_ratio is {options.ratio}: how many tokens policy {name!r} "
+            "recomputes does not depend on it here"
+        )
+    if options.coverage and policy.need is Need.NOTHING:
+        raise RequestError(
+            f"custom_params.blend_coverage is {options.coverage}: policy {name!r} has no score to "
+            "cover"
+        )
+    if options.policy is None or policy.need is not Need.STORED:
         return
     if not keeps_scores(config):
         raise RequestError(
@@ -123,4 +131,4 @@ def validate_request(original: Any, manager: Any, obj: Any, input_ids: Any) -> N
     if isinstance(params, dict):
         n = None if input_ids is None else len(input_ids)
         options = parse_options(params.get("custom_params"), n)
-        check_scores(options, attach.CONFIG.get(manager.server_args))
+        check_options(options, attach.CONFIG.get(manager.server_args))

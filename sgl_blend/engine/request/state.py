@@ -11,7 +11,7 @@ import numpy as np
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.request.options import RequestOptions, check_scores, parse_options
+from sgl_blend.engine.request.options import RequestOptions, check_options, parse_options
 from sgl_blend.errors import RequestError
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import BlendRecord, ReuseSpan
@@ -125,7 +125,7 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
         fallback = None
         try:
             options = parse_options(req.sampling_params.custom_params, len(req.origin_input_ids))
-            check_scores(options, config)
+            check_options(options, config)
         except RequestError:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
         policy = POLICIES.get(options.policy or config.policy)

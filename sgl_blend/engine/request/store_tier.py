@@ -120,6 +120,7 @@ class StoreTier:
         n, gate_on = len(req.origin_input_ids), self.gate.on
         if (
             state.fallback is not None
+            or req.lora_id is not None  # its KV is never stored (``BlendRadixCache.checkpoint``)
             or not (state.options.enabled and gate_on)
             or n < self.config.min_reused_tokens
             or unservable(req) is not None

@@ -31,6 +31,7 @@ def adapters(models: str, arch: str, page_size: int) -> dict[str, Any]:
         out |= _exact_together(worlds)
         out |= _as_merged(worlds)
         out["in company"] = _as_alone(worlds)
+        out["offered"] = _offered(worlds)
         out |= {"kept apart": _kept_apart(worlds), "reloaded": _reloaded(worlds[0], paths[2])}
         engine.check()
         _bites(worlds)
@@ -205,3 +206,19 @@ def _company(worlds: list[World], policy: str) -> None:
     worlds[0].stock()
     for ours, one in zip(worlds[0].engine.run(*asks[:2]), alone, strict=True):
         same_blend(ours, one)
+
+
+def _offered(worlds: list[World]) -> str:
+    """What adapters compute is offered to no store, exact or approximate; the base model's is."""
+    tree, told = worlds[0].engine.tree, []
+    with mock.patch.object(tree, "on_fresh", lambda node, tokens, *rest: told.append(len(tokens))):
+        for world in worlds:
+            world.engine.flush()
+            for tokens in world.library:
+                world.engine.run(Ask(tokens, blend=False, more=world.more))
+            prompt, _ = world.desk.prompt((1, 0), 9)
+            world.engine.run(Ask(prompt, policy="query", ratio=0.25, more=world.more))
+            base = not world.more
+            assert bool(told) == base, f"{len(told)} offers by {world.more or 'the base model'}"
+    worlds[0].engine.flush()
+    return f"{len(told)} of the base model, none of {len(worlds) - 1} adapters"

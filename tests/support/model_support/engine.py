@@ -188,7 +188,7 @@ class Engine:
             custom["blend"] = False
         if ask.policy is not None:
             custom["blend_policy"] = ask.policy
-        if ask.ratio is not None:
+        if ask.ratio is not None and ask.policy not in ("none", "all"):
             custom["blend_ratio"] = ask.ratio
         if ask.coverage is not None:
             custom["blend_coverage"] = ask.coverage
