@@ -258,9 +258,9 @@ class _Meter:
         self.quantile = 0.9 if max(u, quantum) > 1e-5 else 1.0
         self.noise = [self._layer(layer, again, None) for layer in range(model.num_layers)]
         self.floor_first = _first_floor(model)
-        self.floor_deep = max(LEAST_DEEP, 16 * u, quantum)
+        self.floor_deep = max(LEAST_DEEP, 16 * u, 2 * quantum)
         self.tolerance_logits = max(
-            LEAST_LOGITS, 16 * u, quantum, NOISE * _logits_apart(again.logits, exact.logits)
+            LEAST_LOGITS, 16 * u, 2 * quantum, NOISE * _logits_apart(again.logits, exact.logits)
         )
 
     def first_layer(self, ran: Ran, rows: torch.Tensor) -> list[Finding]:

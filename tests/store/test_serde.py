@@ -14,6 +14,7 @@ from sgl_blend.errors import ConfigError
 from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout, pack_tokens
 from sgl_blend.store.errors import ChunkCorrupt
 from sgl_blend.store.serde import SERDES, make_serde
+from sgl_blend.store.serde.base import FP8
 from sgl_blend.store.serde.cachegen import STEPS
 from sgl_blend.store.serde.floats import decode_fp8, encode_fp8, from_float32, to_float32
 
@@ -144,6 +145,43 @@ def test_damaged_blobs_raise_chunk_corrupt_or_decode(name, data):
         except ChunkCorrupt:
             pass
     assert (out[body.nbytes :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_fp8_bodies_are_entropy_coded_and_not_quantised_again(dtype):
+    """Their values are on a grid of one byte already: forms of one byte a value keep them as they
+    are, cachegen takes them to some four bits."""
+    header, body = _kv(dtype, n_tokens=256)
+    for name in ("int8", "fp8"):
+        blob, out, lossy = _through(name, header, body)
+        assert not lossy and blob.nbytes == body.nbytes + 1
+        np.testing.assert_array_equal(out, body)
+    blob, out, lossy = _through("cachegen", header, body)
+    assert lossy and blob.nbytes < 0.7 * body.nbytes
+    np.testing.assert_array_equal(out[: header.tokens_bytes], body[: header.tokens_bytes])
+    a, b = (np.concatenate([v.ravel() for v in _values(header, x)]) for x in (body, out))
+    assert np.linalg.norm(a - b) <= 0.15 * np.linalg.norm(a)
+    BodyView(header, body).layer(2)[1][3, 0, 0] = 0x7F  # NaN
+    _, out, lossy = _through("cachegen", header, body)
+    assert not lossy
+    np.testing.assert_array_equal(out, body)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_fp8_values_are_torchs(dtype):
+    kind = getattr(torch, dtype)
+    codes = np.arange(256, dtype=np.uint8)
+    want = torch.from_numpy(codes).view(kind).float().numpy()
+    np.testing.assert_array_equal(to_float32(codes, dtype), want)
+    limit = torch.finfo(kind).max
+    x = np.concatenate(
+        [np.linspace(-2 * limit, 2 * limit, 9_999), np.geomspace(1e-8, limit, 9_999)]
+    )
+    x = np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)  # as the coder does
+    ours = np.empty(x.shape, dtype=np.uint8)
+    from_float32(x, dtype, ours)
+    theirs = torch.from_numpy(x).clamp(-limit, limit).to(kind).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_unknown_serde_names_the_nearest():

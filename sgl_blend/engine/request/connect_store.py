@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.launch.own_store import store_options
 from sgl_blend.engine.request.store_space import StoreSpace
 from sgl_blend.engine.request.store_tier import Agreement, StoreTier
+from sgl_blend.errors import ConfigError
 from sgl_blend.gate.state import GateState
 from sgl_blend.store.chunk import Layout
+from sgl_blend.store.serde.base import FP8
 from sgl_blend.tiering.service import ServiceConfig, StoreService
 from sgl_blend.tiering.tally import Tally
 
@@ -45,6 +48,7 @@ def connect_store(
     k, v = pool.moved(0)
     layout = Layout(num_layers, k.shape[1], k.shape[2], v.shape[2], tree.page_size)
     dtype = str(k.dtype).removeprefix("torch.")
+    check_forms(config, dtype)
     curve = None
     if config.store_keys:
         from sgl_blend.store.wire.security import load_client_keys
@@ -76,6 +80,21 @@ def connect_store(
     launch = attach.LAUNCH.get(ctx.server_args) or secrets.token_hex(16)
     space = StoreSpace(bytes.fromhex(launch), (0, 1) if pool.latent else rank)
     return StoreTier(config, gate, tree, service, ranks, rank, k.device, metrics, space)
+
+
+def check_forms(config: BlendConfig, dtype: str) -> None:
+    """Raise :class:`ConfigError` where the server's own store is to keep chunks of ``dtype`` in a
+    form that is no smaller. Another's store keeps them raw."""
+    if config.store_endpoint:
+        return
+    options = store_options(config)
+    for option, where in (("disk_serde", options.disk_path), ("remote_serde", options.remote)):
+        form = getattr(options, option)
+        if where and form in ("int8", "fp8") and dtype in FP8:
+            raise ConfigError(
+                f"store option {option} is {form}: the KV cache is {dtype}, one byte a value "
+                "already. Use raw or cachegen"
+            )
 
 
 def _page_lock(client: StoreClient) -> None:

@@ -11,6 +11,7 @@ from sgl_blend.store.chunk import BodyView, ChunkHeader
 from sgl_blend.store.errors import ChunkCorrupt
 
 FLOATS = ("float32", "float16", "bfloat16")
+FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 class Serde(ABC):
@@ -53,13 +54,15 @@ class LossySerde(Serde):
     """Shared frame of lossy forms. Blob: a byte that tells whether the body had to stay raw, the
     token ids as in the body, then the coded K and V of each layer; a zero-width V has no part.
 
-    Bodies that hold no floats, or floats that are not finite, are kept raw.
+    dtypes: of the bodies that it makes smaller. Others, and floats that are not finite, are kept
+    raw.
     """
 
     lossy = True
+    dtypes: tuple[str, ...] = FLOATS
 
     def encode(self, header: ChunkHeader, body: np.ndarray) -> list[np.ndarray]:
-        if header.dtype not in FLOATS:
+        if header.dtype not in self.dtypes:
             return [_flag(0), body]
         out = [_flag(1), body[: header.tokens_bytes]]
         for i, bits in _parts(header, body):
@@ -74,7 +77,7 @@ class LossySerde(Serde):
             raise ChunkCorrupt(f"not a {self.name} body")
         if blob[0] == 0:
             return RawSerde().decode(header, blob[1:], dest)
-        if header.dtype not in FLOATS:
+        if header.dtype not in self.dtypes:
             raise ChunkCorrupt(f"{self.name} body for a chunk of {header.dtype}")
         at = Cursor(blob[1:])
         dest[: header.tokens_bytes] = at.take(header.tokens_bytes)

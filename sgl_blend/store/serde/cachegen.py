@@ -20,7 +20,7 @@ import zstandard
 
 from sgl_blend.store.chunk import ChunkHeader
 from sgl_blend.store.errors import ChunkCorrupt
-from sgl_blend.store.serde.base import Cursor, LossySerde
+from sgl_blend.store.serde.base import FLOATS, FP8, Cursor, LossySerde
 from sgl_blend.store.serde.floats import from_float32, to_float32
 
 # Step as a fraction of the coded values' standard deviation, by third of the layers. The entropy
@@ -43,6 +43,7 @@ class CacheGenSerde(LossySerde):
     high bytes of the zigzag symbols, each [heads * dim, n_tokens] through zstd."""
 
     name = "cachegen"
+    dtypes = FLOATS + FP8
 
     def encode_part(
         self, header: ChunkHeader, layer: int, bits: np.ndarray

@@ -10,12 +10,18 @@ from functools import cache
 import numpy as np
 
 FP8_MAX = 448.0
+E5M2_MAX = 57344.0
 
 
 def to_float32(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """A view as ``BodyView.layer`` gives it (bfloat16 as uint16) to float32 values."""
+    """A view as ``BodyView.layer`` gives it (bfloat16 as uint16, fp8 as uint8) to float32
+    values."""
     if dtype == "bfloat16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "float8_e4m3fn":
+        return decode_fp8(bits)
+    if dtype == "float8_e5m2":  # the upper half of a float16
+        return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
     return bits.astype(np.float32)
 
 
@@ -26,6 +32,11 @@ def from_float32(values: np.ndarray, dtype: str, out: np.ndarray) -> None:
         out[:] = ((u + np.uint32(0x7FFF) + ((u >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
     elif dtype == "float16":
         out[:] = np.clip(values, -65504, 65504)
+    elif dtype == "float8_e4m3fn":
+        out[:] = encode_fp8(np.clip(values, -FP8_MAX, FP8_MAX))
+    elif dtype == "float8_e5m2":
+        half = np.clip(values, -E5M2_MAX, E5M2_MAX).astype(np.float16).view(np.uint16)
+        out[:] = ((half + np.uint16(0x7F) + ((half >> 8) & np.uint16(1))) >> 8).astype(np.uint8)
     else:
         out[:] = values
 
