@@ -1,4 +1,4 @@
-"""Chunks of fp8 through a real store process: their bytes; K is turned on the way back. CPU only."""
+"""Chunks of fp8 through a real store process: their bytes; K is turned on the way. CPU only."""
 
 from __future__ import annotations
 
