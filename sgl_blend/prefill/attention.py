@@ -94,12 +94,14 @@ class BatchAttention:
         if not copies:
             return
         # What is brought in may hold tokens that run (``_BlendPass.copy_rest``).
-        pool = (self.pool.k(layer), self.pool.v(layer)) if written is not None else ()
-        computed = [part[written] for part in pool]
+        computed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        if written is not None:
+            pool = (self.pool.k(layer), self.pool.v(layer))
+            computed = [(part, written, part[written]) for part in pool]
         for copy in copies:
             copy.run(self.pool, layer)
-        for part, rows in zip(pool, computed, strict=True):
-            ops.put(part, written, rows)
+        for part in computed:
+            ops.put(*part)
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
