@@ -14,7 +14,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-@pytest.mark.parametrize(("arch", "page"), [("llama", 1), ("qwen3", 16)])
+@pytest.mark.parametrize(("arch", "page"), [("llama", 1), ("qwen3", 16), ("mixtral", 1)])
 def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> None:
     """The same tokens on both ranks and with one rank; logits and each rank's heads of the KV
     equal to one rank's within fp32 rounding."""

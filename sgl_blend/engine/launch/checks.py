@@ -32,17 +32,13 @@ logger = logging.getLogger(__name__)
 #: Model classes whose blended KV and logits the tests compare with full prefill. Any other is
 #: served as well, where its layers' rotations can be measured (``engine.gate.rotations``).
 TESTED_MODELS = frozenset(
-    {
-        "DeepseekV2ForCausalLM",
-        "DeepseekV3ForCausalLM",
-        "Gemma2ForCausalLM",
-        "Glm4MoeLiteForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "Qwen3MoeForCausalLM",
-    }
+    f"{name}ForCausalLM"
+    for name in """
+    Afmoe Apertus Arcee Cohere Cohere2 DeepseekV2 DeepseekV3 Ernie4_5_ Ernie4_5_Moe Exaone4 GPTJ
+    Gemma Gemma2 Gemma3 Glm4 Glm4Moe Glm4MoeLite Granite GraniteMoe GraniteMoeShared InternLM3
+    Laguna Llama Mellum MiMo MiniCPM MiniMaxM2 Ministral3 Mistral Mixtral Olmo Olmo2 Olmoe Orion
+    Persimmon Phi Phi3 PhiMoE Qwen2 Qwen2Moe Qwen3 Qwen3Moe StableLm Starcoder2 Xverse
+    """.split()
 )
 
 #: ``--kv-cache-dtype``: one value a byte or more. "auto" is the model's dtype, or fp8 where a

@@ -16,10 +16,12 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
+from model_support.architectures import WITHOUT_POSITIONS
 from model_support.engine import Engine
 from model_support.world import World, check, model_for
 from sgl_blend.engine import wiring
 from sgl_blend.engine.gate import rotations
+from sgl_blend.engine.launch.checks import TESTED_MODELS
 from sgl_blend.errors import UnsupportedError
 from sgl_blend.ops import FrequencyRope, Rope
 
@@ -271,12 +273,15 @@ def rotations_are_measured(world: World) -> dict[str, Any]:
 
 @check
 def layers_without_positions(world: World) -> dict[str, Any]:
-    """Cohere 2: one layer of four has no positions, though it holds a rotary module."""
+    """Which layers' keys have none, whatever rotary module stands beside them; and SGLang's class,
+    which is among the tested ones."""
     pool = world.engine.launch.probed.pool
     ropes = [pool.rope(layer) for layer in range(world.engine.layers)]
     without = [layer for layer, rope in enumerate(ropes) if rope is None]
-    assert without == [3], without
-    return {}
+    assert without == list(WITHOUT_POSITIONS.get(world.model.name, ())), without
+    name = type(world.engine.runner.model).__name__
+    assert name in TESTED_MODELS, name
+    return {"layers": without, "class": name}
 
 
 @check

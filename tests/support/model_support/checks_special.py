@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from model_support import stand_ins
 from model_support.asks import Ask
 from model_support.checks_blend import POLICIES, _against_reference, _ask, _blended
 from model_support.compare import LOGITS_FP32, apart
@@ -149,6 +150,7 @@ def refusal(models: str, arch: str, launch_check: bool) -> str:
     if not launch_check:
         skip = mock.patch.object(checks, "check_arguments", lambda args: None, create=True)
     try:
+        stand_ins.install(arch)
         with contextlib.redirect_stderr(said), skip:
             Engine(model_for(Path(models), arch))
     except UnsupportedError as error:

@@ -178,6 +178,11 @@ class Reference:
         own = [max(s for s in starts if s <= p) for p in range(len(tokens))]
         return torch.stack([row[:start].sum() for row, start in zip(mean, own, strict=True)])
 
+    def head_of(self, full: Kv) -> Blended:
+        """What lies in the pool before the first piece: exact KV."""
+        pos = torch.arange(full.v[0].shape[0])
+        return Blended([self.rotate(k, pos) for k in full.raw], full.v, full.logits, [])
+
     @torch.no_grad()
     def blend(
         self,
@@ -238,16 +243,10 @@ class Reference:
     def _ask(self, ids, p: RefPiece, k: list, v: list, exact: bool) -> torch.Tensor:
         """The reused tokens that the question attends to most, over all layers but the last.
 
-        What stands before the first reused token is asked along while it is exact; a third of
-        the weight each is the last row's, the last rows' (halving every four), and all rows'.
+        What stands before the first reused token is asked along while it is exact.
         """
         lead = torch.arange(p.begin, int(p.reused[0]) if exact else p.begin)
         q_pos = torch.cat([lead, p.question])
-        rows = p.question.numel()
-        near = torch.tensor([0.5 ** ((rows - 1 - r) / 4) for r in range(rows)])
-        weights = near / near.sum() / 3 + 1 / (3 * rows)
-        weights[-1] += 1 / 3
-        weights = torch.cat([torch.zeros(lead.numel()), weights])
         x = self.embed(ids[q_pos])
         k_pos = torch.cat([torch.arange(p.begin), p.reused, q_pos])
         mass = torch.zeros(p.reused.numel())
@@ -260,21 +259,31 @@ class Reference:
             out, probs = self.attend(
                 layer, self.rotate(q, q_pos), q_pos, torch.cat(parts_k), torch.cat(parts_v), k_pos
             )
-            by_key = (probs.sum(dim=0) * weights[:, None]).sum(dim=0)
+            by_key = question_mass(probs[:, lead.numel() :])
             mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
-        return highest(p.reused, self._spread(p, mass), p.budgets[0], p.cover)
+        return highest(p.reused, spread(p, mass), p.budgets[0], p.cover)
 
-    @staticmethod
-    def _spread(p: RefPiece, mass: torch.Tensor) -> torch.Tensor:
-        """Each token gets its neighbours' mass, weighted by a triangle around it."""
-        at = {int(pos): float(m) for pos, m in zip(p.reused, mass, strict=True)}
-        wide = p.smoothing + 1
-        out = []
-        for pos in at:
-            parts = [(wide - abs(d)) * at.get(pos + d, 0.0) for d in range(1 - wide, wide)]
-            out.append(sum(parts) / wide**2)
-        return torch.tensor(out)
+
+def question_mass(probs: torch.Tensor) -> torch.Tensor:
+    """[keys]: attention of the question's rows, from probs [heads, rows, keys]. A third of the
+    weight each is the last row's, the last rows' (halving every four), and all rows'."""
+    rows = probs.shape[1]
+    near = torch.tensor([0.5 ** ((rows - 1 - r) / 4) for r in range(rows)])
+    weights = near / near.sum() / 3 + 1 / (3 * rows)
+    weights[-1] += 1 / 3
+    return (probs.sum(dim=0) * weights[:, None]).sum(dim=0)
+
+
+def spread(p: RefPiece, mass: torch.Tensor) -> torch.Tensor:
+    """Each token gets its neighbours' mass, weighted by a triangle around it."""
+    at = {int(pos): float(m) for pos, m in zip(p.reused, mass, strict=True)}
+    wide = p.smoothing + 1
+    out = []
+    for pos in at:
+        parts = [(wide - abs(d)) * at.get(pos + d, 0.0) for d in range(1 - wide, wide)]
+        out.append(sum(parts) / wide**2)
+    return torch.tensor(out)
 
 
 def highest(

@@ -15,21 +15,20 @@ from unittest import mock
 
 import torch
 
-from model_support import latent
+from model_support import latent, stand_ins
+from model_support.architectures import PUBLISHED as WIDELY_PUBLISHED
+from model_support.architectures import READ_AS, WIDE
 from model_support.asks import Ask, Outcome
 from model_support.engine import Engine
 from model_support.prompts import Desk
 from model_support.reference import Blended, Kv, Reference, RefPiece, highest
+from model_support.whole_reference import WholeReference
 from sgl_blend.harness.models import ARCHITECTURES, make_model
 from sgl_blend.prefill import passes as prefill
 
 #: architectures beside those of ``harness.models``
 ARCHITECTURES.setdefault(
     "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
-)
-ARCHITECTURES.setdefault("granite", ("GraniteConfig", {"_kv_heads": 2}))
-ARCHITECTURES.setdefault(
-    "cohere2", ("Cohere2Config", {"_kv_heads": 2, "head_dim": 16, "sliding_window": 64})
 )
 ARCHITECTURES.setdefault(
     "gemma3-scaled",
@@ -59,6 +58,8 @@ PUBLISHED = {
 }
 ARCHITECTURES.update(latent.ARCHITECTURES)
 PUBLISHED |= latent.PUBLISHED
+ARCHITECTURES.update(WIDE)
+PUBLISHED |= WIDELY_PUBLISHED
 SIZE = {"layers": 4, "hidden": 64, "heads": 4, "vocab": 512}
 
 #: name -> check; filled by the ``@check`` functions of the ``checks_*`` modules
@@ -81,15 +82,18 @@ class World:
         self.more = more or {}
         self.desk = Desk()
         self.library = [self.desk.prompt(order, head)[0] for order, head in LIBRARY]
-        self._reference: Reference | None = None
+        self._reference: Reference | WholeReference | None = None
         self._full: dict[tuple[int, ...], Any] = {}
 
     @property
-    def reference(self) -> Reference:
+    def reference(self) -> Reference | WholeReference:
         if self._reference is None:
-            latents = "kv_lora_rank" in json.loads((self.model / "config.json").read_text())
-            kind = latent.LatentReference if latents else Reference
-            self._reference = kind(self.model)
+            name = self.model.name
+            if name in WIDE:
+                self._reference = WholeReference(self.model, **READ_AS.get(name, {}))
+            else:
+                kind = latent.LatentReference if name in latent.ARCHITECTURES else Reference
+                self._reference = kind(self.model)
         return self._reference
 
     def stock(self) -> None:
@@ -122,9 +126,7 @@ class World:
             at = end
         head = None
         if ours.prefix:
-            full = self.reference_full(ask.tokens, capped=False)
-            pos = torch.arange(len(ask.tokens))
-            head = Blended([self.reference.rotate(k, pos) for k in full.raw], full.v, None, [])
+            head = self.reference.head_of(self.reference_full(ask.tokens, capped=False))
         return self.reference.blend(ask.tokens, plans, self.engine.config.check_layers, head)
 
     def _ref_piece(
@@ -256,6 +258,7 @@ def run_checks(
     error's traceback."""
     from model_support import (  # noqa: F401
         checks_blend,
+        checks_brief,
         checks_exact,
         checks_fp8,
         checks_fused,
@@ -270,6 +273,7 @@ def run_checks(
     )
 
     model = model_for(Path(models), arch)
+    stand_ins.install(arch)
     world = World(Engine(model, **engine_options), model)
     out = {}
     for name in names:
