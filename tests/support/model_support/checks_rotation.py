@@ -280,7 +280,8 @@ def layers_without_positions(world: World) -> dict[str, Any]:
     without = [layer for layer, rope in enumerate(ropes) if rope is None]
     assert without == list(WITHOUT_POSITIONS.get(world.model.name, ())), without
     name = type(world.engine.runner.model).__name__
-    assert name in TESTED_MODELS, name
+    # Behind SGLang's Transformers backend may be any model.
+    assert name in TESTED_MODELS or name == "TransformersForCausalLM", name
     return {"layers": without, "class": name}
 
 
