@@ -1,0 +1,51 @@
+"""Two replicas of one server (``--dp-size 2``): a tree each, one store. Needs: CPU."""
+
+from __future__ import annotations
+
+import pytest
+from polling import eventually
+from talk import Docs, all_at_once, ask, check_report, check_same
+
+EXACT = {"blend": False}
+ALL = {"blend_policy": "all"}
+
+
+@pytest.fixture(scope="module")
+def two(model, start):
+    return start(model, ["--enable-blend", "--dp-size", "2"])
+
+
+def test_each_replica_has_its_tree_and_both_have_one_store(two):
+    docs = Docs(73, count=4, size=(150, 300))
+    docs.warm(two, routed_dp_rank=0)
+    here = ask(two, docs.prompt([2, 0, 1]), routed_dp_rank=0)
+    check_report(here)
+    assert set(here.blend["sources"]) == {"device"}, here.blend
+
+    def brought() -> bool:
+        there = ask(two, docs.prompt([2, 0, 1]), routed_dp_rank=1)
+        check_report(there)
+        assert "device" not in there.blend["sources"] or there.blend["sources"].keys() > {"device"}
+        return "memory" in there.blend["sources"]
+
+    # What is offered is written in the background.
+    assert eventually(brought, 60.0)
+
+
+def test_both_replicas_answer_as_full_prefill(two):
+    docs = Docs(74)
+    for rank in (0, 1):
+        docs.warm(two, routed_dp_rank=rank)
+    prompts = [docs.prompt([i % 5, (i + 2) % 6]) for i in range(6)]
+    jobs = [
+        lambda p=p, i=i: ask(two, p, custom=ALL, routed_dp_rank=i % 2)
+        for i, p in enumerate(prompts)
+    ]
+    for i, (prompt, answer) in enumerate(zip(prompts, all_at_once(jobs), strict=True)):
+        check_report(answer)
+        assert answer.blend["recomputed"] > 0
+        check_same(answer, ask(two, prompt, custom=EXACT, routed_dp_rank=1 - i % 2))
+    # SGLang spreads those that name none.
+    for answer in all_at_once([lambda p=p: ask(two, p) for p in prompts]):
+        check_report(answer)
+    assert two.alive()
