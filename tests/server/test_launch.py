@@ -87,12 +87,12 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "another radix cache": (
         [*ON, "--radix-cache-backend", "lmcache"], {}, "", ["--radix-cache-backend lmcache"]),
     "speculative decoding with a draft model": (
-        [*ON, "--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "gpt2"],
+        [*ON, "--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "<model>"],
         {}, "", ["--speculative-algorithm STANDALONE", "NGRAM is served"]),
     "pipeline parallelism": ([*ON, "--pp-size", "2"], {}, "", ["pipeline parallelism"]),
     "DP attention": (
         [*ON, "--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}, "",
-        ["--enable-dp-attention", "a collective of all DP ranks"]),
+        ["--attn-dp-size 2 (DP attention", "a collective of all DP ranks"]),
     "experts' all-to-all": (
         [*ON, "--moe-a2a-backend", "deepep"], {}, "", ["--moe-a2a-backend deepep"]),
     "weights on the host": (
@@ -157,6 +157,7 @@ def outcomes(model, tmp_path_factory, child_env):
     """Outcome of each case of REFUSED, by name, and the files' paths."""
     tmp = tmp_path_factory.mktemp("launch")
     paths = files(tmp)
+    paths["model"] = str(model)
     dynamic = make_model(tmp / "dynamic", "llama-dynamic", layers=4, hidden=64)
 
     def fill(text: str) -> str:

@@ -202,7 +202,7 @@ def test_an_ordinary_server_has_no_problems() -> None:
         ("decoupled_spec_role", "verifier", "--decoupled-spec-role verifier"),
         ("pp_size", 2, "--pp-size 2 (pipeline parallelism)"),
         ("enable_dp_attention", True, "--enable-dp-attention (each forward is a collective"),
-        ("attn_dp_size", 2, "--attn-dp-size 2 (DP attention)"),
+        ("attn_dp_size", 2, "--attn-dp-size 2 (DP attention; each forward"),
         ("attn_cp_size", 2, "--attn-cp-size 2 (context parallelism)"),
         ("enable_prefill_cp", True, "--enable-prefill-cp (context parallelism)"),
         ("dcp_size", 2, "--dcp-size 2 (decode context parallelism)"),

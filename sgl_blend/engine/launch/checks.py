@@ -98,6 +98,7 @@ class Refusal(NamedTuple):
 
 #: passes that are left early leave behind what these put in place of a layer's weights
 _LEFT_EARLY = "its layers' weights would stay where a pass was left"
+_COLLECTIVE = "each forward is a collective of all DP ranks, and a blended batch runs several"
 #: a pass over fewer rows has other counts than the batch was padded and scattered by
 _PADDED = "SGLang pads and scatters the whole batch's rows, not those of each pass"
 #: options of the same kind next to each other
@@ -110,12 +111,8 @@ REFUSED = (
     ),
     Refusal("decoupled_spec_role", lambda v: v not in (None, "null")),
     Refusal("pp_size", _several, "pipeline parallelism"),
-    Refusal(
-        "enable_dp_attention",
-        bool,
-        "each forward is a collective of all DP ranks, and a blended batch runs several",
-    ),
-    Refusal("attn_dp_size", _several, "DP attention"),
+    Refusal("enable_dp_attention", bool, _COLLECTIVE),
+    Refusal("attn_dp_size", _several, f"DP attention; {_COLLECTIVE}"),
     Refusal("attn_cp_size", _several, "context parallelism"),
     Refusal("enable_prefill_cp", bool, "context parallelism"),
     Refusal("dcp_size", _several, "decode context parallelism"),
