@@ -87,12 +87,12 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str, list[str]]] = {
     "another radix cache": (
         [*ON, "--radix-cache-backend", "lmcache"], {}, "", ["--radix-cache-backend lmcache"]),
     "speculative decoding with a draft model": (
-        [*ON, "--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", "<model>"],
-        {}, "", ["--speculative-algorithm STANDALONE", "NGRAM is served"]),
+        [*ON, "--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", "<model>"],
+        {}, "", ["--speculative-algorithm EAGLE3", "NGRAM is served"]),
     "pipeline parallelism": ([*ON, "--pp-size", "2"], {}, "", ["pipeline parallelism"]),
     "DP attention": (
         [*ON, "--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"], {}, "",
-        ["--attn-dp-size 2 (DP attention", "a collective of all DP ranks"]),
+        ["a collective of all DP ranks"]),
     "experts' all-to-all": (
         [*ON, "--moe-a2a-backend", "deepep"], {}, "", ["--moe-a2a-backend deepep"]),
     "weights on the host": (

@@ -170,6 +170,18 @@ def config_problems(view: ServerArgs) -> list[str]:
     return problems
 
 
+def check_options(view: ServerArgs) -> None:
+    """Raise :class:`UnsupportedError` for options that blending cannot be combined with. ``view``:
+    arguments before resolution, for what is stated, or resolved ones, for what follows from it."""
+    problems = config_problems(view)
+    if problems:
+        raise UnsupportedError(
+            "--enable-blend cannot be combined with "
+            + "; ".join(problems)
+            + ". Drop the option or launch without --enable-blend."
+        )
+
+
 def check_arguments(server_args: ServerArgs) -> None:
     """Refuse, in the launching process, what cannot work. Call after resolution.
 
@@ -180,13 +192,7 @@ def check_arguments(server_args: ServerArgs) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    problems = config_problems(resolving_view(server_args))
-    if problems:
-        raise UnsupportedError(
-            "--enable-blend cannot be combined with "
-            + "; ".join(problems)
-            + ". Drop the option or launch without --enable-blend."
-        )
+    check_options(resolving_view(server_args))
     model_config = model_config_of(server_args)
     problems = model_problems(model_config.hf_text_config)
     if problems:

@@ -126,13 +126,20 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
     if attach.CONFIG.get(server_args) is None:
         original(server_args)
         return
-    from sgl_blend.engine.launch.checks import check_arguments, check_model_path, check_port
+    from sgl_blend.engine.launch.checks import (
+        check_arguments,
+        check_model_path,
+        check_options,
+        check_port,
+    )
     from sgl_blend.engine.launch.families import check_family
     from sgl_blend.engine.launch.own_store import start_store
 
     try:
         if not getattr(server_args, "_resolution_finished", False):
             check_model_path(server_args.model_path)
+            # Before SGLang finds other faults in what cannot be had anyway.
+            check_options(server_args)
             if attach.COMMAND_LINE.get(server_args) and server_args.node_rank == 0:
                 check_port(server_args.host, server_args.port)
             check_family(server_args)
