@@ -65,18 +65,22 @@ def test_both_say_what_they_do(pair):
     assert "BlendRadixCache" not in log and "sgl-blend is on" not in log
 
 
-def test_what_is_decoded_is_what_was_blended(pair, plain):
+def test_what_is_decoded_is_what_was_blended(pair, plain, blend):
+    """Beside a server that does both, and was sent the same."""
     docs = Docs(80)
     for d in docs.docs:
-        pair.ask([1, *d, 3, *docs.tokens(40)], new=1, custom=EXACT)
+        prompt = [1, *d, 3, *docs.tokens(40)]
+        pair.ask(prompt, new=1, custom=EXACT)
+        ask(blend, prompt, new=1, custom=EXACT)
     for order in ([2, 0, 1], [5, 3], [4, 1, 0, 2]):
         for custom in (ALL, {}):
             prompt = docs.prompt(order)
             first, last = pair.ask(prompt, custom=custom)
-            b = first.blend
             check_report(first)
-            assert b["fallback"] is None and b["reused"] + b["recomputed"] > 0, b
-            assert last.blend is None
+            both = ask(blend, prompt, custom=custom)
+            assert first.blend == both.blend and both.blend["fallback"] is None
+            assert both.blend["recomputed"] > 0 and (both.blend["reused"] > 0 or custom is ALL)
+            assert last.tokens == both.tokens and last.blend is None
             if custom is ALL:
                 assert last.tokens == ask(plain, prompt).tokens
     # Who asked for exact has exact KV, whatever was blended of the same prompt before.

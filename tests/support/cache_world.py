@@ -109,15 +109,15 @@ class World:
 
     # -- one request -----------------------------------------------------------------------
 
-    def request(self, tokens, blend=False, extra_key=None, cache_salt=None, stated=None) -> Req:
+    def request(self, tokens, blend=False, stated=None, **more) -> Req:
+        """more: arguments of SGLang's ``Req``."""
         self.serial += 1
         req = Req(
             f"r{self.serial}",
             "",
             array("q", tokens),
             SamplingParams(max_new_tokens=64),
-            extra_key=extra_key,
-            cache_salt=cache_salt,
+            **more,
         )
         req._wants_blend = blend and media_start(tokens) is None
         req._stated = stated

@@ -55,20 +55,20 @@ class Rank:
         )
         self.tier.listen()
 
-    def serve(self, tokens) -> None:
+    def serve(self, tokens, **more) -> None:
         """A request whose new chunks the store has by then."""
-        self.world.serve(tokens)
+        self.world.serve(tokens, **more)
         self.tier.service.flush()
 
-    def arrives(self, tokens):
+    def arrives(self, tokens, **more):
         """A request in the queue, with what the store brings it."""
-        req = self.world.request(tokens)
+        req = self.world.request(tokens, **more)
         self.tier.before_queue(None, req)
         return req
 
-    def found(self, tokens) -> int:
+    def found(self, tokens, **more) -> int:
         """Tokens of a prompt that come from the store."""
-        req = self.arrives(tokens)
+        req = self.arrives(tokens, **more)
         load = attach.LOAD.get(req)
         if load is None:
             return 0
@@ -127,6 +127,22 @@ def ranks(store):
 def ask(*documents: list[int]) -> list[int]:
     """A prompt: a head, documents that were seen in another context, a question."""
     return [*doc(900, 10), *(t for d in documents for t in d), *doc(901, 40)]
+
+
+def test_an_adapters_kv_is_neither_stored_nor_looked_for(ranks, store):
+    """Its id follows from name and path: after a restart it may be that of other weights."""
+    a, b, c = ranks(), ranks(), ranks()
+    theirs, ours = doc(1, 400), doc(2, 400)
+    a.serve(theirs, lora_id="x")
+    with StoreClient(store.endpoint) as client:
+        assert client.stats()["chunks"] == 0
+    a.serve(ours)
+    assert b.found(ask(theirs), lora_id="x") == 0
+    assert b.found(ask(ours)) > 300
+    # Not even what somebody else has stored under its name.
+    b.serve(theirs, extra_key="x")
+    assert c.found(ask(theirs), extra_key="x") > 300
+    assert c.found(ask(theirs), lora_id="x") == 0
 
 
 def test_a_flush_that_one_rank_refused_is_made_good_by_the_next(ranks):
