@@ -19,10 +19,12 @@ STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference
 
 
 def _cases() -> list:
+    elsewhere = ("deepseek-v3", "mistral-large-3")
     table = [("deepseek-v3", {"page_size": 1}, GATE + EXACT + BLEND + ("covering", *FORMS))]
-    table += [(a, {"page_size": 1}, GATE + SOME) for a in ARCHITECTURES if a[:11] != "deepseek-v3"]
-    table += [("deepseek-v3-neox", {"page_size": 1}, GATE + SOME)]
+    table += [(a, {"page_size": 1}, GATE + SOME) for a in ARCHITECTURES if a not in elsewhere]
     table += [("kimi-k2", {"page_size": 16}, GATE + EXACT + ("layer0_right", "report_is_true"))]
+    # Only SGLang computes it: against its own full prefill.
+    table += [("mistral-large-3", {"page_size": 1}, GATE + EXACT + ("layer0_right",))]
     keeping = {"options": {"stored_scores": True}}
     table += [("deepseek-v2-lite", keeping, (*STORED, "scores_of_the_own_form"))]
     table += [("deepseek-v3", {"dtype": "bfloat16"}, GATE)]
@@ -55,6 +57,15 @@ def test_ranks_agree_and_hold_the_same_latents(jobs, models) -> None:
         for layer, whole in enumerate(single["kv"]):
             assert np.array_equal(first["kv"][layer], second["kv"][layer]), f"{what}, {layer}"
             assert _apart(first["kv"][layer], whole) <= 5e-5, f"{what}: latents of layer {layer}"
+
+
+def test_latents_come_out_of_a_store_as_they_went_in(jobs, models) -> None:
+    """The whole way: from the tree into a store, out of it into a blend, under each kind of
+    selection."""
+    got = jobs.run("model_support.checks_latent:from_a_store", str(models), "deepseek-v3")
+    for policy, figures in got.items():
+        assert figures["loaded"] > 200, policy
+        assert figures["logits"] <= 1e-3 and figures["kv"] <= 1e-4, (policy, figures)
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:

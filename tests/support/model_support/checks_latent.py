@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from polling import eventually
 
 from model_support.asks import Ask
 from model_support.checks_blend import _ask
 from model_support.checks_stored import SCORE, _scores
-from model_support.compare import require_equal
+from model_support.compare import apart, kv_apart, require_equal
 from model_support.engine import Engine
 from model_support.world import World, check, model_for, must_fail, watch
 from sgl_blend.engine.forward import latent
 from sgl_blend.engine.forward.attn_backend import ScoringAttnBackend
+from sgl_blend.store.config import StoreConfig
+from sgl_blend.store.embedded import EmbeddedStore
 
 
 @contextlib.contextmanager
@@ -165,3 +169,39 @@ def trace(models: str, arch: str, rank: int, size: int, port: int) -> list[dict]
         )
         engine.check()
     return out
+
+
+def from_a_store(models: str, arch: str) -> dict[str, dict[str, float]]:
+    """In a child: documents are prefilled, stored, and forgotten by the device; a prompt of them is
+    then blended out of the store. Per policy: how far it is from the reference, and how many tokens
+    came from the store."""
+    model = model_for(Path(models), arch)
+    with tempfile.TemporaryDirectory() as folder:
+        config = StoreConfig(endpoints=(f"ipc://{folder}/s",), memory_bytes=64 << 20)
+        with EmbeddedStore(config, private=False, start_s=120.0) as store:
+            options = {"store_endpoint": store.endpoint, "store_chunk_tokens": 32}
+            world = World(Engine(model, options=options), model)
+            return {p: _out_of_the_store(world, p) for p in ("none", "query", "hkvd")}
+
+
+def _out_of_the_store(world: World, policy: str) -> dict[str, float]:
+    engine = world.engine
+    tier, make = engine.tree.on_fresh.__self__, engine.request
+
+    def arrive(ask: Ask) -> Any:
+        req = make(ask)
+        tier.before_queue(None, req)
+        assert eventually(lambda: tier.admits(req))
+        return req
+
+    ask = _ask(world, 0, policy)
+    world.stock()
+    tier.service.flush()
+    engine.flush()
+    with mock.patch.object(engine, "request", arrive), watch() as chosen:
+        [ours] = engine.run(ask)
+    loaded = sum(s.length for s in ours.pieces[0].blend.plan.spans if s.parts)
+    theirs = world.blended_reference(ask, ours, chosen)
+    assert chosen.of(ours.pieces[0])[-1].tolist() == theirs.chosen[0].tolist(), policy
+    kv = max(kv_apart(ours, theirs))
+    return {"logits": apart(ours.logits, theirs.logits), "kv": kv, "loaded": loaded}

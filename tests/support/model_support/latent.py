@@ -6,10 +6,12 @@ and ours attend to the latents themselves.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from model_support.reference import Reference
 
@@ -71,6 +73,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         _SHAPE | {"q_lora_rank": 32, "first_k_dense_replace": 99, "rope_interleave": False},
     ),
+    # V3 under other names, and queries that grow with the position
+    "mistral-large-3": ("DeepseekV3Config", _V3 | {"q_lora_rank": 32, "_rope": _YARN}),
     "glm4-moe-lite": ("Glm4MoeLiteConfig", _SHAPE | {"q_lora_rank": 32}),
 }
 _ROUTER = {"moe_layer_freq": 1, "ep_size": 1}
@@ -82,8 +86,51 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek-v3-neox": _V3_ROUTER,
     "deepseek-v2-lite": _ROUTER | {"topk_method": "greedy", "scoring_func": "softmax"},
     "deepseek-v2": _ROUTER | {"scoring_func": "softmax"},
+    "mistral-large-3": _V3_ROUTER
+    | {
+        "architectures": ["MistralLarge3ForCausalLM"],
+        "llama_4_scaling": {"original_max_position_embeddings": 64, "beta": 0.3},
+    },
     "glm4-moe-lite": _V3_ROUTER | _DENSE_FIRST,
 }
+#: architecture -> (transformers' name of a weight, the published checkpoint's)
+NAMES = {
+    "mistral-large-3": (
+        (r"model\.embed_tokens", "tok_embeddings"),
+        (r"model\.norm", "norm"),
+        (r"lm_head", "output"),
+        (r"model\.layers", "layers"),
+        (r"\.input_layernorm", ".attention_norm"),
+        (r"\.post_attention_layernorm", ".ffn_norm"),
+        (r"\.self_attn\.q_a_proj", ".attention.wq_a"),
+        (r"\.self_attn\.q_b_proj", ".attention.wq_b"),
+        (r"\.self_attn\.q_a_layernorm", ".attention.q_a_norm"),
+        (r"\.self_attn\.kv_a_proj_with_mqa", ".attention.wkv_a_with_mqa"),
+        (r"\.self_attn\.kv_a_layernorm", ".attention.kv_a_norm"),
+        (r"\.self_attn\.kv_b_proj", ".attention.wkv_b"),
+        (r"\.self_attn\.o_proj", ".attention.wo"),
+        (r"\.mlp\.gate\.e_score_correction_bias", ".router_biases"),
+        (r"\.mlp\.gate\.weight", ".gate.weight"),
+        (r"\.mlp\.experts\.", ".experts."),
+        (r"\.mlp\.shared_experts\.", ".shared_experts."),
+        (r"\.mlp\.(?=(gate|up|down)_proj)", ".feed_forward."),
+        (r"\.gate_proj", ".w1"),
+        (r"\.down_proj", ".w2"),
+        (r"\.up_proj", ".w3"),
+    )
+}
+
+
+def rename_weights(path: Path, arch: str) -> None:
+    """Give the weights at ``path`` the names that ``arch``'s published checkpoints have."""
+    file = path / "model.safetensors"
+    if arch in NAMES:
+        weights = {}
+        for name, weight in load_file(file).items():
+            for ours, theirs in NAMES[arch]:
+                name = re.sub(ours, theirs, name)
+            weights[name] = weight
+        save_file(weights, file)
 
 
 class LatentReference(Reference):

@@ -295,6 +295,7 @@ def model_for(models: Path, arch: str) -> Path:
         config = json.loads((made / "config.json").read_text())
         config.update(PUBLISHED.get(arch, {}))
         (made / "config.json").write_text(json.dumps(config))
+        latent.rename_weights(made, arch)
         try:
             made.rename(path)
         except OSError:
