@@ -69,16 +69,19 @@ def serve_latents(pool: Any, speaks: bool) -> None:
         )
 
 
-def absorber(model: torch.nn.Module, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def absorber(model: torch.nn.Module, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What turns ``layer``'s queries for all heads' own keys [R, H, nope + rope], rotated, into
-    queries for the latent cache [R, H, rank + rope], fp32.
+    queries for the latent cache [R, H, rank + rope], fp32. None for a layer whose queries always
+    are for the cache.
 
     Raises :class:`UnsupportedError` where the matrix between the two is in no form that torch
     multiplies.
     """
     modules: list[Any] = [m for m in model.modules() if _in_two_forms(m)]
     modules = [m for m in modules if m.attn_mqa.layer_id == layer]
-    if len(modules) != 1 or modules[0].use_deep_gemm_bmm:
+    if not modules:
+        return None
+    if getattr(modules[0], "use_deep_gemm_bmm", False):
         raise UnsupportedError(
             f"scores of layer {layer}'s attention cannot be kept for this model (its latents are "
             "multiplied by DeepGEMM): use another policy than stored and no --blend-stored-scores"
