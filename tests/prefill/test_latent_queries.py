@@ -1,12 +1,21 @@
-"""Queries of a model's own form of latent attention, made into queries for the cache. CPU only."""
+"""The two forms of latent attention: which one blended batches take, and queries of one made into
+queries of the other. CPU only."""
 
 from __future__ import annotations
 
+import logging
+import types
+
 import pytest
 import torch
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+    AttnForwardMethod,
+)
 from torch import nn
 
-from sgl_blend.engine.forward.latent import absorber
+from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
+from sgl_blend.engine.forward.latent import absorber, serve_latents
 from sgl_blend.errors import UnsupportedError
 
 
@@ -41,3 +50,22 @@ def test_scores_over_latents_that_torch_does_not_multiply_are_refused():
     layer = latent_layer(use_deep_gemm_bmm=True)
     with pytest.raises(UnsupportedError, match="layer 3's attention cannot be kept.*DeepGEMM"):
         absorber(nn.ModuleList([layer]), 3)
+
+
+@pytest.mark.parametrize(("device", "lines"), [("cpu", 0), ("cuda", 1)])
+def test_blended_batches_run_absorbed_and_others_as_sglang_says(monkeypatch, caplog, device, lines):
+    monkeypatch.setattr(
+        AttentionBackendRegistry, "_handlers", dict(AttentionBackendRegistry._handlers)
+    )
+    before = dict(AttentionBackendRegistry._handlers)
+    serve_latents(types.SimpleNamespace(device=device), True)  # a pool of K and V
+    assert AttentionBackendRegistry._handlers == before
+    with caplog.at_level(logging.WARNING):
+        serve_latents(types.SimpleNamespace(device=device, kv_lora_rank=512), True)
+        serve_latents(types.SimpleNamespace(device=device, kv_lora_rank=512), False)
+    name = BlendAttnBackend.prefill_attention_backend_str
+    handler = AttentionBackendRegistry._handlers.pop(name)
+    assert handler(None, None) == AttnForwardMethod.MLA
+    assert AttentionBackendRegistry._handlers == before
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == lines and all("plain torch" in line for line in said)
