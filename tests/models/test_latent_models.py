@@ -19,12 +19,12 @@ STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference
 
 
 def _cases() -> list:
-    elsewhere = ("deepseek-v3", "mistral-large-3")
+    elsewhere = ("deepseek-v3", "mistral-3-large")
     table = [("deepseek-v3", {"page_size": 1}, GATE + EXACT + BLEND + ("covering", *FORMS))]
     table += [(a, {"page_size": 1}, GATE + SOME) for a in ARCHITECTURES if a not in elsewhere]
     table += [("kimi-k2", {"page_size": 16}, GATE + EXACT + ("layer0_right", "report_is_true"))]
     # Only SGLang computes it: against its own full prefill.
-    table += [("mistral-large-3", {"page_size": 1}, GATE + EXACT + ("layer0_right",))]
+    table += [("mistral-3-large", {"page_size": 1}, GATE + EXACT + ("layer0_right",))]
     keeping = {"options": {"stored_scores": True}}
     table += [("deepseek-v2-lite", keeping, (*STORED, "scores_of_the_own_form"))]
     table += [("deepseek-v3", {"dtype": "bfloat16"}, GATE)]

@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         _SHAPE | {"q_lora_rank": 32, "first_k_dense_replace": 99, "rope_interleave": False},
     ),
     # V3 under other names, and queries that grow with the position
-    "mistral-large-3": ("DeepseekV3Config", _V3 | {"q_lora_rank": 32, "_rope": _YARN}),
+    "mistral-3-large": ("DeepseekV3Config", _V3 | {"q_lora_rank": 32, "_rope": _YARN}),
     "glm4-moe-lite": ("Glm4MoeLiteConfig", _SHAPE | {"q_lora_rank": 32}),
 }
 _ROUTER = {"moe_layer_freq": 1, "ep_size": 1}
@@ -86,7 +86,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek-v3-neox": _V3_ROUTER,
     "deepseek-v2-lite": _ROUTER | {"topk_method": "greedy", "scoring_func": "softmax"},
     "deepseek-v2": _ROUTER | {"scoring_func": "softmax"},
-    "mistral-large-3": _V3_ROUTER
+    "mistral-3-large": _V3_ROUTER
     | {
         "architectures": ["MistralLarge3ForCausalLM"],
         "llama_4_scaling": {"original_max_position_embeddings": 64, "beta": 0.3},
@@ -95,7 +95,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 #: architecture -> (transformers' name of a weight, the published checkpoint's)
 NAMES = {
-    "mistral-large-3": (
+    "mistral-3-large": (
         (r"model\.embed_tokens", "tok_embeddings"),
         (r"model\.norm", "norm"),
         (r"lm_head", "output"),
