@@ -14,7 +14,9 @@ from model_support.architectures import REFUSED, WIDE, checks_of, options_of
 
 def _cases() -> list:
     table = [(arch, options_of(arch), checks_of(arch)) for arch in WIDE if arch not in REFUSED]
-    table += [(arch, options_of(arch), ("as_reference_briefly_bites",)) for arch in ("gemma3",)]
+    table += [
+        (arch, options_of(arch), ("as_reference_briefly_bites",)) for arch in ("cohere2", "gemma3")
+    ]
     return [
         pytest.param(name, arch, options, id=f"{arch}-{name}")
         for arch, options, names in table

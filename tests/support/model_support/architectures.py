@@ -192,6 +192,8 @@ NOT_HERE = {
     "EXAONE 4 32B and EXAONE MoE (windows)": "SGLang wants fa3, triton or trtllm_mha attention",
     "GLM-4 9B of 2024 (`GlmForCausalLM`)": "SGLang has no class of its own, and its Transformers "
     "backend knows no plan for its parallel layers",
+    "Nemotron (dense)": "SGLang has no class of its own, and its Transformers backend needs "
+    "arguments that transformers' attention of this model does not hand on",
     "Hunyuan V3 (`HYV3ForCausalLM`)": "SGLang reads settings of its router that transformers 5.19 "
     "does not write",
 }

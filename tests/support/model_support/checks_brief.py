@@ -81,7 +81,8 @@ def as_reference_briefly(world: World) -> dict[str, Any]:
 
 @check
 def as_reference_briefly_bites(world: World) -> dict[str, Any]:
-    """Negative controls: keys that are not turned, or turned a position too far, are noticed."""
+    """Negative controls: keys that are not turned, turned a position too far, or in every layer as
+    in the first that is turned at all, are noticed; the model has layers of two kinds."""
     delta = Rope.delta
     run = lambda: _against_reference(world, _ask(world, 0, "none"))  # noqa: E731
     run()
@@ -91,4 +92,10 @@ def as_reference_briefly_bites(world: World) -> dict[str, Any]:
     near = lambda self, old, new: delta(self, old, new + 1)  # noqa: E731
     with mock.patch.object(Rope, "delta", near):
         must_fail("keys are one position off", run)
+    pool = world.engine.launch.probed.pool
+    ropes = [pool.rope(layer) for layer in range(world.engine.layers)]
+    first = next(rope for rope in ropes if rope is not None)
+    assert any(rope is not first for rope in ropes)
+    with mock.patch.object(pool, "rope", lambda layer: first):
+        must_fail("all layers are turned alike", run)
     return {}
