@@ -53,7 +53,7 @@ ON_THE_WAY = """
     debug_tensor_dump_output_folder enable_memory_saver enable_weights_cpu_backup
     enable_custom_logit_processor enable_return_hidden_states enable_return_routed_experts
     enable_return_indexer_topk enable_return_aux_hidden_states aux_hidden_state_capture
-    return_aux_hidden_state_layer_ids enable_mis forward_hooks msprobe_dump_config
+    return_aux_hidden_state_layer_ids forward_hooks msprobe_dump_config
     ple_offload_embedding swa_prefix_tails enable_encoder_swa_bounded_replay
     enable_decoder_swa_bounded_replay enable_cp_tp_group_sharing enable_watermark
     tokenizer_worker_num
@@ -221,6 +221,7 @@ def test_an_ordinary_server_has_no_problems() -> None:
         ("enable_pd_role_switch", True, "--enable-pd-role-switch"),
         ("is_embedding", True, "--is-embedding"),
         ("dllm_algorithm", "LowConfidence", "--dllm-algorithm LowConfidence"),
+        ("enable_mis", True, "--enable-mis (multi-item scoring"),
         ("cpu_offload_gb", 4, "--cpu-offload-gb 4 (its layers' weights"),
         ("offload_group_size", 1, "--offload-group-size 1 (its layers' weights"),
         ("kt_weight_path", "/w", "--kt-weight-path /w (its layers' weights"),

@@ -128,6 +128,7 @@ REFUSED = (
     Refusal("enable_pd_role_switch", bool, "a node blends in the prefill role alone"),
     Refusal("is_embedding", bool, "embedding models"),
     Refusal("dllm_algorithm", _given, "diffusion language models"),
+    Refusal("enable_mis", bool, "multi-item scoring, which SGLang runs without a radix cache"),
     Refusal("cpu_offload_gb", bool, _LEFT_EARLY),
     Refusal("offload_group_size", lambda v: (v or 0) > 0, _LEFT_EARLY),
     Refusal("kt_weight_path", _given, _LEFT_EARLY),
