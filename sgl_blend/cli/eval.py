@@ -40,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         DATA_SEEN,
         DATA_SETTINGS,
         SYNTHETIC_SETTINGS,
+        WIDE,
         EvalOptions,
     )
     from sgl_blend.eval.runner import ISOLATE, RunOptions
@@ -144,8 +145,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         task.add_argument(flag, type=kind, default=value, help=f"({shown})")
     out = p.add_argument_group("statistics and output")
     r, b = RunOptions(), Bootstrap()
-    k = r.top_logprobs
-    out.add_argument("--top-logprobs", type=int, default=k, help=f"k of the truncated KL ({k})")
+    wide, first = WIDE
+    out.add_argument(
+        "--top-logprobs",
+        type=int,
+        help=f"k of the truncated KL ({r.top_logprobs}; with --data {wide})",
+    )
+    out.add_argument(
+        "--first-logprobs",
+        type=int,
+        help="k of the first output token's KL, in a request of its own; 0: --top-logprobs "
+        f"({r.first_logprobs}; with --data {first})",
+    )
     out.add_argument(
         "--logprob-positions",
         type=int,
@@ -236,7 +247,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
 
     suited = run_options(bool(args.data), own_server=args.url is None)
     isolate = args.isolate or suited.isolate
-    at_once = args.at_once or (suited.at_once if isolate == suited.isolate else 1)
+    at_once = _or(args.at_once, suited.at_once if isolate == suited.isolate else 1)
     return EvalOptions(
         model=args.model,
         url=args.url,
@@ -260,13 +271,18 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         run=RunOptions(
             isolate=isolate,
             at_once=at_once,
-            top_logprobs=args.top_logprobs,
+            top_logprobs=_or(args.top_logprobs, suited.top_logprobs),
+            first_logprobs=_or(args.first_logprobs, suited.first_logprobs),
             logprob_positions=args.logprob_positions,
             max_prompt_tokens=args.max_prompt_tokens,
         ),
         bootstrap=Bootstrap(args.resamples, args.confidence),
         near_tie=args.near_tie,
     )
+
+
+def _or(given: int | None, usual: int) -> int:
+    return usual if given is None else given
 
 
 def _slug(text: str) -> str:

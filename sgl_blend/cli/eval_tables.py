@@ -22,8 +22,8 @@ F1 exact: of the answer against full prefill's; same: equal answers. top-1: outp
 the same likeliest token, up to the first difference (of at most {positions}); clear: of those at
 which full prefill's likeliest token leads by at least {near_tie:g} nats. KL: nats a position over
 full prefill's {k} likeliest tokens and one lump of the rest, a lower bound; 1st: of the first
-output token alone. speed-up: full prefill's mean TTFT over this one's. *: no other row is as cheap
-and as good. Brackets: {confidence:.0%} bootstrap intervals over cases.
+output token alone, over {first}. speed-up: full prefill's mean TTFT over this one's. *: no other
+row is as cheap and as good. Brackets: {confidence:.0%} bootstrap intervals over cases.
 """
 #: how documents had been seen, in words
 SEEN = {
@@ -41,6 +41,7 @@ def notes(options: EvalOptions) -> str:
     run = options.run
     return NOTES.format(
         k=run.top_logprobs,
+        first=run.first_logprobs or run.top_logprobs,
         positions=run.logprob_positions,
         near_tie=options.near_tie,
         confidence=options.bootstrap.confidence,
@@ -170,8 +171,9 @@ def write_json(
     data = {
         "command": command(),
         "options": {name: _plain(value) for name, value in asdict(options).items()},
-        "kl": f"truncated to full prefill's {options.run.top_logprobs} likeliest tokens, the "
-        "rest as one lump; nats a position",
+        "kl": f"truncated to full prefill's {options.run.top_logprobs} likeliest tokens (first "
+        f"position: {options.run.first_logprobs or options.run.top_logprobs}), the rest as one "
+        "lump; nats a position",
         "evaluations": [asdict(e if samples else replace(e, samples=())) for e in done],
     }
     path.write_text(json.dumps(data, indent=1, default=str) + "\n")

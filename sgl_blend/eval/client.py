@@ -24,10 +24,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Log-probabilities at each output position: the ``top`` likeliest, or those of ``ids``."""
+    """Log-probabilities at each output position: the ``top`` likeliest, or those of ``ids``; first:
+    what is wanted of the first position besides, in a request of its own."""
 
     top: int = 0
     ids: tuple[int, ...] = ()
+    first: Wanted | None = None
 
 
 class Client(client.Client):

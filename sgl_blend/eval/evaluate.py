@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sgl_blend.errors import ConfigError
@@ -26,13 +26,19 @@ DATA_SETTINGS = ("default", "hkvd:0.15", "hkvd~default", "leading~default")
 DATA_SEEN: tuple[Seen, ...] = ("alone", "other", "prompts", "system")
 #: settings of a data file's prompt that are asked at a time: decoding them together is cheaper
 AT_ONCE = 8
+#: k of the truncated KL of real vocabularies: at all positions, and at the first
+WIDE = (100, 4096)
 #: own servers measure what they are told to, not what their gate made of it
 MEASURING = ("--blend-gate", "off")
 
 
 def run_options(data: bool, own_server: bool) -> RunOptions:
-    """How to run what suits the task: data files on a server of our own in states of a probe."""
-    return RunOptions("probe", at_once=AT_ONCE) if data and own_server else RunOptions()
+    """How to run what suits the task: data files with log-probabilities of more tokens, and on a
+    server of our own in states of a probe."""
+    if not data:
+        return RunOptions()
+    wide = RunOptions(top_logprobs=WIDE[0], first_logprobs=WIDE[1])
+    return replace(wide, isolate="probe", at_once=AT_ONCE) if own_server else wide
 
 
 @dataclass(frozen=True, slots=True)

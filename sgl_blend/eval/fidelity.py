@@ -7,7 +7,9 @@ is missing on either side. With S the exact top-k of a position and everything e
     KL_k = sum over S of p log(p / q)  +  p(rest) log(p(rest) / q(rest)),
 
 p exact, q blended, in nats. Lumping can only lower a divergence: KL_k is a lower bound of the
-full vocabulary's KL, and equals it where S holds the whole vocabulary.
+full vocabulary's KL, and equals it where S holds the whole vocabulary. How low depends on k and on
+the model: of a 135M model's KL after real questions, k = 20 tells 46 to 80 %, k = 500 88 to 96 %.
+That is why the first output token, which decides most, may be asked for with a larger k.
 
 Positions are comparable as long as both outputs have said the same before: from the first one
 up to and including the first at which they differ.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sgl_blend.errors import ConfigError
 
@@ -27,10 +29,12 @@ REST_FLOOR = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Greedy token ids and, per output position, log-probabilities (nats) by token id."""
+    """Greedy token ids and, per output position, log-probabilities (nats) by token id. first: those
+    of more tokens at the first position; empty: not asked for."""
 
     ids: tuple[int, ...]
     logprobs: tuple[Mapping[int, float], ...]
+    first: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Agreement:
     compared: comparable positions. agreed: those with the same likeliest token (all but the last
     one, at least). kl: KL_k at each of them, nats. margins: of exact's likeliest token over its
     second one at each of them, nats. same: the outputs are equal as far as they were asked for.
+    first: KL at the first position, by ``Output.first`` where there is one, nats.
     """
 
     compared: int
@@ -47,6 +52,7 @@ class Agreement:
     kl: tuple[float, ...]
     same: bool
     margins: tuple[float, ...] = ()
+    first: float = 0.0
 
     def clear(self, near_tie: float) -> tuple[int, int]:
         """``(agreed, compared)`` of the positions at which exact's margin is at least ``near_tie``
@@ -83,7 +89,10 @@ def agreement(exact: Output, blended: Output) -> Agreement:
     kl = tuple(truncated_kl(exact.logprobs[i], blended.logprobs[i]) for i in range(compared))
     agreed = compared if differs is None or differs >= shared else compared - 1
     margins = tuple(_margin(exact.logprobs[i]) for i in range(compared))
-    return Agreement(compared, agreed, kl, differs is None, margins)
+    first = kl[0] if kl else 0.0
+    if exact.first:
+        first = truncated_kl(exact.first, blended.first)
+    return Agreement(compared, agreed, kl, differs is None, margins, first)
 
 
 def _margin(logprobs: Mapping[int, float]) -> float:

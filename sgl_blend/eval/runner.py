@@ -49,14 +49,16 @@ class RunOptions:
     everything, which takes it about a second. ``probe``: one state for all settings of a probe (see
     the module's docstring); probes of several steps are kept apart by salts all the same.
     at_once: settings that are asked at a time in such a state; above 1 there are no times.
-    top_logprobs: k of the truncated KL. logprob_positions: how many output positions are compared;
-    a longer answer is asked for again, for its text alone. max_prompt_tokens: documents are
+    top_logprobs: k of the truncated KL; first_logprobs: of the first position's (0: the same).
+    logprob_positions: how many output positions are compared; a longer answer is asked for again,
+    for its text alone. max_prompt_tokens: documents are
     dropped, from the middle, until a prompt fits; None takes prompts as they are.
     """
 
     isolate: Isolate = "salt"
     at_once: int = 1
     top_logprobs: int = 20
+    first_logprobs: int = 0
     logprob_positions: int = 32
     max_prompt_tokens: int | None = None
 
@@ -66,6 +68,8 @@ class RunOptions:
         for name in ("at_once", "top_logprobs", "logprob_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; take at least 1")
+        if self.first_logprobs < 0:
+            raise ConfigError(f"first_logprobs is {self.first_logprobs}; take at least 0")
         if self.at_once > 1 and self.isolate != "probe":
             raise ConfigError(f"at_once is {self.at_once}: only states of a probe are shared")
 
@@ -186,9 +190,11 @@ class Runner:
         )
 
     def _probe(self, probe: Probe, index: int) -> list[Sample]:
-        wanted = [Wanted(top=self._options.top_logprobs)] * len(probe.steps)
+        o = self._options
+        first = Wanted(top=o.first_logprobs) if o.first_logprobs else None
+        wanted = [Wanted(top=o.top_logprobs, first=first)] * len(probe.steps)
         exact = self._alone(probe, None, FULL, None, wanted)
-        wanted = [Wanted(ids=_support(r)) for r in exact]
+        wanted = [_support(r) for r in exact]
         out = self._samples(probe, index, "", FULL.name, None, exact, exact)
         for i, way in enumerate(probe.ways):
             settings = [s for s in (self._elsewhere if i else self._settings) if s is not FULL]
@@ -339,9 +345,13 @@ class Runner:
             ids, custom = self._encoded(step.prompt, setting.custom(ratio))
             ask = partial(client.ask, ids, custom=custom, salt=salt, timed=timed)
             reply = ask(max_new_tokens=min(step.max_new_tokens, positions), wanted=want)
+            # From here on the same prompt in the same state: it goes on behind its own KV.
+            if want.first is not None:
+                more = ask(max_new_tokens=1, wanted=want.first, timed=False)
+                output = replace(reply.output, first=more.output.logprobs[0])
+                reply = replace(reply, output=output)
             if step.max_new_tokens > positions:
-                # The same prompt in the same state: it goes on behind its own KV.
-                whole = ask(max_new_tokens=step.max_new_tokens, wanted=Wanted())
+                whole = ask(max_new_tokens=step.max_new_tokens, wanted=Wanted(), timed=False)
                 reply = replace(reply, text=whole.text)
             out.append(reply)
         return out
@@ -369,6 +379,8 @@ class Runner:
         return encoded.ids, custom
 
 
-def _support(reply: Reply) -> tuple[int, ...]:
+def _support(reply: Reply) -> Wanted:
     """All tokens that are among the likeliest at some output position."""
-    return tuple(sorted({t for row in reply.output.logprobs for t in row}))
+    output = reply.output
+    first = Wanted(ids=tuple(sorted(output.first))) if output.first else None
+    return Wanted(ids=tuple(sorted({t for row in output.logprobs for t in row})), first=first)

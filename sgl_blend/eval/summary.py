@@ -101,7 +101,7 @@ def summarise(
                 over.ratio(lambda s: (s.agreement.clear(near_tie)[1], s.agreement.compared)),
                 over.mean(lambda s: [float(s.agreement.agreed > 0)]),
                 over.mean(lambda s: s.agreement.kl),
-                over.mean(lambda s: s.agreement.kl[:1]),
+                over.mean(lambda s: [s.agreement.first]),
                 over.ratio(lambda s: (s.spent, s.whole)),
                 over.mean(lambda s: [s.ttft]) if timed else None,
                 over.ratio(lambda s: (full[s.probe, s.step].ttft, s.ttft)) if timed else None,

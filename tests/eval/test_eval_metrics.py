@@ -128,6 +128,10 @@ def test_agreement_ends_with_the_first_difference():
     assert got.kl[0] == 0.0 and got.kl[1] == got.kl[2] > 0.0
     # One token alone is known of each position: nothing comes near it.
     assert agreement(exact, exact) == Agreement(4, 4, (0.0,) * 4, True, (math.inf,) * 4)
+    assert got.first == got.kl[0]
+    more, less = logs(a=0.5, b=0.25), logs(a=0.5, b=0.125)
+    got = agreement(Output((97,), (row,), more), Output((97,), (row,), less))
+    assert got.kl == (0.0,) and got.first == pytest.approx(truncated_kl(more, less))
     sure, near, tie = logs(a=0.9, b=0.05), logs(a=0.4, b=0.38), logs(a=0.3, b=0.3)
     got = agreement(Output((97,) * 3, (sure, near, tie)), Output((97, 97, 98), (sure, near, tie)))
     assert got.margins == pytest.approx((math.log(18), math.log(40 / 38), 0.0))

@@ -229,6 +229,17 @@ def test_ways_share_the_exact_answer_and_meet_the_settings_named(tokenizer):
     assert len(exact) == 2  # once unmeasured
 
 
+def test_more_of_the_first_position_is_asked_for_in_the_same_state(tokenizer):
+    client = ScriptedClient()
+    samples = scripted(tokenizer, client, top_logprobs=4, first_logprobs=6)
+    asked = [e for e in client.log if e[1].top or e[1].ids]
+    for i in range(0, len(asked), 2):
+        (custom, want, salt, most), (again, first, also, one) = asked[i : i + 2]
+        assert (again, also, most, one) == (custom, salt, 3, 1)
+        assert max(want.top, len(want.ids)) == 4 and max(first.top, len(first.ids)) == 6
+    assert len(asked) == 20 and all(s.agreement.first == 0.0 for s in samples)
+
+
 def test_what_is_asked_at_once_is_asked_in_one_piece():
     sent = []
 

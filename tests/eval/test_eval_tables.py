@@ -42,7 +42,7 @@ def sample(setting, case, right, cost, ttft, kind="dependent", probe=0):
     spent = tokens.true_cost * tokens.prompt
     # Full prefill is sure of its first token, and not of its second.
     margins = (2.0, 0.05)
-    fit = Agreement(2, 2 if right else 1, (0.0, 0.0 if right else 1.0), bool(right), margins)
+    fit = Agreement(2, 2 if right else 1, (0.0, 0.0 if right else 1.0), bool(right), margins, 0.2)
     seen = "" if setting == "full prefill" else "alone"
     return Sample(
         setting,
@@ -89,7 +89,7 @@ def test_summary_by_hand(evaluation):
         ("dependent", 0.0, 1.0),
     ]
     assert (q.em.value, q.top1.value, q.kl.value, q.same.value) == (0.5, 0.75, 0.25, 0.5)
-    assert (q.f1_exact.value, q.kl_first.value, q.top1_first.value) == (0.5, 0.0, 1.0)
+    assert (q.f1_exact.value, q.kl_first.value, q.top1_first.value) == (0.5, 0.2, 1.0)
     # The difference is where full prefill's tokens are nearly as likely as each other.
     assert (q.top1_clear.value, q.top1_clear.n, q.clear.value) == (1.0, 2, 0.5)
     assert summarise(evaluation.samples, plan(["query:0.1"]), "accuracy", near_tie=0.01)[
@@ -207,7 +207,7 @@ def test_a_folder_of_results_holds_figures_and_none_of_the_answers(answers, tmp_
     assert head.count("|") == 11
     row = next(x for x in page.splitlines() if x.startswith("| query:0.1"))
     assert row.startswith("| query:0.1 | 20.0 | 50.0 [0 100] | 50.0 [0 100] | 50.0 [0 100] |")
-    assert row.endswith("| 100.0 | 100.0 | 0.0000 | 0.250 [0.000 0.500] |")
+    assert row.endswith("| 100.0 | 100.0 | 0.2000 | 0.250 [0.000 0.500] |")
     assert "**nq**, 1 questions: held-out questions alone; each document" in page
     assert "50 % of full prefill's own positions are clear." in page
     assert "lead" in page and "Made by" in page
@@ -260,7 +260,8 @@ def test_command_line_becomes_options():
 
 def test_a_data_file_sets_what_suits_it():
     o = cli.options_of(arguments("--model", "m", "--data", "nq10.jsonl"))
-    assert o.run == run_options(data=True, own_server=True) == RunOptions("probe", at_once=8)
+    suited = RunOptions("probe", at_once=8, top_logprobs=100, first_logprobs=4096)
+    assert o.run == run_options(data=True, own_server=True) == suited
     assert o.launch_args()[-2:] == ["--blend-max-generation", "0"]
     assert o.ways() == DATA_SEEN and o.chat is None
     names = [s.name for s in o.planned()]
@@ -277,12 +278,14 @@ def test_a_data_file_sets_what_suits_it():
         ("system", "alone"),
         "tuning",
         False,
-        RunOptions("probe"),
+        replace(suited, at_once=1),
     )
     assert [s.name for s in o.planned_elsewhere(o.planned())][2:] == ["default"]
     # A server that somebody else runs keeps its generations: a state for each setting.
     o = cli.options_of(arguments("--url", "u", "--data", "x"))
-    assert o.run == RunOptions() and o.chat is None
+    assert o.run == replace(suited, isolate="salt", at_once=1) and o.chat is None
+    told = cli.options_of(arguments("--url", "u", "--data", "x", "--first-logprobs", "0")).run
+    assert told.first_logprobs == 0 and told.top_logprobs == 100
     assert "--blend-max-generation" not in EvalOptions(model="m").launch_args()
     own = EvalOptions(model="m", server_args=("--blend-gate=fail",)).launch_args()
     assert own == ["--blend-gate=fail", "--enable-blend"]
@@ -303,6 +306,8 @@ def test_a_data_file_sets_what_suits_it():
         (["--url", "u", "--settings", "hkvd:0.1+check_layers=2"], "start servers; give --model"),
         (["--model", "m", "--limit", "0"], "limit is 0"),
         (["--model", "m", "--top-logprobs", "0"], "top_logprobs is 0"),
+        (["--model", "m", "--first-logprobs", "-1"], "first_logprobs is -1"),
+        (["--model", "m", "--data", "x", "--at-once", "0"], "at_once is 0"),
     ],
 )
 def test_command_lines_that_do_not_fit_together(argv, message):
