@@ -77,6 +77,11 @@ class Encoder:
         at = _places([s + shift for s in starts], out["offset_mapping"])
         return Encoded(tuple(out["input_ids"]), at)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are; the model may have room for more."""
+        return len(self._tokenizer)
+
     def length(self, prompt: Prompt) -> int:
         """How many tokens ``encode`` gives."""
         return len(self.encode(prompt).ids)

@@ -191,8 +191,9 @@ class Runner:
 
     def _probe(self, probe: Probe, index: int) -> list[Sample]:
         o = self._options
-        first = Wanted(top=o.first_logprobs) if o.first_logprobs else None
-        wanted = [Wanted(top=o.top_logprobs, first=first)] * len(probe.steps)
+        most = self._encoder.vocabulary  # a server fails where it is asked for more
+        first = Wanted(top=min(o.first_logprobs, most)) if o.first_logprobs else None
+        wanted = [Wanted(top=min(o.top_logprobs, most), first=first)] * len(probe.steps)
         exact = self._alone(probe, None, FULL, None, wanted)
         wanted = [_support(r) for r in exact]
         out = self._samples(probe, index, "", FULL.name, None, exact, exact)

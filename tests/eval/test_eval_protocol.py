@@ -240,6 +240,14 @@ def test_more_of_the_first_position_is_asked_for_in_the_same_state(tokenizer):
     assert len(asked) == 20 and all(s.agreement.first == 0.0 for s in samples)
 
 
+def test_no_more_tokens_are_asked_for_than_there_are(tokenizer):
+    client = ScriptedClient()
+    scripted(tokenizer, client, top_logprobs=10**6, first_logprobs=10**6)
+    most = Encoder(tokenizer).vocabulary
+    assert 256 < most < 300
+    assert {e[1].top for e in client.log if e[1].top} == {most}
+
+
 def test_what_is_asked_at_once_is_asked_in_one_piece():
     sent = []
 
