@@ -20,7 +20,7 @@ from sgl_blend.eval.summary import summarise
 from sgl_blend.eval.synthetic import Shape, synthetic
 
 SHAPE = Shape(n_docs=2, n_legends=1, doc_tokens=(30, 40), questions=2)
-SETTINGS = plan(["all:1", "query:1.0", "query:0.2", "leading:0.3"])
+SETTINGS = plan(["all", "query:1.0", "query:0.2", "leading:0.3"])
 #: nats: fp32 noise of another order of summation, and far below what reuse does
 NOISE = 1e-5
 
@@ -46,7 +46,7 @@ def measured(url, model):
 
 def test_exact_rows_agree_with_full_prefill(measured):
     samples, rows = measured
-    for name in ("full prefill", "prefix cache only", "all:1", "query:1.0"):
+    for name in ("full prefill", "prefix cache only", "all", "query:1.0"):
         row = rows[name]
         assert row.top1.value == row.same.value == 1.0
         assert 0.0 <= row.kl.value < NOISE
@@ -68,7 +68,7 @@ def test_costs_are_those_of_the_rows_that_ran(measured):
         assert t.prompt == t.prefix + t.reused + t.recomputed + t.computed and s.ttft > 0
         if s.setting == "full prefill":
             assert t.prefix == 0
-        elif s.setting in ("prefix cache only", "all:1"):
+        elif s.setting in ("prefix cache only", "all"):
             # System prompt and first document were seen together, behind nothing else.
             assert 0 < t.prefix < t.prompt
             assert t.true_cost == pytest.approx((t.prompt - t.prefix) / t.prompt)
@@ -79,7 +79,7 @@ def test_costs_are_those_of_the_rows_that_ran(measured):
             run = t.computed + t.recomputed
             assert t.true_cost == pytest.approx(run / t.prompt, abs=1e-4)
     # The question's pass is paid for: 3 of 4 layers for its rows.
-    assert rows["query:1.0"].cost.value > rows["all:1"].cost.value
+    assert rows["query:1.0"].cost.value > rows["all"].cost.value
 
 
 def test_random_costs_what_its_twin_costs(measured):
@@ -174,9 +174,9 @@ def test_settings_with_options_get_servers_of_their_own(model):
 
 
 def test_turns_of_a_conversation(url, model):
-    samples, rows = measure(url, model, plan(["all:1"]), asking="turns", per_prompt=2)
+    samples, rows = measure(url, model, plan(["all"]), asking="turns", per_prompt=2)
     assert sorted({s.step for s in samples}) == [0, 1]
-    assert rows["all:1"].top1.value == 1.0 and 0.0 <= rows["all:1"].kl.value < NOISE
+    assert rows["all"].top1.value == 1.0 and 0.0 <= rows["all"].kl.value < NOISE
     second = [s for s in samples if s.step == 1 and s.setting == "prefix cache only"]
     assert all(s.tokens.true_cost < 0.5 for s in second)
 
