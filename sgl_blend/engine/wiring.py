@@ -20,6 +20,7 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine import seams
 from sgl_blend.engine.forward.company import why_not
 from sgl_blend.engine.forward.fingerprint import model_fingerprint
+from sgl_blend.engine.forward.kv_scales import applied_scales
 from sgl_blend.engine.forward.latent import absorber, serve_latents
 from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.forward.separators import load_tokenizer, strong_tokens
@@ -139,7 +140,11 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
         strong=strong,
         namespace_of=lambda req, upto: namespace_of(req, upto, config, gate),
         fingerprint=model_fingerprint(
-            model, ctx.model_config, model_runner.token_to_kv_pool, ranks
+            model,
+            ctx.model_config,
+            model_runner.token_to_kv_pool,
+            ranks,
+            applied_scales(model_runner),
         ),
         boundaries_of=lambda req: state_of(req, config, gate).options.boundaries,
         sources_end_of=lambda req: state_of(req, config, gate).media_start,

@@ -56,3 +56,29 @@ def test_model(checked, name: str, arch: str, options: dict) -> None:
     """``name`` is a check of ``model_support``; its docstring says what holds."""
     figures = checked(name, arch, options)
     print({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in figures.items()})
+
+
+QUANTISED = "model_support.quantised:"
+
+
+def test_weights_of_four_bits(jobs, models):
+    """AWQ: packed int32 weights through SGLang's loader and layers; blending equals full prefill at
+    ratio 1.0, and below it the reference over the same weights in fp32."""
+    names = (
+        "gate_passes",
+        "exact_alone",
+        "exact_by_ratio",
+        "exact_in_a_batch",
+        "exact_in_pieces",
+        "exact_behind_a_prefix",
+        "as_reference",
+        "as_reference_in_pieces",
+    )
+    print(jobs.run(QUANTISED + "awq", str(models), "qwen3", names))
+
+
+def test_a_checkpoints_kv_scales_under_auto(jobs, models):
+    """``--kv-cache-dtype auto`` takes fp8 where a checkpoint is calibrated for it; its scales are
+    loaded, and applied as the backend applies them."""
+    names = ("gate_passes", "exact_alone", "exact_in_a_batch", "exact_in_pieces", *COPIES)
+    print(jobs.run(QUANTISED + "kv_scales_of_a_checkpoint", str(models), "llama", names))

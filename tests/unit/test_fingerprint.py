@@ -59,7 +59,7 @@ def fingerprint(model: nn.Module, ranks: Ranks | None = None, **changes) -> str:
     pool = SimpleNamespace(
         dtype=facts["kv"], head_num=facts["heads"], head_dim=8, v_head_dim=8, layer_num=LAYERS
     )
-    return model_fingerprint(model, config, pool, ranks or Ranks())
+    return model_fingerprint(model, config, pool, ranks or Ranks(), facts.get("scales", ()))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,18 @@ def test_a_tensor_that_is_not_contiguous_is_read_in_the_order_of_its_elements(mo
     assert not weight.is_contiguous() and fingerprint(other) == fingerprint(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        torch.float16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+        torch.int32,  # eight values a word: AWQ, GPTQ
+        torch.uint8,  # GGUF, MXFP4
+    ],
+)
 def test_every_dtype_has_bytes(dtype):
     made = nn.Module()
     made.register_buffer("w", torch.arange(15).to(dtype))
@@ -138,6 +149,8 @@ def test_every_dtype_has_bytes(dtype):
         {"rope": '{"rope_theta": 1}'},
         {"architectures": ["Qwen2ForCausalLM"]},
         {"kv": torch.bfloat16},
+        {"kv": torch.float8_e4m3fn},
+        {"scales": [(0.5, 1.0), (1.0, 1.0)]},
         {"heads": 1},
     ],
     ids=lambda change: next(iter(change)),
@@ -160,6 +173,43 @@ def test_weights_without_bytes_are_nobodys(caplog):
         model = Model()
     assert weights_digest(model) != weights_digest(model)
     assert "embed.weight: it has no data" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float4_e2m1fn_x2])
+def test_packed_dtypes_have_bytes(dtype):
+    """Block scales and pairs of values of four bits (MXFP4, NVFP4)."""
+
+    def made(*codes: int) -> nn.Module:
+        module = nn.Module()
+        module.register_buffer("w", torch.tensor(codes, dtype=torch.uint8).view(dtype))
+        return module
+
+    assert weights_digest(made(1, 2, 3)) == weights_digest(made(1, 2, 3))
+    assert weights_digest(made(1, 2, 3)) != weights_digest(made(1, 2, 4))
+
+
+def test_sglangs_own_parameters_are_read():
+    from sglang.srt.layers.parameter import ModelWeightParameter, PackedvLLMParameter
+
+    def made(word: int, weight: float) -> nn.Module:
+        module = nn.Module()
+        load = {"weight_loader": lambda *args: None}
+        module.q = PackedvLLMParameter(
+            data=torch.full((4, 2), word, dtype=torch.int32), input_dim=0, output_dim=1,
+            packed_dim=1, packed_factor=8, **load,
+        )  # fmt: skip
+        module.w = ModelWeightParameter(
+            data=torch.full((4, 4), weight).to(torch.float8_e4m3fn), input_dim=1, output_dim=0,
+            **load,
+        )  # fmt: skip
+        module.register_parameter("k_scale", nn.Parameter(torch.tensor(0.5), requires_grad=False))
+        return module
+
+    other = made(7, 1.0)
+    other.k_scale.data += 1
+    models = [made(7, 1.0), made(8, 1.0), made(7, 2.0), other]
+    assert len({weights_digest(m) for m in models}) == 4
+    assert weights_digest(made(7, 1.0)) == weights_digest(models[0])
 
 
 def test_tensors_inside_a_quantised_weight_are_read():

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from sgl_blend.engine.forward.kv_scales import KvScales, check_scales, kv_scales
+from sgl_blend.engine.forward.kv_scales import KvScales, applied_scales, check_scales, kv_scales
 from sgl_blend.engine.launch.checks import KV_DTYPES, config_problems
 from sgl_blend.errors import UnsupportedError
 
@@ -51,6 +51,16 @@ def test_scales_are_applied_as_the_backend_does():
     assert kv_scales(layer, backend, E4M3) == KvScales()
     backend.token_to_kv_pool.kv_lora_rank = 8
     assert kv_scales(layer, backend, torch.bfloat16) == KvScales()
+
+
+def test_what_is_applied_is_told_for_the_fingerprint():
+    assert applied_scales(_runner(_scaled(), FlashInferAttnBackend())) == [(0.5, 2.0)]
+    for runner in (
+        _runner(_scaled(1.0, 1.0), FlashInferAttnBackend()),
+        _runner(_scaled(), FlashInferAttnBackend(), torch.bfloat16),
+        _runner(_scaled(), object.__new__(TorchNativeAttnBackend)),
+    ):
+        assert applied_scales(runner) == []
 
 
 def test_sglangs_attention_for_cpus_knows_no_scales():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,18 +33,25 @@ class Gathers(Protocol):
         """Every rank's ``data``, equally long, in the order of ranks."""
 
 
-def model_fingerprint(model: torch.nn.Module, model_config: Any, pool: Any, ranks: Gathers) -> str:
+def model_fingerprint(
+    model: torch.nn.Module,
+    model_config: Any,
+    pool: Any,
+    ranks: Gathers,
+    scales: Sequence[tuple[float, float]] = (),
+) -> str:
     """Digest over weights, architecture, dtypes, quantisation, KV layout and rope parameters.
 
     model_config: SGLang's ``ModelConfig``; pool: its ``MHATokenToKVPool`` or
     ``MLATokenToKVPool``. A rank's KV depends on the weights of all ranks, so the digest covers all
-    of them, and is the same on each.
+    of them, and is the same on each. scales: ``kv_scales.applied_scales``.
     """
     hf = model_config.hf_config
     facts = (
         ("arch", getattr(hf, "architectures", None), model_config.hf_text_config.to_json_string()),
         ("dtype", str(model_config.dtype), str(getattr(model_config, "quantization", None))),
         ("kv", str(pool.dtype), *_shape(pool)),
+        ("scales", *scales),
         ("weights", ranks.gather(weights_digest(model))),
     )
     return xxhash.xxh3_128(repr(facts).encode()).hexdigest()

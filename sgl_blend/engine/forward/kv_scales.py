@@ -43,6 +43,18 @@ def kv_scales(layer: RadixAttention, base: AttentionBackend, dtype: torch.dtype)
     return KvScales(layer.k_scale_float, layer.v_scale_float, (layer.k_scale, layer.v_scale))
 
 
+def applied_scales(runner: ModelRunner) -> list[tuple[float, float]]:
+    """Each layer's scales of K and V under the runner's backend; empty where all are 1.
+
+    KV that one backend divided by them is in another unit than KV of one that knows none.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+    scales = [kv_scales(layer, runner.attn_backend, runner.dtype)[:2] for layer in layers]
+    return scales if any(s != (1.0, 1.0) for s in scales) else []
+
+
 def check_scales(runner: ModelRunner) -> None:
     """Raise :class:`UnsupportedError` for scales that SGLang itself does not apply alike to what it
     writes and what it reads."""

@@ -31,6 +31,12 @@ class ScalingBackend(TorchNativeAttnBackend):
         return out * layer.v_scale_float
 
 
+def apply_scales(runner: Any) -> None:
+    """What the layers have is applied from now on."""
+    assert type(runner.attn_backend) is TorchNativeAttnBackend
+    runner.attn_backend = ScalingBackend(runner)
+
+
 def calibrate(runner: Any, k_scale: float, v_scale: float) -> None:
     """Layer i's scales are (i + 1) times the given ones."""
     for layer in runner.model.modules():
@@ -42,5 +48,4 @@ def calibrate(runner: Any, k_scale: float, v_scale: float) -> None:
             layer.k_scale_float, layer.v_scale_float = (
                 float(p) for p in (layer.k_scale, layer.v_scale)
             )
-    assert type(runner.attn_backend) is TorchNativeAttnBackend
-    runner.attn_backend = ScalingBackend(runner)
+    apply_scales(runner)

@@ -62,10 +62,12 @@ class Engine:
         fp32_rope: bool = False,
         change: Callable[[Any], None] | None = None,
         kv_scales: tuple[float, float] | None = None,
+        change_runner: Callable[[Any], None] | None = None,
     ) -> None:
         """``fp32_rope``: encode positions in fp32 and round once, as on a GPU; SGLang's CPU code
         computes in the model's dtype. change: is given the loaded model. kv_scales: of each layer's
-        K and V, which grow from layer to layer, under a backend that applies them."""
+        K and V, which grow from layer to layer, under a backend that applies them. change_runner:
+        is given the model runner."""
         argv = ["--model-path", str(model), "--device", "cpu", "--dtype", dtype]
         argv += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(pool_tokens)]
         argv += ["--page-size", str(page_size), "--max-running-requests", "32"]
@@ -95,6 +97,8 @@ class Engine:
             change(self.runner.model)
         if kv_scales is not None:
             calibrate(self.runner, *kv_scales)
+        if change_runner is not None:
+            change_runner(self.runner)
         self.server_args = server_args
         runner = self.runner
         # What the cache builder reads of SGLang's TpModelWorker.
