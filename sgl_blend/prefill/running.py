@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from sgl_blend import ops
 from sgl_blend.prefill.attention import KvCopy
 from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
 from sgl_blend.prefill.rows import Incoming, PoolView
@@ -114,6 +115,6 @@ class BlendPass(PiecePass):
         b = self.blend
         cache = pool.v(layer)
         out = cache.new_empty((b.tokens.count, *cache.shape[1:]))
-        out[host.pool_index] = cache[b.src_slots]
-        out[host.host_index] = host.kv.values(pool, layer)[host.host_tokens]
+        ops.put(out, host.pool_index, cache[b.src_slots])
+        ops.put(out, host.host_index, host.kv.values(pool, layer)[host.host_tokens])
         return out
