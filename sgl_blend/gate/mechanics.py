@@ -29,9 +29,9 @@ check allows ``NOISE`` times what these two are apart, at that layer, and never 
 of a few unit roundoffs. In half precision a single token may fall either way (a router's choice
 in a mixture of experts): there a layer's error is the 90th percentile of its tokens' errors, in
 fp32 the largest. So it is over a pool of fp8,
-where a sum that falls beside a step's middle moves an element by a whole step. There the moved K
-has been rounded once more than exact prefill's, and lies about one unit roundoff off: two are
-allowed.
+where a sum that falls beside a step's middle moves an element by a whole step. There a moved K has
+been rounded twice and exact prefill's once, each by a unit roundoff at most: a little more than
+three are allowed.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ class _Meter:
 
 
 def _first_floor(model: GateModel) -> float:
-    return max(LEAST_FIRST, 8 * model.roundoff, 2 * model.quantum)
+    return max(LEAST_FIRST, 8 * model.roundoff, 3.25 * model.quantum)
 
 
 def _tokens_apart(

@@ -15,6 +15,10 @@ ENGINES = {
     "llama": ("llama", {}),
     "qwen3-bf16-pages": ("qwen3", {"page_size": 16, "dtype": "bfloat16"}),
     "gemma2": ("gemma2", {}),
+    "qwen3-fp8": (
+        "qwen3",
+        {"args": ("--kv-cache-dtype", "fp8_e4m3"), "kv_scales": (0.02, 0.5)},
+    ),
 }
 
 
