@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sgl_blend.cli.main import COMMANDS
 from sgl_blend.engine.forward.company import PREVENTS
-from sgl_blend.engine.launch.checks import TESTED_MODELS
+from sgl_blend.engine.launch.checks import TESTED_MEDIA, TESTED_MODELS
 from sgl_blend.engine.request.options import KEYS
 from sgl_blend.gate.state import TURNED_OFF
 from sgl_blend.selection import POLICIES
@@ -56,6 +56,7 @@ def test_every_tested_model_is_named():
     for cls in TESTED_MODELS:
         name = names.get(cls, cls.removesuffix("ForCausalLM"))
         assert f"| {cls} |" in table or (name in README and name in COMPATIBILITY), cls
+    assert {cls for cls in TESTED_MEDIA if f"`{cls}`" not in COMPATIBILITY} == set()
 
 
 def test_every_reason_to_fall_back_is_listed():

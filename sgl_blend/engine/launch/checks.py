@@ -41,6 +41,12 @@ TESTED_MODELS = frozenset(
     """.split()
 )
 
+#: the same of classes of several modalities, for prompts of text alone
+TESTED_MEDIA = frozenset(
+    f"{name}ForConditionalGeneration"
+    for name in "Gemma3 Mistral3 Qwen2_5_VL Qwen3VL Qwen3VLMoe".split()
+)
+
 #: ``--kv-cache-dtype``: one value a byte or more. "auto" is the model's dtype, or fp8 where a
 #: checkpoint declares it (``mem_cache/kv_cache_dtype.py``, 0.5.23).
 KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3", "fp8_e5m2")
@@ -285,7 +291,7 @@ def say_what_was_measured(model: torch.nn.Module, layers: Sequence[Measured]) ->
         f"{n} without positions" if kind == "none" else f"{n} by {kind}"
         for kind, n in kinds.items()
     )
-    tested = name in TESTED_MODELS
+    tested = name in TESTED_MODELS | TESTED_MEDIA
     logger.log(
         logging.INFO if tested else logging.WARNING,
         "sgl-blend: %s is %stested by name; the rotations of its %d layers were measured (%s)",
