@@ -8,9 +8,10 @@ import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sgl_blend.engine.forward.kv_scales import KvScales, applied_scales, check_scales, kv_scales
-from sgl_blend.engine.launch.checks import KV_DTYPES, config_problems
+from sgl_blend.engine.launch.checks import KV_DTYPES, check_model, config_problems
 from sgl_blend.errors import UnsupportedError
 
 E4M3 = torch.float8_e4m3fn
@@ -118,3 +119,40 @@ def test_packed_pools_are_refused_by_name(dtype):
 @pytest.mark.parametrize("dtype", [None, *KV_DTYPES])
 def test_pools_of_whole_bytes_are_served(dtype):
     assert config_problems(Like(kv_cache_dtype=dtype)) == []
+
+
+def _build(**pool: object) -> Like:
+    """SGLang's ``TreeCacheBuildContext`` as far as it is looked at."""
+    held = object.__new__(MHATokenToKVPool)
+    vars(held).update({"dtype": E4M3, "kv_cache_layout": "nhd", **pool})
+    backend = FlashInferAttnBackend()
+    backend.token_to_kv_pool = held
+    runner = Like(
+        model=_scaled(), attn_backend=backend, token_to_kv_pool=held, dtype=torch.bfloat16
+    )
+    return Like(
+        is_hybrid_ssm=False,
+        is_hybrid_swa=False,
+        params=Like(token_to_kv_pool_allocator=Like(get_kvcache=lambda: held)),
+        tp_worker=Like(model_runner=runner),
+    )
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2])
+def test_a_calibrated_pool_of_fp8_is_served(dtype):
+    check_model(_scaled(), _build(dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("pool", "words"),
+    [
+        ({"dtype": torch.float8_e4m3fnuz}, "the KV pool holds torch.float8_e4m3fnuz"),
+        ({"dtype": torch.float4_e2m1fn_x2}, "the KV pool holds torch.float4_e2m1fn_x2"),
+        ({"kv_cache_layout": "hnd"}, "Unset SGLANG_USE_HND_KVCACHE"),
+        ({"dtype": torch.bfloat16}, "Launch with --kv-cache-dtype fp8_e4m3"),
+    ],
+)
+def test_a_pool_of_another_make_ends_the_launch(pool, words):
+    with pytest.raises(UnsupportedError) as error:
+        check_model(_scaled(), _build(**pool))
+    assert words in str(error.value) and "\n" not in str(error.value)
