@@ -6,6 +6,7 @@ The checks are in ``model_support/checks_media.py``; each child holds one real m
 from __future__ import annotations
 
 import pytest
+from model_support.media_shapes import SHAPES
 
 CHECKS = "model_support.checks_media:"
 EXACT = ["exact_alone", "exact_in_company", "exact_in_pieces", "exact_behind_a_prefix"]
@@ -26,6 +27,12 @@ BLENDED = ["layer0_right", "as_reference", "as_reference_in_pieces", "as_referen
 )
 def test_prompts_of_text_are_blended(jobs, models, arch, names, options) -> None:
     print(jobs.run(CHECKS + "text_prompts", str(models), arch, names, options))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_prompts_of_text_are_blended_in_other_classes(jobs, models, name) -> None:
+    checks = [*EXACT, "exact_by_ratio", "layer0_right"]
+    print(jobs.run(CHECKS + "text_prompts_of_a_shape", str(models), name, checks))
 
 
 def test_positions_that_a_model_counts_up_in_place(jobs, models) -> None:

@@ -16,6 +16,7 @@ from model_support.asks import Ask, Outcome
 from model_support.compare import require_equal
 from model_support.engine import Engine
 from model_support.media import make_media_model
+from model_support.media_shapes import make_shape, random_weights
 from model_support.world import CHECKS, World, must_fail
 from sgl_blend.engine.forward.model_passes import ModelPasses
 from sgl_blend.engine.request import state
@@ -32,6 +33,15 @@ def text_prompts(
     path, plain = make_media_model(Path(models), arch)
     world = World(Engine(path, **options), plain)
     return {name: CHECKS[name](world) or {} for name in names}
+
+
+def text_prompts_of_a_shape(models: str, name: str, checks: list[str]) -> dict[str, Any]:
+    """In a child: the same where there is no text model of the same weights."""
+    path = make_shape(Path(models), name)
+    with random_weights():
+        engine = Engine(path, args=["--load-format", "dummy"])
+    world = World(engine, path)
+    return {check: CHECKS[check](world) or {} for check in checks}
 
 
 def counted_up_in_place(models: str) -> str:
