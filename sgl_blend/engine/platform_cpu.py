@@ -38,7 +38,10 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "native"
 
     def init_backend(self) -> None:
+        from sgl_blend.engine.forward.cpu_attention import install
+
         seams.install(seams.ROPE_OF_LATENTS, _any_rope, "around")
+        install()
 
     def post_load_model(self, model) -> None:
         # SGLang 0.5.23 has no rule for ``torch_native`` and takes the one for ``triton``: a form of

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 USED = (
     "sglang.srt.arg_groups.model_override_base.model_config_of",
+    "sglang.srt.arg_groups.overrides.resolution_result",
     "sglang.srt.arg_groups.overrides.resolving_view",
     "sglang.srt.configs.hybrid_arch.mambaish_config",
     "sglang.srt.configs.linear_attn_model_registry.get_linear_attn_config",
     "sglang.srt.configs.model_config.AttentionArch",
+    "sglang.srt.configs.model_config.get_hybrid_layer_ids",
+    "sglang.srt.configs.model_config.is_hybrid_swa_model",
     "sglang.srt.entrypoints.engine.Engine",
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.eplb.expert_distribution.get_global_expert_distribution_recorder",
+    "sglang.srt.layers.attention.attention_registry.register_attention_backend",
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend",
     "sglang.srt.layers.layer_boundary.residual.batch",
     "sglang.srt.layers.layer_boundary.residual.batch.clear",
@@ -84,6 +88,12 @@ USED = (
 
 #: overridden method -> its parameters
 OVERRIDDEN = {
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": (
+        "(self, q, k, v, layer, forward_batch, save_kv_cache)"
+    ),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": (
+        "(self, q, k, v, layer, forward_batch, save_kv_cache)"
+    ),
     "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_remove": "(self, node, medium)",
     "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_store": (
         "(self, node, medium, session_id)"
@@ -98,7 +108,7 @@ OVERRIDDEN = {
     "sglang.srt.platforms.device_mixin.DeviceMixin.is_pin_memory_available": "(self, device)",
     "sglang.srt.platforms.interface.SRTPlatform.apply_server_args_defaults": "(self, server_args)",
     "sglang.srt.platforms.interface.SRTPlatform.get_default_attention_backend": "(self)",
-    "sglang.srt.platforms.interface.SRTPlatform.init_backend": "(self)",
     "sglang.srt.platforms.interface.SRTPlatform.post_load_model": "(self, model)",
     "sglang.srt.platforms.interface.SRTPlatform.get_dispatch_key_name": "(self)",
+    "sglang.srt.platforms.interface.SRTPlatform.init_backend": "(self)",
 }

@@ -6,7 +6,7 @@
 ``rotation.py``     how each layer encodes positions, measured at launch whatever the gate is told
 ``mechanics.py``    exact checks at launch on random tokens: rotation, copies, mask, recomputation
 ``fidelity.py``     blended against exact next-token distributions; the ratio ladder
-``yardstick.py``    exact attention, where the server's own is not what the model means
+``yardstick.py``    textbook attention, where SGLang's is not what the model means
 ``prompts.py``      calibration prompts: the operator's file, or a short built-in text
 ``budget.py``       how long a launch may take, and what is left out to keep to that
 ``window.py``       sampled live requests: a sliding window and what follows from it

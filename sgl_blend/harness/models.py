@@ -146,6 +146,8 @@ def make_model(
             elif "norm" in name:
                 base = 0.0 if arch.startswith("gemma") else 1.0
                 p.copy_(base + 0.1 * torch.randn(p.shape, generator=gen))
+            elif name.endswith("sinks"):  # SGLang keeps them in bf16 whatever the model's dtype is
+                p.copy_(torch.randn(p.shape, generator=gen).mul(2).bfloat16())
             else:
                 p.copy_(0.1 * torch.randn(p.shape, generator=gen))
     model.save_pretrained(path, safe_serialization=True)

@@ -40,6 +40,7 @@ BLEND = (
 )
 REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
 GATE = ("rotations_are_measured", "gate_passes")
+STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")
 FUSED = ("fused_exact", "fused_as_reference", "fused_bites")
 RANDOM = ("random_traffic", "random_traffic_bites")
 
@@ -63,16 +64,19 @@ def _cases() -> list:
     table += [(arch, {"page_size": 1}, ("covering",)) for arch in ("llama", "qwen3")]
     table += [("llama", {"dtype": "bfloat16"}, ("bf16_keys_of_the_cpu",))]
     table += [(a, {"options": {"check_layers": (1, 2)}}, ("two_check_layers",)) for a in ("qwen3",)]
-    # Chunked or behind a prefix, Gemma's rows run through SGLang's attention, which lacks the cap.
-    gemma = ("reference_is_sound", "as_reference", "as_reference_bites", "soft_cap_as_transformers")
-    table += [("gemma2", {"page_size": 1}, GATE + gemma)]
-    stored = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")
+    table += [("gemma2", {"page_size": 1}, GATE + EXACT + BLEND + ("soft_cap_as_transformers",))]
+    # On a CPU SGLang's experts of gpt-oss run in the layout of its Triton kernels alone.
+    oss = {"args": ("--moe-runner-backend", "triton")}
+    table += [
+        ("gpt-oss", {"page_size": 1, **oss}, GATE + EXACT + BLEND + FUSED + ("sinks_and_windows",)),
+        ("gpt-oss", {"page_size": 16, "options": {"stored_scores": True}, **oss}, GATE + STORED),
+    ]
     for arch in ("llama", "qwen3", "llama-yarn"):
         keeping = {"options": {"stored_scores": True}}
         bites = ("stored_bites",) if arch == "llama" else ()
-        table += [(arch, keeping, stored + bites + (EXACT if arch == "llama" else ()))]
-    table += [("qwen3", {"page_size": 16, "options": {"policy": "stored"}}, GATE + stored[:2])]
-    table += [("mistral-window", {"options": {"stored_scores": True}}, stored[:2])]
+        table += [(arch, keeping, STORED + bites + (EXACT if arch == "llama" else ()))]
+    table += [("qwen3", {"page_size": 16, "options": {"policy": "stored"}}, GATE + STORED[:2])]
+    table += [("mistral-window", {"options": {"stored_scores": True}}, STORED[:2])]
     for arch, page in (("llama-llama3", 1), ("qwen3", 16)):
         options = {"page_size": page, "pool_tokens": 8192, "options": {"min_reused_tokens": 32}}
         table += [(arch, options, RANDOM)]

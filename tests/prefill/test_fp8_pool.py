@@ -7,7 +7,7 @@ import torch
 from kernels import FP8, make_rope, same
 
 from sgl_blend import ops
-from sgl_blend.gate.yardstick import PlainAttention
+from sgl_blend.gate.yardstick import plain_attention
 from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
 from sgl_blend.prefill.rows import AttentionSpec, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
@@ -69,7 +69,7 @@ def test_rows_of_a_batch_and_their_scores(dtype, window, cap):
         tables.append(table.read(segments[0].kv_slots[pos]))
     _close(*outs)
     _close(*tables)
-    textbook = PlainAttention(pool, segments)(_spec(window, cap), q, None, None)
+    textbook = plain_attention(_spec(window, cap), segments[0], q, pool.k(0), pool.v(0))
     _close(outs[0], textbook)
 
 

@@ -116,7 +116,7 @@ class BlendAttnBackend:
         last = layer.layer_id == self._stop
         if last and not core.scratch:
             raise StopPass
-        out = core(_spec(layer, scales, sinks), q, k, v)
+        out = core(spec_of(layer, scales, sinks), q, k, v)
         if last:
             raise StopPass
         return out.reshape(q.shape[0], heads * layer.v_head_dim)
@@ -161,7 +161,7 @@ class ScoringAttnBackend:
             with torch.no_grad():
                 if self._absorb is not None and rows.shape[2] != self._pool.k(0).shape[2]:
                     rows = self._absorb(rows)
-                spec = _spec(layer, kv_scales(layer, self._base, q.dtype), kwargs.get("sinks"))
+                spec = spec_of(layer, kv_scales(layer, self._base, q.dtype), kwargs.get("sinks"))
                 self._scores.measure(spec, rows, self._pool, self._segments)
         return out
 
@@ -208,9 +208,10 @@ def scoring(
         yield
 
 
-def _spec(
+def spec_of(
     layer: RadixAttention, scales: KvScales, sinks: torch.Tensor | None = None
 ) -> AttentionSpec:
+    """sinks: what the layer gives to attention beside q, k and v, if anything."""
     window = layer.sliding_window_size
     return AttentionSpec(
         layer.layer_id,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: backends that multiply what they read also where nothing was divided when it was written
 _ALWAYS_MULTIPLY = ("FlashInferAttnBackend", "TritonAttnBackend")
+#: ... and those for CPUs: SGLang's, and ours over it (``cpu_attention.py``)
+_NEVER_SCALE = ("TorchNativeAttnBackend", "CpuAttnBackend")
 
 
 class KvScales(NamedTuple):
@@ -90,6 +92,4 @@ def check_scales(runner: ModelRunner) -> None:
 
 
 def _applies(base: AttentionBackend) -> bool:
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-
-    return type(base) is not TorchNativeAttnBackend
+    return type(base).__name__ not in _NEVER_SCALE

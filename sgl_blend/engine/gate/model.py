@@ -5,8 +5,8 @@ Fills :class:`sgl_blend.gate.model.GateModel` with ``Prefills``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -22,16 +22,13 @@ from sgl_blend.engine.request.state import Probe, RequestState, recomputes_all
 from sgl_blend.gate.model import Ask, Ran, Sizes
 from sgl_blend.gate.rotation import SelfAttention
 from sgl_blend.gate.state import GateState
-from sgl_blend.gate.yardstick import PlainAttention
 from sgl_blend.ops.checks import FP8
 from sgl_blend.plan import ReuseSpan
 from sgl_blend.prefill.passes import Ranks
-from sgl_blend.prefill.rows import RowSegment
 from sgl_blend.selection import POLICIES, Policy, ReusedTokens
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.managers.schedule_batch import Req
 
     from sgl_blend.engine.request.planner import PlannedBatch
 
@@ -93,7 +90,6 @@ class SglangModel:
         policy = POLICIES.get(config.policy)
         self.full_policy = config.policy if recomputes_all(policy, 1.0, config) else "all"
         self._in_use: list[Run] = []
-        self._uncapped = _leaves_out_the_cap(self.runner)
 
     def sizes(self) -> Sizes:
         from sglang.srt.runtime_context import get_schedule
@@ -211,12 +207,9 @@ class SglangModel:
             self.prefills.begin_piece(req, pieces.pop(0) if pieces else None)
         batch = self.prefills.batch([req for _, req, _ in waiting])
         alone = all(ask.alone for ask, _, _ in waiting)
-        exact = all(ask.policy is None for ask, _, _ in waiting)
         attention: AbstractContextManager[None] = nullcontext()
         if alone:
             attention = attending(self.runner.model, SelfAttention(self.pool.split))
-        elif exact:
-            attention = self._meant(batch)
         with attention:
             out, forward = self.prefills.forward(batch, eager=alone)
         plan: PlannedBatch | None = attach.PIECES.get(forward)
@@ -231,31 +224,6 @@ class SglangModel:
                 self.prefills.checkpoint(req)
                 more.append((ask, req, pieces))
         return more
-
-    @contextmanager
-    def _meant(self, batch: ScheduleBatch) -> Iterator[None]:
-        """Attention as the model means it, where the server's own is not (``gate/yardstick.py``):
-        blended rows are held against what is right, and that has the soft cap."""
-        if not self._uncapped:
-            yield
-            return
-        segments, row = [], 0
-        for req in batch.reqs:
-            slots = self.prefills.slots(req, req.extend_end)
-            at = torch.arange(req.prefix_len, req.extend_end, device=slots.device)
-            segments.append(RowSegment(row, row + at.numel(), at, slots))
-            row += at.numel()
-        with attending(self.runner.model, PlainAttention(self.pool, segments)):
-            yield
-
-
-def _leaves_out_the_cap(runner: ModelRunner) -> bool:
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
-    capped = any((layer.logit_cap or 0.0) > 0 for layer in layers)
-    return capped and isinstance(runner.attn_backend, TorchNativeAttnBackend)
 
 
 def plain_ids(special: Sequence[int], vocab: int) -> tuple[int, int]:

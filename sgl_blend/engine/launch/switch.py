@@ -126,6 +126,7 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
     if attach.CONFIG.get(server_args) is None:
         original(server_args)
         return
+    from sgl_blend.engine.launch import one_pool
     from sgl_blend.engine.launch.checks import (
         check_arguments,
         check_model_path,
@@ -135,6 +136,7 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
     from sgl_blend.engine.launch.families import check_family
     from sgl_blend.engine.launch.own_store import start_store
 
+    unset = False
     try:
         if not getattr(server_args, "_resolution_finished", False):
             check_model_path(server_args.model_path)
@@ -144,7 +146,9 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
                 check_port(server_args.host, server_args.port)
             check_family(server_args)
             choose_early(server_args)
+            unset = one_pool.ask(server_args)
         _resolve(original, server_args)
+        one_pool.settle(server_args, unset)
         check_arguments(server_args)
         if attach.LAUNCH.get(server_args) is None:
             attach.LAUNCH.set(server_args, secrets.token_hex(16))

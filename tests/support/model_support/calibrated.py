@@ -33,7 +33,7 @@ class ScalingBackend(TorchNativeAttnBackend):
 
 def apply_scales(runner: Any) -> None:
     """What the layers have is applied from now on."""
-    assert type(runner.attn_backend) is TorchNativeAttnBackend
+    assert isinstance(runner.attn_backend, TorchNativeAttnBackend)
     runner.attn_backend = ScalingBackend(runner)
 
 

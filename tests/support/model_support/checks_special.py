@@ -18,7 +18,7 @@ from model_support.compare import LOGITS_FP32, apart
 from model_support.engine import Engine
 from model_support.world import World, check, model_for, must_fail, watch
 from sgl_blend.ops import Rope, reference
-from sgl_blend.prefill.attention import BatchAttention
+from sgl_blend.prefill.attention import BatchAttention, QuestionAttention
 
 #: bf16: relative error of re-rotated K at layer 0 (issue; LMCache's undo and redo costs 0.39 %)
 K_BF16 = 0.0025
@@ -98,10 +98,20 @@ def bf16_keys_of_the_cpu(world: World) -> dict[str, Any]:
     return {"K, relative": off, "without rounding": floor}
 
 
+def _changed(core: type, fault: dict[str, Any]) -> Any:
+    """``core``'s attention, told something else about each layer that has a say in it."""
+    call = core.__call__
+
+    def attend(self, spec, q, k, v):
+        changes = {n: x for n, x in fault.items() if n != "window" or spec.window >= 0}
+        return call(self, spec._replace(**changes), q, k, v)
+
+    return attend
+
+
 @check
 def soft_cap_as_transformers(world: World) -> dict[str, Any]:
-    """Policy ``all`` against the Hugging Face model with eager attention: SGLang's attention on a
-    CPU leaves the soft cap out, ours must not."""
+    """Policy ``all`` against the Hugging Face model with eager attention."""
 
     def compare() -> float:
         worst = 0.0
@@ -119,11 +129,47 @@ def soft_cap_as_transformers(world: World) -> dict[str, Any]:
         return worst
 
     worst = compare()
-    call = BatchAttention.__call__
     for fault in ({"logit_cap": 0.0}, {"window": -1}, {"window": 62}):
-        change = lambda self, spec, q, k, v, f=fault: call(self, spec._replace(**f), q, k, v)  # noqa: E731
-        with mock.patch.object(BatchAttention, "__call__", change):
+        with mock.patch.object(BatchAttention, "__call__", _changed(BatchAttention, fault)):
             must_fail(f"attention runs with {fault}", compare)
+    return {"logits": worst}
+
+
+@check
+def sinks_and_windows(world: World) -> dict[str, Any]:
+    """gpt-oss: one full pool, which the plugin has asked for; every second layer's window holds as
+    many keys as transformers' (SGLang counts the keys before the row's own); policies that ask the
+    question or measure rows, and decoded tokens, feel sinks and windows that are off."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    engine = world.engine
+    assert type(engine.pool) is MHATokenToKVPool
+    blocks = engine.runner.model.model.layers
+    windows = [b.self_attn.attn.sliding_window_size for b in blocks]
+    size = world.reference.config.sliding_window
+    assert windows == [size - 1, -1, size - 1, -1], windows
+    tokens = _ask(world, 0, "all").tokens
+    with torch.no_grad():
+        made = world.reference.hf.generate(
+            torch.tensor([tokens]), max_new_tokens=6, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, eos_token_id=None,
+        )  # fmt: skip
+    worst = 0.0
+    for policy in ("all", "query", "hkvd"):
+        world.stock()
+        [ours] = engine.run(Ask(tokens, policy=policy, ratio=1.0, new_tokens=6))
+        assert ours.tokens == made.sequences[0, len(tokens) :].tolist()
+        got = [ours.logits, *ours.decode_logits]
+        for mine, theirs in zip(got, made.logits, strict=False):
+            worst = max(worst, apart(mine, theirs[0]))
+    assert worst <= LOGITS_FP32, f"logits are {worst:.2e} of their scale apart"
+    for core, policy in ((BatchAttention, "leading"), (QuestionAttention, "query")):
+        for fault in ({"sinks": None}, {"window": -1}, {"window": size}):
+            with mock.patch.object(core, "__call__", _changed(core, fault)):
+                must_fail(
+                    f"{core.__name__} runs with {fault}",
+                    lambda p=policy: _against_reference(world, _ask(world, 0, p)),
+                )
     return {"logits": worst}
 
 

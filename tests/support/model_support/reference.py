@@ -70,7 +70,6 @@ class Reference:
         self.blocks = self.hf.model.layers
         self.depth = len(self.blocks)
         self.gemma = self.config.model_type == "gemma2"
-        self.capped = True
 
     # -- the model, layer by layer -------------------------------------------------------
 
@@ -93,6 +92,8 @@ class Reference:
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self.hf.model.rotary_emb(x, positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
+        if cos.shape[-1] < x.shape[-1]:  # gpt-oss gives each frequency once
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         a, b = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -111,13 +112,19 @@ class Reference:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * attn.scaling
         cap = getattr(self.config, "attn_logit_softcapping", None)
-        if cap and self.capped:
+        if cap:
             scores = torch.tanh(scores / cap) * cap
         hidden = k_pos[None, :] > q_pos[:, None]
         window = getattr(attn, "sliding_window", None)
         if window:
             hidden |= k_pos[None, :] <= q_pos[:, None] - window
-        probs = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, -math.inf)
+        sinks = getattr(attn, "sinks", None)
+        if sinks is None:
+            probs = scores.softmax(dim=-1)
+        else:  # gpt-oss: what is left of each row after its head's sink
+            left = scores.logsumexp(dim=-1, keepdim=True) - sinks[:, None, None]
+            probs = scores.softmax(dim=-1) * left.sigmoid()
         return torch.einsum("hqk,khd->qhd", probs, v).flatten(1), probs
 
     def finish(self, layer: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -143,16 +150,7 @@ class Reference:
     # -- prefills ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def full(self, tokens: Sequence[int], capped: bool = True) -> Kv:
-        """Full prefill. capped: with the attention's soft cap; SGLang leaves it out on a CPU, so
-        that sources there are computed without."""
-        self.capped = capped
-        try:
-            return self._full(tokens)
-        finally:
-            self.capped = True
-
-    def _full(self, tokens: Sequence[int]) -> Kv:
+    def full(self, tokens: Sequence[int]) -> Kv:
         ids = torch.tensor(tokens)
         pos = torch.arange(len(tokens))
         x, raws, values = self.embed(ids), [], []

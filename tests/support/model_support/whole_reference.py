@@ -108,7 +108,7 @@ class WholeReference:
     # -- prefills ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def full(self, tokens: Sequence[int], capped: bool = True) -> Kv:
+    def full(self, tokens: Sequence[int]) -> Kv:
         now = _Pass(len(tokens))
         logits = self._run(torch.tensor(tokens), now)
         return Kv(now.inputs, now.v, logits)

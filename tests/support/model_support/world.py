@@ -47,6 +47,18 @@ ARCHITECTURES.setdefault(
     ),
 )
 ARCHITECTURES.setdefault("gpt2", ("GPT2Config", {}))
+ARCHITECTURES.setdefault(
+    "gpt-oss",
+    (
+        "GptOssConfig",
+        {"_kv_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {
+            "_rope": {"rope_type": "yarn", "factor": 4.0, "truncate": False}
+            | {"original_max_position_embeddings": 4096}
+        },
+    ),
+)
 #: Gemma 2: keys that published checkpoints carry, SGLang reads, and transformers no longer
 #: writes. The cap on the logits is left out: SGLang 0.5.23 has it as a GPU kernel only.
 PUBLISHED = {
@@ -110,10 +122,10 @@ class World:
             [self._full[key]] = self.engine.exact(ask)
         return self._full[key]
 
-    def reference_full(self, tokens: list[int], capped: bool = True) -> Kv:
-        key = (-1 - capped, *tokens)
+    def reference_full(self, tokens: list[int]) -> Kv:
+        key = (-1, *tokens)
         if key not in self._full:
-            self._full[key] = self.reference.full(tokens, capped)
+            self._full[key] = self.reference.full(tokens)
         return self._full[key]
 
     def blended_reference(self, ask: Ask, ours: Outcome, chosen: Chosen) -> Blended:
@@ -126,7 +138,7 @@ class World:
             at = end
         head = None
         if ours.prefix:
-            head = self.reference.head_of(self.reference_full(ask.tokens, capped=False))
+            head = self.reference.head_of(self.reference_full(ask.tokens))
         return self.reference.blend(ask.tokens, plans, self.engine.config.check_layers, head)
 
     def _ref_piece(
@@ -188,7 +200,7 @@ class World:
         return self._full[key][span.source_start : span.source_start + span.length]
 
     def _source(self, tokens: list[int], span: Any) -> Kv:
-        return self.reference_full(self._source_prompt(tokens, span), capped=False)
+        return self.reference_full(self._source_prompt(tokens, span))
 
     def _source_prompt(self, tokens: list[int], span: Any) -> list[int]:
         """The library's prompt that holds a span's source."""
