@@ -67,7 +67,7 @@ class PoolView(Protocol):
 
 class RowAttention(Protocol):
     """What takes the place of the model's attention: ``BatchAttention``, ``QuestionAttention``, and
-    the gate's ``PlainAttention``. scratch: the rows leave no KV in the pool."""
+    the gate's ``SelfAttention``. scratch: the rows leave no KV in the pool."""
 
     scratch: bool
 
