@@ -52,7 +52,7 @@ def test_every_tested_model_is_named():
     path = "examples/benchmarks/results/architectures.md"
     table = (ROOT / path).read_text()
     assert path in COMPATIBILITY
-    names = {"Gemma2ForCausalLM": "Gemma 2"}
+    names = {"Gemma2ForCausalLM": "Gemma 2", "GptOssForCausalLM": "gpt-oss"}
     for cls in TESTED_MODELS:
         name = names.get(cls, cls.removesuffix("ForCausalLM"))
         assert f"| {cls} |" in table or (name in README and name in COMPATIBILITY), cls
