@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.arg_groups import model_override_base, overrides
 from sglang.srt.configs.model_config import ModelConfig
 
+from sgl_blend import attach
 from sgl_blend.engine.launch import one_pool
 from sgl_blend.errors import UnsupportedError
 
@@ -66,3 +68,16 @@ def test_layers_of_two_shapes_fit_no_pool(other):
     with pytest.raises(UnsupportedError, match="Launch without --enable-blend") as refused:
         one_pool.sentence(model("MiMoV2FlashForCausalLM", "ssssf", **other), 0.8)
     assert "no pool of SGLang holds both" in str(refused.value)
+
+
+def test_the_option_is_set_and_priced_unless_the_operator_has_set_it(monkeypatch, capsys):
+    config = model("GptOssForCausalLM", "sf")
+    monkeypatch.setattr(model_override_base, "model_config_of", lambda args: config)
+    monkeypatch.setattr(overrides, "resolution_result", lambda args, name: 0.8)
+    args = SimpleNamespace(disable_hybrid_swa_memory=False)
+    attach.COMMAND_LINE.set(args, True)
+    for unset, lines in ((True, 1), (False, 0)):
+        assert one_pool.ask(args) is unset and args.disable_hybrid_swa_memory
+        one_pool.settle(args, unset)
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines and ("10% fewer tokens" in said) is unset
