@@ -88,11 +88,8 @@ USED = (
 
 #: overridden method -> its parameters
 OVERRIDDEN = {
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": (
-        "(self, q, k, v, layer, forward_batch, save_kv_cache)"
-    ),
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": (
-        "(self, q, k, v, layer, forward_batch, save_kv_cache)"
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward": (
+        "(self, q, k, v, layer, forward_batch, save_kv_cache, kwargs)"
     ),
     "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_remove": "(self, node, medium)",
     "sglang.srt.mem_cache.events.KVCacheEventRecorder.record_store": (

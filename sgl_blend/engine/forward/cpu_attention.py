@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class CpuAttnBackend(TorchNativeAttnBackend):
-    """``torch_native`` with soft caps and sinks. sinks: [Hq], this rank's heads."""
+    """``torch_native`` with soft caps and sinks (``sinks``: [Hq], this rank's heads)."""
 
-    def forward_extend(
+    def forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor | None,
@@ -37,27 +37,21 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        sinks: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        if sinks is None and not layer.logit_cap:
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        starts = forward_batch.extend_prefix_lens
-        return self._by_the_book(q, k, v, layer, forward_batch, save_kv_cache, sinks, starts)
-
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if sinks is None and not layer.logit_cap:
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        starts = forward_batch.seq_lens - 1
-        return self._by_the_book(q, k, v, layer, forward_batch, save_kv_cache, sinks, starts)
+        sinks = kwargs.pop("sinks", None)
+        mode = forward_batch.forward_mode
+        if mode.is_idle() or (sinks is None and not layer.logit_cap):
+            out: torch.Tensor = super().forward(
+                q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+            )
+            return out
+        if mode.is_decode():
+            starts = forward_batch.seq_lens - 1
+        else:
+            starts = forward_batch.extend_prefix_lens
+        given = (q, k, v, layer, forward_batch, save_kv_cache, sinks, starts)
+        return self._by_the_book(*given, **kwargs)
 
     def _by_the_book(
         self,
