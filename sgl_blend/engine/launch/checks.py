@@ -44,7 +44,7 @@ TESTED_MODELS = frozenset(
 #: the same of classes of several modalities, for prompts of text alone
 TESTED_MEDIA = frozenset(
     f"{name}ForConditionalGeneration"
-    for name in "Gemma3 Glm4v Glm4vMoe Mistral3 Qwen2_5_VL Qwen3VL Qwen3VLMoe".split()
+    for name in "Gemma3 Glm4v Glm4vMoe KimiK25 Mistral3 Qwen2_5_VL Qwen3VL Qwen3VLMoe".split()
 ) | {"InternVLChatModel"}
 
 #: ``--kv-cache-dtype``: one value a byte or more. "auto" is the model's dtype, or fp8 where a

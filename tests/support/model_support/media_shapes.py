@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from model_support import latent as latent_attention
 from sgl_blend.harness.models import make_tokenizer
 
 _SIZE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -53,11 +54,28 @@ def _internvl() -> Any:
     return module.InternVLChatConfig(vision_config=eye, llm_config=text)
 
 
+def _kimi() -> Any:
+    import transformers
+
+    latent = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16}
+    latent |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
+    text = transformers.DeepseekV3Config(**{**_SIZE, **_EXPERTS, **latent}).to_dict()
+    text |= latent_attention.PUBLISHED["kimi-k2"]
+    text["architectures"] = ["DeepseekV3ForCausalLM"]
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"intermediate_size": 32}
+    eye = {**tower, **{f"vt_{key}": value for key, value in tower.items()}}
+    eye |= {"mm_hidden_size": 32, "text_hidden_size": 64}
+    module = importlib.import_module("sglang.srt.configs.kimi_k25")
+    return module.KimiK25Config(text_config=text, vision_config=eye)
+
+
 #: SGLang's class -> its configuration
 SHAPES: dict[str, Callable[[], Any]] = {
     "Glm4vForConditionalGeneration": _glm4v,
     "Glm4vMoeForConditionalGeneration": _glm4v_moe,
     "InternVLChatModel": _internvl,
+    "KimiK25ForConditionalGeneration": _kimi,
 }
 
 
