@@ -104,6 +104,8 @@ def parse(text: str) -> Setting:
     need = POLICIES.get(name).need
     if coverage and need is Need.NOTHING:
         raise ConfigError(f"setting {whole!r}: {name} has no score to cover")
+    if colon and name in ("none", "all"):
+        raise ConfigError(f"setting {whole!r}: {name} recomputes what it does at any ratio")
     ratio = _share(whole, number, "the ratio") if colon else None
     if tilde:
         return Setting(f"{left} = {target}", Role.EQUAL, name, cost_of=target, options=options)

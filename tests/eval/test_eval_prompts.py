@@ -167,6 +167,7 @@ def test_equal_costs_that_nothing_tells(texts, message):
         ("hkvd:0.1+check_layers", "expected option=value"),
         ("hkvd:0.1+check_layers=one", "cannot read 'one'"),
         ("default:0.1", "takes no ratio"),
+        ("all:1", "at any ratio"),
         ("qeury:0.1", "did you mean 'query'"),
         (":0.1", "expected policy:ratio"),
     ],
