@@ -47,7 +47,8 @@ def measure(jobs: Jobs, models: str, arch: str) -> dict[str, Any]:
     row: dict[str, Any] = {"architecture": arch, "page": options["page_size"]}
     if arch in REFUSED:
         said = jobs.run("model_support.checks_special:refusal", models, arch, False)
-        return row | {"refused": said}
+        line = next(text for text in said.splitlines() if "cannot be blended" in text)
+        return row | {"refused": line.removeprefix("sgl-blend: error: ")}
     got = jobs.run("model_support.world:run_checks", models, arch, checks_of(arch), options)
     failed = {name: answer["error"] for name, answer in got.items() if answer["error"]}
     if failed:

@@ -157,8 +157,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     # Attention within chunks of 8,192 tokens.
     "llama4": ("attention in chunks of 8192 tokens",),
 }
-#: One server flag more: pools by window do not keep what reuse needs.
-HYBRID_WINDOWS = frozenset({"laguna", "mellum"})
+#: On a CPU SGLang's experts of gpt-oss run in the layout of its Triton kernels alone.
+FLAGS = {"gpt-oss": ("--moe-runner-backend", "triton")}
 #: Pages of 16 tokens, for some of each kind.
 PAGED = frozenset({"mixtral", "glm4", "phi3", "exaone4", "gptj", "minicpm", "olmoe", "stablelm"})
 
@@ -171,8 +171,8 @@ def options_of(arch: str) -> dict[str, Any]:
     # What random weights answer says nothing about fidelity: the ratio stays as it is.
     unbounded = {"gate_max_kl": 1e9, "gate_min_top1": 0.0}
     options: dict[str, Any] = {"page_size": 16 if arch in PAGED else 1, "options": unbounded}
-    if arch in HYBRID_WINDOWS:
-        options["args"] = ("--disable-hybrid-swa-memory",)
+    if arch in FLAGS:
+        options["args"] = FLAGS[arch]
     return options
 
 
@@ -183,7 +183,7 @@ def checks_of(arch: str) -> tuple[str, ...]:
 #: What ``examples/benchmarks/architectures.py`` measures: those with tests of their own too.
 EVERY = (
     *("llama", "llama-llama3", "llama-yarn", "llama-linear", "mistral"),
-    *("qwen2", "qwen3", "qwen3-moe", "gemma2"),
+    *("qwen2", "qwen3", "qwen3-moe", "gemma2", "gpt-oss"),
     *("deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe-lite", "kimi-k2"),
     *WIDE,
 )

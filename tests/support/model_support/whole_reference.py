@@ -41,8 +41,6 @@ class WholeReference:
         for module in layers:
             module.register_forward_pre_hook(self._given, with_kwargs=True)
         AttentionInterface.register(INTERFACE, lambda *a, **kw: self._attend(*a, **kw))
-        #: SGLang's attention on a CPU has no soft cap; none of these models has one
-        self.gemma = False
         self._pass: _Pass | None = None
 
     # -- what transformers calls ---------------------------------------------------------
