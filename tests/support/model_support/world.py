@@ -28,9 +28,6 @@ from sgl_blend.prefill import passes as prefill
 
 #: architectures beside those of ``harness.models``
 ARCHITECTURES.setdefault(
-    "mistral-window", ("MistralConfig", {"_kv_heads": 2, "sliding_window": 64})
-)
-ARCHITECTURES.setdefault(
     "gemma3-scaled",
     (
         "Gemma3TextConfig",
