@@ -37,6 +37,14 @@ def running(pids: list[int]) -> list[int]:
     return [p.pid for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A shell's background jobs ignore SIGINT, and so would all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(folder: Path, *argv: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", RUN, standin_server.__file__, str(folder), *argv],

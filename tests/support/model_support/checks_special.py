@@ -188,16 +188,17 @@ def two_check_layers(world: World) -> dict[str, Any]:
 def refusal(models: str, arch: str, launch_check: bool) -> str:
     """In a child: the message with which ``arch`` is refused, by the launching process
     (``launch_check``) or by the scheduler that has loaded the model and builds the cache."""
-    from sgl_blend.engine.launch import checks
+    from sgl_blend.engine.launch import checks, families
     from sgl_blend.errors import UnsupportedError
 
     said = io.StringIO()
-    skip = contextlib.nullcontext()
-    if not launch_check:
-        skip = mock.patch.object(checks, "check_arguments", lambda args: None, create=True)
     try:
         stand_ins.install(arch)
-        with contextlib.redirect_stderr(said), skip:
+        with contextlib.ExitStack() as around:
+            around.enter_context(contextlib.redirect_stderr(said))
+            if not launch_check:
+                for module, name in ((checks, "check_arguments"), (families, "check_family")):
+                    around.enter_context(mock.patch.object(module, name, lambda args: None))
             Engine(model_for(Path(models), arch))
     except UnsupportedError as error:
         return str(error)
