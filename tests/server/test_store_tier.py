@@ -268,8 +268,13 @@ def test_damage_on_disk_is_recomputed(server, store, folder, damage):
 def test_new_weights_find_no_old_chunks(server, store, model):
     """Chunks of replaced weights are not this model's, even under the same files' names."""
     docs = Docs(17, count=3)
-    warm(server, docs, store[0].endpoint)
-    assert fresh(server, docs.prompt([2, 0])).blend["sources"]
+
+    def found() -> dict:
+        warm(server, docs, store[0].endpoint)
+        return fresh(server, docs.prompt([2, 0])).blend["sources"]
+
+    # The store has been started anew before; it is found again within seconds.
+    assert eventually(found, 60.0)
     r = requests.post(
         server.url + "/update_weights_from_disk", json={"model_path": str(model)}, timeout=120
     )
