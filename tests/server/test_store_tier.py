@@ -267,7 +267,7 @@ def test_damage_on_disk_is_recomputed(server, store, folder, damage):
 
 def test_new_weights_find_no_old_chunks(server, store, model):
     """Chunks of replaced weights are not this model's, even under the same files' names."""
-    docs = Docs(17, count=3)
+    docs = Docs(17, count=3, size=(150, 300))
 
     def found() -> dict:
         warm(server, docs, store[0].endpoint)

@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "hunyuan": ("layer 0: its keys are no known rotation",),
     "hunyuan-moe": ("layer 0: its keys are no known rotation",),
     # Attention within chunks of 8,192 tokens.
-    "llama4": ("attention in chunks of 8192 tokens",),
+    "llama4": ("layer 0: its attention has use_irope",),
 }
 #: On a CPU SGLang's experts of gpt-oss run in the layout of its Triton kernels alone.
 FLAGS = {"gpt-oss": ("--moe-runner-backend", "triton")}
