@@ -93,7 +93,7 @@ class BatchAttention:
         copies = [copy for first, copy in self.copies if layer >= first]
         if not copies:
             return
-        # What is brought in may hold tokens that run (``_BlendPass.copy_rest``).
+        # What is brought in may hold tokens that run (``BlendPass.copy_rest``).
         computed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         if written is not None:
             pool = (self.pool.k(layer), self.pool.v(layer))

@@ -142,8 +142,7 @@ def run(
     passes = [PiecePass(p) if p.blend is None else BlendPass(p, p.blend) for p in pieces]
     asking = _of_need(passes, Need.QUERY)
     if asking:
-        numbers = [passes.index(s) for s in asking]
-        _question_pass(asking, numbers, model, pool, ranks, config)
+        _question_pass(asking, passes, model, pool, ranks, config)
     scored = _of_need(passes, Need.STORED)
     if scored:
         if scores is None:
@@ -162,15 +161,13 @@ def _of_need(passes: Sequence[PiecePass], need: Need) -> list[BlendPass]:
 
 def _question_pass(
     asking: list[BlendPass],
-    numbers: list[int],
+    passes: Sequence[PiecePass],
     model: Model,
     pool: PoolView,
     ranks: Ranks,
     config: BlendConfig,
 ) -> None:
-    """Run the questions over the cached KV and choose each piece's rows by attention mass.
-
-    numbers: the asking pieces' places in the batch."""
+    """Run the questions over the cached KV and choose each piece's rows by attention mass."""
     depth = query_depth(model.num_layers, config)
     scratch, ids, positions, row = [], [], [], 0
     for s in asking:
@@ -203,7 +200,7 @@ def _question_pass(
         row += m
     copies = _together([copy for s in asking for copy in s.copy_all()])
     attention = QuestionAttention(pool, scratch, copies)
-    counts = {n: q.last - q.first for n, q in zip(numbers, scratch, strict=True)}
+    counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
     model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
     _choose(asking, [q.mass for q in scratch], ranks, config)
     for s in asking:

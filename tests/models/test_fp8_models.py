@@ -7,17 +7,8 @@ The checks are in ``model_support/checks_fp8.py``; those of every pool, with bou
 from __future__ import annotations
 
 import pytest
+from test_blend_models import EXACT
 
-EXACT = (
-    "exact_alone",
-    "exact_by_ratio",
-    "exact_in_a_batch",
-    "exact_in_company",
-    "exact_in_pieces",
-    "exact_in_pieces_together",
-    "exact_behind_a_prefix",
-    "exact_check_bites",
-)
 COPIES = ("fp8_copies", "fp8_copies_bite")
 E4M3 = ("--kv-cache-dtype", "fp8_e4m3")
 E5M2 = ("--kv-cache-dtype", "fp8_e5m2")

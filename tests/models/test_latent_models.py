@@ -9,13 +9,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from model_support.latent import ARCHITECTURES
-from test_blend_models import BLEND, EXACT, GATE
+from test_blend_models import BLEND, EXACT, GATE, STORED
 
 from sgl_blend.harness.process import free_port
 
 SOME = ("reference_is_sound", "exact_alone", "exact_in_a_batch", "layer0_right", "as_reference")
 FORMS = ("own_form_is_left_to_ordinary_batches", "plain_sglang_needs_the_rule")
-STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")
 
 
 def _cases() -> list:

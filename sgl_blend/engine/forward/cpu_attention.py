@@ -42,33 +42,18 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         sinks = kwargs.pop("sinks", None)
         mode = forward_batch.forward_mode
         if mode.is_idle() or (sinks is None and not layer.logit_cap):
-            out: torch.Tensor = super().forward(
+            theirs: torch.Tensor = super().forward(
                 q, k, v, layer, forward_batch, save_kv_cache, **kwargs
             )
-            return out
-        if mode.is_decode():
-            starts = forward_batch.seq_lens - 1
-        else:
-            starts = forward_batch.extend_prefix_lens
-        given = (q, k, v, layer, forward_batch, save_kv_cache, sinks, starts)
-        return self._by_the_book(*given, **kwargs)
-
-    def _by_the_book(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool,
-        sinks: torch.Tensor | None,
-        starts: torch.Tensor,
-    ) -> torch.Tensor:
-        """starts: [requests], the position of each one's first row."""
+            return theirs
+        if kwargs:
+            raise TypeError(f"attention by the textbook takes no {', '.join(kwargs)}")
         pool: Any = self.token_to_kv_pool
         if save_kv_cache and k is not None:
             slots = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             pool.set_kv_buffer(layer, slots, k, v)
+        decoding = mode.is_decode()
+        starts = forward_batch.seq_lens - 1 if decoding else forward_batch.extend_prefix_lens
         rows = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         spec, out, first = spec_of(layer, KvScales(), sinks), [], 0
         k_cache, v_cache = pool.get_key_buffer(spec.layer), pool.get_value_buffer(spec.layer)

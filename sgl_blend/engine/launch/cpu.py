@@ -9,20 +9,18 @@ path is known (:func:`choose`); the environment of that process, which its child
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
+from sgl_blend.engine.launch.say import say
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-logger = logging.getLogger(__name__)
 
 #: the KV pool takes this share of the memory that is free at launch
 POOL_SHARE = 4
@@ -75,11 +73,7 @@ def choose(defaults: Any, environ: MutableMapping[str, str] = os.environ) -> Non
         f"no accelerator was found: serving on the CPU with {' '.join(said)} (state any of these "
         "yourself to change it)"
     )
-    if attach.COMMAND_LINE.get(defaults):
-        # SGLang sets up logging later, and a launch that fails until then should have said it.
-        print(f"sgl-blend: {line}", file=sys.stderr, flush=True)
-    else:
-        logger.info("sgl-blend: %s", line)
+    say(line, defaults)
 
 
 def applies(server_args: ServerArgs) -> bool:

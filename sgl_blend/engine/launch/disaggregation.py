@@ -10,11 +10,9 @@ a prefill node notices one that was launched without ``--enable-blend`` by what 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sgl_blend import attach
 from sgl_blend.errors import UnsupportedError
 from sgl_blend.gate.state import GateState
 
@@ -30,11 +28,11 @@ KEEPING = (
     "enable_pd_role_switch",
 )
 DECODE = (
-    "sgl-blend: a decode node computes no prompts: it runs without blending. Prefill nodes blend; "
+    "a decode node computes no prompts: it runs without blending. Prefill nodes blend; "
     "their reports are in their own answers and metrics, not in those of this node"
 )
 PREFILL = (
-    "sgl-blend: this prefill node blends. Give its decode nodes --enable-blend too, which refuses "
+    "this prefill node blends. Give its decode nodes --enable-blend too, which refuses "
     "those that would keep blended KV as exact. meta_info is a decode node's and shows no report"
 )
 
@@ -60,14 +58,6 @@ def is_decode_node(arguments: Any) -> bool:
                 "this decode node may blend"
             )
     return True
-
-
-def say(line: str, server_args: Any) -> None:
-    """To the operator; SGLang sets up logging after its command line is read."""
-    if attach.COMMAND_LINE.get(server_args):
-        print(line, file=sys.stderr, flush=True)
-    else:
-        logger.info(line)
 
 
 def watch_decode_nodes(

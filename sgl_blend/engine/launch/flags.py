@@ -56,7 +56,7 @@ def from_cli_args(original, cls, args: argparse.Namespace):
     try:
         config = BLEND.load(flags, path=path)
         if is_decode_node(args):
-            print(DECODE, file=sys.stderr, flush=True)
+            print(f"sgl-blend: {DECODE}", file=sys.stderr, flush=True)
             return original(cls, args)
         args.radix_cache_backend = claim_radix_cache(getattr(args, "radix_cache_backend", None))
         server_args = original(cls, args)

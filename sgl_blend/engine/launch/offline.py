@@ -71,7 +71,7 @@ def _blend_engine(config: BlendConfig, kwargs: dict[str, Any]) -> SglangEngine:
     load_plugins()
     kwargs = {"log_level": "error", **kwargs}
     if is_decode_node(SimpleNamespace(**kwargs)):
-        logger.info(DECODE)
+        logger.info("sgl-blend: %s", DECODE)
         return SglangEngine(**kwargs)
     kwargs["radix_cache_backend"] = claim_radix_cache(kwargs.get("radix_cache_backend"))
     server_args = SglangEngine.server_args_class(**kwargs)

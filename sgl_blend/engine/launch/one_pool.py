@@ -8,18 +8,14 @@ keeps one pool, at the price of capacity.
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import TYPE_CHECKING
 
-from sgl_blend import attach
+from sgl_blend.engine.launch.say import say
 from sgl_blend.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
-
-logger = logging.getLogger(__name__)
 
 
 def ask(server_args: ServerArgs) -> bool:
@@ -41,13 +37,8 @@ def settle(server_args: ServerArgs, unset: bool) -> None:
     config = model_config_of(server_args)
     ratio = float(resolution_result(server_args, "swa_full_tokens_ratio"))
     line = sentence(config, ratio)
-    if line is None or not unset:
-        return
-    if attach.COMMAND_LINE.get(server_args):
-        # As ``cpu.choose``: logging may not be set up yet.
-        print(f"sgl-blend: {line}", file=sys.stderr, flush=True)
-    else:
-        logger.info("sgl-blend: %s", line)
+    if line is not None and unset:
+        say(line, server_args)
 
 
 def sentence(config: ModelConfig, ratio: float) -> str | None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sgl_blend import attach
 from sgl_blend.config import BLEND, ENV_ENABLE, BlendConfig
-from sgl_blend.engine.launch.disaggregation import DECODE, PREFILL, is_decode_node, say
+from sgl_blend.engine.launch.disaggregation import DECODE, PREFILL, is_decode_node
+from sgl_blend.engine.launch.say import say
 from sgl_blend.errors import BlendError, ConfigError
 from sgl_blend.option_kinds import truth
 
