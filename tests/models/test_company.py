@@ -28,7 +28,7 @@ def test_company(jobs, models, kind: str, arch: str, page_size: int) -> None:
     print(jobs.run(CHECKS + kind, str(models), arch, page_size))
 
 
-@pytest.mark.parametrize(("arch", "page_size"), [("llama-gqa", 1)])
+@pytest.mark.parametrize(("arch", "page_size"), [("llama-gqa", 1), ("qwen3", 16)])
 def test_adapters(jobs, models, arch: str, page_size: int) -> None:
     """Requests of two LoRA adapters and of the base model."""
     print(jobs.run("model_support.checks_adapters:adapters", str(models), arch, page_size))

@@ -15,6 +15,11 @@ def makers() -> dict[str, Callable[..., Any]]:
     """torch's functions by name, without ``pin_memory``."""
     import torch
 
+    # torch notes once which functions ``with torch.device(...)`` is about: its own, not these.
+    # With others noted, transformers leaves buffers of a model that it loads uninitialised.
+    with torch.device("cpu"):
+        torch.empty(0)
+
     def plain(make: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, pin_memory=False, **kw: make(*args, **kw)
 
