@@ -130,14 +130,15 @@ def launch(
     timeout: float,
     log: Path | None = None,
     waiting: Callable[[float], None] = lambda seconds: None,
+    child: Callable[..., Child] = Child,
 ) -> Server:
-    """As :func:`start`, of any command line that serves at ``port``."""
+    """As :func:`start`, of any command line that serves at ``port``; ``child`` starts it."""
     folder = None
     if log is None:
         folder = OwnedFolder("sgl-blend-server-")
         log = folder.path / "server.log"
     with log.open("wb") as out:
-        process = Child(
+        process = child(
             cmd,
             stdout=out,
             stderr=subprocess.STDOUT,

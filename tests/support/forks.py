@@ -29,7 +29,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
-from unittest import mock
 
 import psutil
 
@@ -129,8 +128,9 @@ class Forks:
         changed = {k for k, v in environ.items() if os.environ.get(k) != v}
         usual |= bool({k for k in changed if k.startswith("SGLANG_")} - READ_LATE)
         if not usual:
-            with contextlib.suppress(NotUp), mock.patch.object(harness, "Child", self._child):
-                return _LAUNCH(cmd, port, environ, min(timeout, PATIENCE_S), log, _patient)
+            with contextlib.suppress(NotUp):
+                seconds = min(timeout, PATIENCE_S)
+                return _LAUNCH(cmd, port, environ, seconds, log, _patient, self._child)
         return _LAUNCH(cmd, port, environ, timeout, log, waiting)
 
     def _child(

@@ -123,10 +123,15 @@ class Traffic:
             kinds = met.requests.keys() >= set(self.KINDS)
             return kinds and met.retractions > 0 and met.sources.keys() >= {"device", "memory"}
 
+    def crowded(self) -> bool:
+        """Whether long outputs alone are sent: all workers' at once outgrow any share of the pool.
+        The mix may go on for minutes without a retraction where the server is slow."""
+        return time.monotonic() > self.least and not self.figures.retractions
+
     def worker(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
         while not self.done():
-            kind = rng.choice(self.KINDS)
+            kind = "long" if self.crowded() else rng.choice(self.KINDS)
             try:
                 getattr(self, kind)(rng)
             except Exception as e:  # any failure is a finding; the soak goes on and reports it
