@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRanks:
-    """Implements ``passes.Ranks`` with SGLang's tensor-parallel group (``GroupCoordinator``)."""
+    """Implements ``prefill.model.Ranks`` with SGLang's ``GroupCoordinator``."""
 
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group

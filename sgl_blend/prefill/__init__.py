@@ -3,6 +3,7 @@
 =====================  ==========================================================
 ``passes.py``          the passes over a batch, by policy
 ``pieces.py``          what a batch for it is made of
+``model.py``           what it asks of the model and of other ranks
 ``rows.py``            types that the attention files share
 ``attention.py``       attention of gapped rows by true token position
 ``attention_cuda.py``  the same on CUDA, by FlashInfer

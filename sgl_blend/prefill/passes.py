@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -29,52 +29,12 @@ from sgl_blend import ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
 from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
+from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
-from sgl_blend.prefill.rows import Incoming, PoolView, RowAttention, RowSegment
+from sgl_blend.prefill.rows import Incoming, PoolView, RowSegment
 from sgl_blend.prefill.running import BlendPass, PiecePass
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.selection import Need, ReusedTokens, budget_of
-
-
-class Model(Protocol):
-    """The model, run over a set of rows (``engine/forward/model_passes.py`` fills it).
-
-    stop: the layer at which the pass is left, None to run to the end. Batch rows have written that
-    layer's KV, scratch rows have run its attention; nothing behind it runs.
-    """
-
-    num_layers: int
-
-    def run(
-        self,
-        rows: torch.Tensor | None,
-        counts: list[int],
-        attention: RowAttention,
-        stop: int | None = None,
-    ) -> Any:
-        """Run batch rows ``rows`` (int64, ascending; None: all), ``counts`` per piece. Returns the
-        logits of a pass that runs to the end."""
-
-    def run_scratch(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        counts: dict[int, int],
-        attention: RowAttention,
-        stop: int,
-    ) -> None:
-        """Run rows that are not the batch's and must leave no KV behind; ``counts``: how many are
-        whose, piece by piece of those that have any, in the order of rows."""
-
-
-class Ranks(Protocol):
-    """Agreement among tensor-parallel ranks; each sees its own heads only."""
-
-    def sum(self, score: torch.Tensor) -> torch.Tensor:
-        """Sum ``score`` over ranks."""
-
-    def agree(self, index: torch.Tensor) -> torch.Tensor:
-        """Rank 0's ``index`` on every rank (the same shape everywhere)."""
 
 
 def query_depth(num_layers: int, config: BlendConfig) -> int:

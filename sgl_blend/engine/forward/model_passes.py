@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ModelPasses:
-    """Implements :class:`sgl_blend.prefill.passes.Model` over one SGLang model and forward batch.
+    """Implements :class:`sgl_blend.prefill.model.Model` over one SGLang model and forward batch.
 
     The batch given stays whole, for the sampler; rows are taken on copies. Not thread-safe;
     one instance serves one forward.

@@ -24,7 +24,7 @@ from sgl_blend.gate.rotation import SelfAttention
 from sgl_blend.gate.state import GateState
 from sgl_blend.ops.checks import FP8
 from sgl_blend.plan import ReuseSpan
-from sgl_blend.prefill.passes import Ranks
+from sgl_blend.prefill.model import Ranks
 from sgl_blend.selection import POLICIES, Policy, ReusedTokens
 
 if TYPE_CHECKING:
