@@ -323,6 +323,10 @@ READ_BESIDE = {
     "(default: even shares of the usable ones)",
     "PYTHONPATH": "a store or server that is started as a child finds this package by it",
     "PATH": "where compiler and ninja are searched",
+    "SGLANG_PLUGINS": "SGLang's list of the plugins that it loads; where it is set it must name "
+    "sgl_blend",
+    "SGLANG_PLATFORM": "SGLang's choice of a platform plugin; where it is set, packages with "
+    "another one, and so this one, are left out",
 }
 
 BLEND: OptionSet[BlendConfig] = OptionSet(

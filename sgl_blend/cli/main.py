@@ -11,19 +11,27 @@ import sys
 import threading
 from collections.abc import Iterator
 
-COMMANDS = ("demo", "bench", "eval", "store", "inspect", "warm")
+COMMANDS = (
+    *("demo", "bench", "eval", "warm"),
+    *("store", "inspect", "top", "doctor", "size", "completion"),
+)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done; 1 done in part, or a store refused or did not answer; 2 not begun."""
-    argv = sys.argv[1:] if argv is None else argv
+def make_parser() -> argparse.ArgumentParser:
+    """With all subcommands."""
     parser = argparse.ArgumentParser(
         prog="sgl-blend", description="Non-prefix KV-cache reuse for SGLang."
     )
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         importlib.import_module(f"sgl_blend.cli.{name}").add_parser(subparsers)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done; 1 done in part, or a store refused or did not answer; 2 not begun."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
     from sgl_blend.errors import BlendError, StoreError
 
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from sgl_blend.engine.sglang_symbols import OVERRIDDEN, USED
@@ -56,14 +57,19 @@ HOOKS = tuple(
 
 def verify() -> None:
     """Raise :class:`SeamError` naming the SGLang version or the symbol that does not fit."""
+    for problem in problems():
+        raise SeamError(problem)
+
+
+def problems() -> Iterator[str]:
+    """What of the installed SGLang does not fit, one after another. Imports it."""
     try:
         found = version("sglang")
     except PackageNotFoundError:
-        raise SeamError(
-            "sglang is not installed; sgl-blend needs sglang==" + SGLANG_VERSION
-        ) from None
+        yield f"sglang is not installed; sgl-blend needs sglang=={SGLANG_VERSION}"
+        return
     if found != SGLANG_VERSION:
-        raise SeamError(
+        yield (
             f"sgl-blend is built for sglang {SGLANG_VERSION}, found {found}: install "
             f"sglang=={SGLANG_VERSION} or a matching sgl-blend"
         )
@@ -71,17 +77,14 @@ def verify() -> None:
         try:
             symbol = pkgutil.resolve_name(target)
         except (ImportError, AttributeError, ValueError) as e:
-            raise SeamError(
-                f"sglang {found} lacks {target} ({e}); sgl-blend cannot work with it"
-            ) from None
+            yield f"sglang {found} lacks {target} ({e}); sgl-blend cannot work with it"
+            continue
         expected = OVERRIDDEN.get(target)
         if expected is None:
             continue
         takes = f"({', '.join(inspect.signature(symbol).parameters)})"
         if takes != expected:
-            raise SeamError(
-                f"sglang {found}: {target} takes {takes}, but sgl-blend overrides {expected}"
-            )
+            yield f"sglang {found}: {target} takes {takes}, but sgl-blend overrides {expected}"
 
 
 def install(target: str, hook, kind: str) -> None:

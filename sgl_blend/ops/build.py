@@ -72,10 +72,15 @@ def launch(
         raise KernelError(str(error)) from error
 
 
+def tools() -> tuple[str | None, str | None]:
+    """Paths of the C++ compiler and of ninja; None for what is not found."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    return compiler, shutil.which("ninja") or shutil.which("ninja", path=str(_SCRIPTS))
+
+
 @functools.cache
 def _load() -> Any | None:
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(_SCRIPTS))
+    compiler, ninja = tools()
     if compiler is None or ninja is None:
         logger.warning(
             "No C++ compiler with ninja found: sgl-blend's CPU kernels fall back to torch, which "

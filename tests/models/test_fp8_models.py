@@ -13,7 +13,7 @@ COPIES = ("fp8_copies", "fp8_copies_bite")
 E4M3 = ("--kv-cache-dtype", "fp8_e4m3")
 E5M2 = ("--kv-cache-dtype", "fp8_e5m2")
 ENGINES = {
-    "e4m3": ("llama", {"args": E4M3}, ("gate_passes", *EXACT, *COPIES)),
+    "e4m3": ("llama", {"args": E4M3}, ("gate_passes", *EXACT, *COPIES, "size_is_the_pools")),
     "e4m3-scaled": (
         "qwen3",
         {"args": E4M3, "kv_scales": (0.02, 0.5), "page_size": 16},
@@ -29,7 +29,7 @@ ENGINES = {
         {"args": E4M3, "kv_scales": (0.02, 0.5), "dtype": "bfloat16", "page_size": 16},
         ("gate_passes",),
     ),
-    "latent": ("deepseek-v3", {"args": E4M3}, ("gate_passes", *EXACT)),
+    "latent": ("deepseek-v3", {"args": E4M3}, ("gate_passes", *EXACT, "size_is_the_pools")),
     "e5m2-bf16": ("llama", {"args": E5M2, "dtype": "bfloat16"}, ("gate_passes",)),
 }
 

@@ -13,7 +13,14 @@ from test_blend_models import BLEND, EXACT, GATE, STORED
 
 from sgl_blend.harness.process import free_port
 
-SOME = ("reference_is_sound", "exact_alone", "exact_in_a_batch", "layer0_right", "as_reference")
+SOME = (
+    "reference_is_sound",
+    "size_is_the_pools",
+    "exact_alone",
+    "exact_in_a_batch",
+    "layer0_right",
+    "as_reference",
+)
 FORMS = ("own_form_is_left_to_ordinary_batches", "plain_sglang_needs_the_rule")
 
 

@@ -24,19 +24,25 @@ _LEAST, _MOST = 256 << 20, 16 << 30
 _stores: list[EmbeddedStore] = []
 
 
+def default_memory() -> int:
+    """Bytes that a store takes where nothing says how many."""
+    from sgl_blend.host_memory import available_memory
+
+    return min(_MOST, max(_LEAST, available_memory() // 16))
+
+
 def store_options(config: BlendConfig) -> StoreConfig:
     """Options of the own store: the server's, over the store's variables, over ``store_config``.
 
     Raises :class:`ConfigError`, also for a ``store_disk`` that would bound no disk.
     """
-    from sgl_blend.host_memory import available_memory
     from sgl_blend.store.config import load_config
 
     given: dict[str, Any] = {"disk_path": config.store_disk_path or None}
     defaults: dict[str, Any] = {}
     if config.store_memory == "auto":
         # The store's own file or variables may say it.
-        defaults["memory_bytes"] = min(_MOST, max(_LEAST, available_memory() // 16))
+        defaults["memory_bytes"] = default_memory()
     else:
         given["memory_bytes"] = config.store_memory
     stated = config.store_disk_path or config.store_disk != BLEND["store_disk"].default

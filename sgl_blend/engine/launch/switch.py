@@ -159,6 +159,8 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
             refuse(e)
         raise
     if attach.COMMAND_LINE.get(server_args):
+        from sgl_blend.engine.launch.info import add_info
         from sgl_blend.engine.launch.routes import add_routes
 
         add_routes()
+        add_info(server_args)

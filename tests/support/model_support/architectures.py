@@ -162,7 +162,10 @@ FLAGS = {"gpt-oss": ("--moe-runner-backend", "triton")}
 #: Pages of 16 tokens, for some of each kind.
 PAGED = frozenset({"mixtral", "glm4", "phi3", "exaone4", "gptj", "minicpm", "olmoe", "stablelm"})
 
-CHECKS = ("rotations_are_measured", "layers_without_positions", "gate_passes", "exact_briefly")
+CHECKS = (
+    *("rotations_are_measured", "layers_without_positions", "gate_passes", "exact_briefly"),
+    "size_is_the_pools",
+)
 COPIES = ("reference_is_sound", "as_reference_briefly")
 
 

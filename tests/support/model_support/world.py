@@ -277,6 +277,7 @@ def run_checks(
         checks_random,
         checks_reuse,
         checks_rotation,
+        checks_size,
         checks_special,
         checks_stored,
     )
