@@ -20,8 +20,8 @@ from sgl_blend.host_memory import UNKNOWN, available_memory
 from sgl_blend.option_kinds import parse_size
 
 OK, NOTE, WARNING, FAULT = "ok", "note", "warning", "fault"
-#: (kind, arguments) -> ``facts.gather``
-Gather = Callable[..., Mapping[str, Any]]
+#: what ``facts`` has found of a kind
+Gather = Callable[[str], Mapping[str, Any]]
 
 #: entry points by which SGLang finds this package
 _PLUGINS = {"sglang.srt.plugins": "sgl_blend", "sglang.srt.platforms": "sgl_blend_cpu"}

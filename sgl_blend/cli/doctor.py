@@ -98,41 +98,42 @@ def _number(n: int, what: str) -> str:
 
 def examine(args: argparse.Namespace, progress: Progress) -> Iterator[Finding]:
     """All findings, one after another, as they are made."""
+    kinds = ["device", "kernels", "symbols"]
+    with facts.Facts([*kinds, f"model={args.model}"] if args.model else kinds) as child:
 
-    def gather(kind: str, *arguments: str) -> Any:
-        doing = {
-            "symbols": "importing SGLang, looking for its symbols",
-            "device": "importing torch, looking for devices",
-            "kernels": "looking for the CPU kernels, building them where they are not there",
-            "model": "reading the model's configuration",
-        }[kind]
-        return facts.gather(kind, *arguments, waiting=partial(_tell, progress, doing))
+        def gather(kind: str) -> Any:
+            doing = {
+                "device": "importing torch, looking for devices",
+                "kernels": "looking for the CPU kernels, building them where they are not there",
+                "symbols": "importing SGLang, looking for its symbols",
+                "model": "reading the model's configuration",
+            }[kind]
+            return child.get(kind, partial(_tell, progress, doing))
 
-    yield from checkup.versions()
-    yield from checkup.plugin()
-    yield from checkup.options()
-    yield from checkup.symbols(gather)
-    yield from checkup.device(gather)
-    yield from checkup.compiler(gather)
-    yield from checkup.memory()
-    yield from checkup.disk(args.store_disk_path, args.store_disk)
-    if args.url is None:
-        client = argparse.Namespace(**vars(args), namespace="00" * 16, deadline=5.0)
-        yield from checkup.store(partial(open_client, client), asked=args.at is not None)
-    if args.model:
-        yield from _model(args, gather, progress)
+        yield from checkup.versions()
+        yield from checkup.plugin()
+        yield from checkup.options()
+        yield from checkup.memory()
+        yield from checkup.disk(args.store_disk_path, args.store_disk)
+        if args.url is None:
+            client = argparse.Namespace(**vars(args), namespace="00" * 16, deadline=5.0)
+            yield from checkup.store(partial(open_client, client), asked=args.at is not None)
+        yield from checkup.device(gather)
+        yield from checkup.compiler(gather)
+        yield from checkup.symbols(gather)
+        fit = args.model is not None
+        if args.model:
+            for finding in probe.configured(gather):
+                fit = fit and finding.level != FAULT
+                yield finding
+    if fit and not args.no_probe:
+        yield from _probed(args, progress)
     if args.url is not None:
         progress("asking the server")
         yield from probe.served(observer(args).frame)
 
 
-def _model(args: argparse.Namespace, gather: checkup.Gather, progress: Progress) -> Iterator:
-    fit = True
-    for finding in probe.configured(args.model, gather):
-        fit = fit and finding.level != FAULT
-        yield finding
-    if not fit or args.no_probe:
-        return
+def _probed(args: argparse.Namespace, progress: Progress) -> Iterator[Finding]:
     with OwnedFolder("sgl-blend-doctor-") as folder:
         yield from probe.probed(
             args.model,

@@ -1,6 +1,6 @@
 """Facts that take heavy imports to find, or may end the process that looks: found in a child.
 
-python -m sgl_blend.cli.facts KIND [ARGUMENT]    prints one line of JSON, the last
+python -m sgl_blend.cli.facts KIND[=ARGUMENT]...    prints a line of JSON for each
 """
 
 from __future__ import annotations
@@ -11,42 +11,65 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from tempfile import TemporaryFile
 from typing import Any
 
 #: seconds that a child may take; building kernels on a slow machine takes a minute
 PATIENCE_S = 300.0
+#: what begins a line of facts; libraries print what they like
+_MARK = "sgl-blend facts: "
 
 
-def gather(kind: str, *arguments: str, waiting: Callable[[float], None]) -> dict[str, Any]:
-    """The facts of ``kind``, found in a child. Where it failed: ``{"failed": its last line}``.
+class Facts:
+    """One child that finds all ``kinds`` (``KIND`` or ``KIND=ARGUMENT``), in that order."""
 
-    waiting: is told the seconds so far, twice a second.
-    """
-    command = [sys.executable, "-W", "ignore", "-m", __name__, kind, *arguments]
-    begun = time.monotonic()
-    with TemporaryFile() as out, TemporaryFile() as err:
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err) as child:
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._found: dict[str, dict[str, Any]] = {}
+        self._out, self._err = TemporaryFile(), TemporaryFile()
+        command = [sys.executable, "-W", "ignore", "-m", __name__, *kinds]
+        self._begun = time.monotonic()
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err
+        )
+
+    def get(self, kind: str, waiting: Callable[[float], None]) -> dict[str, Any]:
+        """The facts of ``kind``, once they are there; ``{"failed": why}`` where it ended in an
+        error, or took the child with it. waiting: is told the seconds so far, twice a second."""
+        while kind not in self._found:
+            passed = time.monotonic() - self._begun
+            ended = self._child.poll() is not None
+            self._read()
+            if kind in self._found:
+                break
+            if ended or passed > PATIENCE_S:
+                return {"failed": self._last() if ended else f"no answer in {PATIENCE_S:.0f} s"}
+            waiting(passed)
             try:
-                while True:
-                    waiting(time.monotonic() - begun)
-                    try:
-                        code = child.wait(0.5)
-                        break
-                    except subprocess.TimeoutExpired:
-                        if time.monotonic() - begun > PATIENCE_S:
-                            return {"failed": f"no answer in {PATIENCE_S:.0f} s"}
-            finally:
-                child.kill()
-        out.seek(0)
-        err.seek(0)
-        said = out.read().decode(errors="replace").strip().splitlines()
-        if code == 0 and said:
-            found: dict[str, Any] = json.loads(said[-1])
-            return found
-        errors = err.read().decode(errors="replace").strip().splitlines()
-        return {"failed": errors[-1] if errors else f"it ended with {code}"}
+                self._child.wait(0.5)
+            except subprocess.TimeoutExpired:
+                continue
+        return self._found[kind]
+
+    def _read(self) -> None:
+        self._out.seek(0)
+        for line in self._out.read().decode(errors="replace").splitlines(keepends=True):
+            if line.startswith(_MARK) and line.endswith("\n"):
+                self._found |= json.loads(line.removeprefix(_MARK))
+
+    def _last(self) -> str:
+        self._err.seek(0)
+        said = self._err.read().decode(errors="replace").strip().splitlines()
+        return said[-1] if said else f"it ended with {self._child.returncode}"
+
+    def __enter__(self) -> Facts:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._child.kill()
+        self._child.wait()
+        self._out.close()
+        self._err.close()
 
 
 def device() -> dict[str, Any]:
@@ -124,7 +147,17 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     f.__name__: f for f in (device, kernels, symbols, model)
 }
 
+
+def found(request: str) -> dict[str, Any]:
+    """What ``KIND`` or ``KIND=ARGUMENT`` asks for, or why it failed."""
+    kind, _, argument = request.partition("=")
+    try:
+        return KINDS[kind](*([argument] if argument else []))
+    except Exception as e:
+        return {"failed": f"{type(e).__name__}: {e}"}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    facts = KINDS[sys.argv[1]](*sys.argv[2:])
-    print("\n" + json.dumps(facts))
+    for request in sys.argv[1:]:
+        print("\n" + _MARK + json.dumps({request.partition("=")[0]: found(request)}), flush=True)

@@ -23,11 +23,11 @@ _OURS = re.compile(
 _REFUSED = "sgl-blend: error: "
 
 
-def configured(model: str, gather: Gather) -> Iterator[Finding]:
+def configured(gather: Gather) -> Iterator[Finding]:
     """What the model's configuration tells, before anything is loaded."""
-    found = gather("model", model)
+    found = gather("model")
     if "failed" in found:
-        reason = found["failed"].rpartition("Error: ")[2]
+        reason = found["failed"].partition("Error: ")[2] or found["failed"]
         yield Finding("model", FAULT, reason, "name a model that SGLang can load")
         return
     for problem in found["problems"]:

@@ -97,7 +97,7 @@ def _packed(model, _start_shared) -> Server:
     args = ["--enable-blend", "--page-size", "16", "--chunked-prefill-size", "128"]
     args += ["--enable-mixed-chunk", "--disable-overlap-schedule", "--blend-continuation", "extend"]
     args += ["--enable-custom-logit-processor", "--enable-priority-scheduling"]
-    args += ["--reasoning-parser", "qwen3", "--tool-call-parser", "qwen25"]
+    args += ["--reasoning-parser", "qwen3", "--tool-call-parser", "qwen25", "--enable-metrics"]
     return _start_shared(model, [*args, "--max-total-tokens", "16384"])
 
 

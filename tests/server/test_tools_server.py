@@ -1,0 +1,76 @@
+"""``sgl-blend top`` and ``doctor`` beside real servers. Needs: CPU, real servers."""
+
+from __future__ import annotations
+
+import json
+
+from polling import eventually
+from talk import Docs, ask
+
+from sgl_blend.cli.checkup import Finding
+from sgl_blend.cli.main import main, make_parser
+from sgl_blend.cli.probe import served
+from sgl_blend.cli.top import observer
+
+
+def _json(capsys, *words: str) -> tuple[int, dict]:
+    code = main([*words, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_top_counts_what_the_requests_reported(packed, capsys):
+    """Tokens by source, as the answers' reports add up; the server's own store is found by what the
+    server says of itself."""
+
+    def now() -> dict:
+        return _json(capsys, "top", "--url", packed.url)[1]
+
+    before = now()
+    docs = Docs(91)
+    docs.warm(packed)
+    answers = [ask(packed, docs.prompt(order)) for order in ([2, 0, 1], [3, 1, 2])]
+    assert sum(a.blend["reused"] for a in answers) > 0
+    gone = len(docs.docs) + len(answers)
+    # SGLang counts a request when it has answered it.
+    assert eventually(lambda: now()["requests"] >= before["requests"] + gone)
+    after = now()
+    for kind in ("reused", "recomputed"):
+        more = after["tokens"][kind] - before["tokens"][kind]
+        assert more == sum(a.blend[kind] for a in answers), kind
+    assert after["blending"] is True and after["gate"]["state"] == 1 and after["ttft_s"] > 0
+    assert after["store"].startswith("ipc://")
+    device, memory = after["tiers"]
+    assert (device["name"], device["limit"]) == ("device", 16384) and device["used"] > 0
+    assert memory["name"] == "store, memory" and memory["used"] > 0
+    assert main(["top", "--url", packed.url, "--once"]) == 0
+    out = capsys.readouterr().out
+    assert packed.url in out and "store, memory" in out and "note:" not in out
+
+
+def test_doctor(packed, model, capsys):
+    """This machine, a model (the launch's own verdict), and a running server, in one go."""
+    code, report = _json(
+        capsys,
+        *("doctor", "--url", packed.url, "--model", str(model)),
+        *("--server-args", "--max-total-tokens 4096"),
+    )
+    assert code == report["faults"] == 0, report
+    found = [(f["level"], f["subject"]) for f in report["findings"]]
+    for subject in ("versions", "plugin", "symbols", "compiler", "memory", "disk", "server"):
+        assert ("ok", subject) in found, report
+    said = [f["text"] for f in report["findings"] if f["subject"] == "model"]
+    assert any("rotations of its 4 layers" in text for text in said), said
+    assert any("correctness gate passed" in text for text in said), said
+
+
+def test_what_the_doctor_says_of_other_servers(plain, blend):
+    """One without metrics is no fault; one that does not blend is."""
+    [finding] = [f for f in _served(blend) if f.level == "warning"]
+    assert "--enable-metrics" in finding.remedy
+    [finding] = _served(plain)
+    assert finding.level == "fault" and "does not blend" in finding.text
+
+
+def _served(server) -> list[Finding]:
+    args = make_parser().parse_args(["doctor", "--url", server.url])
+    return list(served(observer(args).frame))
