@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             kind, shown = str, ""
         flag = "--" + f.name.replace("_", "-")
         p.add_argument(flag, type=kind, default=value, help=HELP[f.name] + shown)
-    p.add_argument("--json", type=Path, default=None, help="write all figures to this file")
+    p.add_argument("--json", type=Path, help="write all figures to this file; -: print them alone")
     p.set_defaults(run=run)
 
 
@@ -80,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     rows = bench(options, progress)
     progress.done()
+    report = {"command": "sgl-blend " + " ".join(sys.argv[1:]), "rows": rows}
+    if args.json == Path("-"):
+        print(json.dumps(report, indent=1))
+        return 0
 
     def show(value, form: str) -> str:
         return "-" if value is None else form.format(value)
@@ -110,6 +114,5 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        command = "sgl-blend " + " ".join(sys.argv[1:])
-        args.json.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgl_blend.bench.demo import Asked, Reply
@@ -21,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--model", type=Path, default=None, help="part 2's (default: the one shipped)")
     p.add_argument("--cases", type=int, default=2, help="sets of documents in part 2 (%(default)s)")
+    p.add_argument("--json", action="store_true", help="all answers as JSON, at the end")
     p.set_defaults(run=run)
 
 
@@ -34,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
 
     def show(text: str) -> None:
         progress.done()
-        print(text, flush=True)
+        print(text, flush=True, file=sys.stderr if args.json else None)
 
     show(
         "Two parts, about two minutes on two idle cores. Part 1: a real language model\n"
         f"({real_models.SMOLLM2.name}) answers questions about a handbook. Part 2: a small model\n"
         "trained for questions that need two documents.\n"
     )
-    ran = False
+    report: dict[str, Any] = {}
     try:
         real = real_models.fetch(real_models.SMOLLM2, progress)
     except real_models.ModelUnavailable as e:
@@ -49,15 +53,39 @@ def run(args: argparse.Namespace) -> int:
     else:
         asked = demo.handbook(real, progress, show)
         show(_handbook(asked, demo.speedup(asked), len(demo.pages())))
-        ran = True
+        report["handbook"] = [_as_json(a) for a in asked]
+        report["speedup"] = demo.speedup(asked)
     try:
         small = args.model or demo.shipped_model()
     except ConfigError as e:  # an installed package carries no models
         show(f"Part 2 is left out: {e}\n")
     else:
-        show(_answers(demo.answers(small, args.cases, progress)))
-        ran = True
-    return 0 if ran else 2
+        replies = demo.answers(small, args.cases, progress)
+        show(_answers(replies))
+        report["answers"] = [asdict(r) for r in replies]
+    progress.done()
+    if args.json and report:
+        print(json.dumps(report, indent=1))
+    return 0 if report else 2
+
+
+def _as_json(asked: Asked) -> dict[str, Any]:
+    """One question with its three answers."""
+    said = {
+        way: {
+            "text": answer.text.strip(),
+            "right": asked.question.is_right(answer.text),
+            "as_exact": asked.same(answer),
+            "ttft": answer.ttft,
+            "blend": answer.blend,
+        }
+        for way, answer in (
+            ("exact", asked.exact),
+            ("blended", asked.blended),
+            ("blind", asked.blind),
+        )
+    }
+    return {"question": asked.question.text, **said}
 
 
 def _handbook(asked: Sequence[Asked], speedup: float, pages: int) -> str:

@@ -8,6 +8,7 @@ the store's ``--curve-admins`` (``--curve-client`` names the secret one).
 from __future__ import annotations
 
 import argparse
+import json
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.folders import check_runtime_folder, runtime_folder
@@ -47,6 +48,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def _client_verb(verbs, name: str, text: str) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text)
     add_client_options(parser)
+    parser.add_argument("--json", action="store_true", help="the answer as JSON")
     return parser
 
 
@@ -129,6 +131,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _operate(args: argparse.Namespace) -> int:
+    from sgl_blend.cli.table import Progress
+
     with open_client(args) as client:
         if args.verb in ("pin", "unpin", "delete"):
             keys = [_hex(k, "key") for k in args.keys]
@@ -136,15 +140,23 @@ def _operate(args: argparse.Namespace) -> int:
                 count = client.delete(keys)
             else:
                 count = client.pin(keys, args.verb == "pin")
-            print(f"{args.verb}: {count} chunks")
+            _say(args, f"{args.verb}: {count} chunks", chunks=count)
             return 0 if count else 1
         if args.verb == "clear":
-            print(f"cleared: {client.clear(everything=args.all)} chunks")
+            count = client.clear(everything=args.all)
+            _say(args, f"cleared: {count} chunks", chunks=count)
         elif args.verb == "drain":
-            left = client.drain(stop=args.stop, deadline_s=max(60.0, args.deadline))
-            print(f"drained; {left} writes left undone")
+            with Progress() as progress:
+                progress("the store writes what it holds to its disk")
+                left = client.drain(stop=args.stop, deadline_s=max(60.0, args.deadline))
+            _say(args, f"drained; {left} writes left undone", undone=left)
             return 0 if left == 0 else 1
         else:
             client.set_read_only(args.state == "on")
-            print(f"read-only: {args.state}")
+            _say(args, f"read-only: {args.state}", state=args.state)
     return 0
+
+
+def _say(args: argparse.Namespace, text: str, **facts: object) -> None:
+    """The text, or what it says as JSON."""
+    print(json.dumps({"verb": args.verb, **facts}) if args.json else text)
