@@ -7,9 +7,10 @@ guards it by the API key, as all its routes.
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sgl_blend import __version__, attach
+from sgl_blend import attach
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -37,7 +38,7 @@ def about(server_args: ServerArgs) -> dict[str, Any]:
     config = attach.CONFIG.get(server_args)
     store = config.store_endpoint or attach.STORE.get(server_args)
     return {
-        "version": __version__,
+        "version": version("sgl-blend"),
         "options": asdict(config),
         "store": store if "store" in config.tiers else None,
     }
