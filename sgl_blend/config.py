@@ -75,6 +75,19 @@ class BlendConfig:
         "decreasing weight; 0: off",
         least=0,
     )
+    correction: bool = option(
+        False,
+        "shift the KV of a document's tokens that are not recomputed by the mean error of those "
+        "that are (policies all, none have nothing to go by)",
+    )
+    anchor_share: float = option(
+        0.0,
+        "share of the recomputed tokens (with coverage: of min_ratio's) that is spaced evenly over "
+        "the documents instead of chosen by the policy, at least one a document; policies all, "
+        "none, and leading with leading_tokens, ignore it; 0: none",
+        least=0.0,
+        most=1.0,
+    )
     stored_scores: bool = option(
         False,
         "stored: measure the scores though the default policy is another one, so that a request "

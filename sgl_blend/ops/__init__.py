@@ -29,13 +29,14 @@ from sgl_blend.ops.attention import (
 )
 from sgl_blend.ops.deviation import v_deviation
 from sgl_blend.ops.outward import outward_share
-from sgl_blend.ops.reference import cast, put
+from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
 from sgl_blend.ops.rotation import (
     AnyRope,
     FrequencyRope,
     Parts,
     Rope,
     Rotation,
+    Turns,
     rotate_copy,
     rotate_from,
 )
@@ -44,14 +45,18 @@ from sgl_blend.ops.rows import covering_rows, top_rows
 __all__ = [
     "AnyRope",
     "AttentionWithMass",
+    "Bias",
     "FrequencyRope",
     "Parts",
     "Rope",
     "Rotation",
+    "Turns",
+    "biased",
     "cast",
     "covering_rows",
     "outward_share",
     "put",
+    "rotate",
     "rotate_copy",
     "rotate_from",
     "row_attention",

@@ -6,12 +6,29 @@ key/value head and a block of rows at a time, which bounds the score matrix.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from sgl_blend.ops.checks import FP8
 
 #: scores held at a time, in elements of fp32: 128 MiB
 BLOCK = 1 << 25
+
+
+class Bias(NamedTuple):
+    """What is added to tokens that are copied, once they are where they belong.
+
+    k [groups, Hk, D], v [groups, Hk, Dv]: fp32, k as at position 0. group: int32 [n], whose bias
+    each token gets; -1: none. cos, sin: fp32 [n, rotary_dim / 2], which turn k from position 0 to
+    each token's place.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    group: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
 def rotate(
@@ -23,6 +40,14 @@ def rotate(
     Computed in fp32 and rounded once; fp8 saturates, and NaN stays NaN. ``neox``: dim i pairs with
     i + rotary_dim/2; else 2i with 2i + 1 (GPT-J).
     """
+    head = _turned(k, cos, sin, rotary_dim, neox)
+    return torch.cat((cast(head, k.dtype), k[..., rotary_dim:]), dim=-1)
+
+
+def _turned(
+    k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int, neox: bool
+) -> torch.Tensor:
+    """fp32 [n, H, rotary_dim]: the first ``rotary_dim`` dims of ``k``, turned."""
     half = rotary_dim // 2
     turned = k[..., :rotary_dim].float()
     x, y = (
@@ -30,8 +55,7 @@ def rotate(
     )
     c, s = cos[:, None, :], sin[:, None, :]
     a, b = x * c - y * s, y * c + x * s
-    head = torch.cat((a, b), dim=-1) if neox else torch.stack((a, b), dim=-1).flatten(-2)
-    return torch.cat((cast(head, k.dtype), k[..., rotary_dim:]), dim=-1)
+    return torch.cat((a, b), dim=-1) if neox else torch.stack((a, b), dim=-1).flatten(-2)
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -60,9 +84,35 @@ def rotate_from(
     sin: torch.Tensor,
     rotary_dim: int,
     neox: bool,
+    bias: Bias | None = None,
 ) -> None:
-    put(k_cache, dst_slots, rotate(k_src, cos, sin, rotary_dim, neox))
-    put(v_cache, dst_slots, v_src)
+    if bias is None:
+        put(k_cache, dst_slots, rotate(k_src, cos, sin, rotary_dim, neox))
+        put(v_cache, dst_slots, v_src)
+        return
+    moved = torch.cat(
+        (_turned(k_src, cos, sin, rotary_dim, neox), k_src[..., rotary_dim:].float()), -1
+    )
+    add = bias.k[bias.group.clamp(min=0)]
+    add = torch.cat((_turned(add, bias.cos, bias.sin, rotary_dim, neox), add[..., rotary_dim:]), -1)
+    plain = rotate(k_src, cos, sin, rotary_dim, neox)
+    put(k_cache, dst_slots, _where(bias.group, cast(moved + add, k_src.dtype), plain))
+    put(v_cache, dst_slots, biased(v_src, bias.v, bias.group))
+
+
+def biased(x: torch.Tensor, bias: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """``x`` [n, H, D] plus ``bias`` [groups, H, D] (fp32) of each token's ``group`` (int32 [n]), in
+    fp32 and rounded once; as it is where the group is -1."""
+    return _where(group, cast(x.float() + bias[group.clamp(min=0)], x.dtype), x)
+
+
+def _where(group: torch.Tensor, grouped: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``grouped`` [n, H, D] of tokens that are in a group, ``other`` of the rest. fp8 goes as
+    bytes."""
+    dtype = other.dtype
+    if dtype in FP8:
+        grouped, other = grouped.view(torch.uint8), other.view(torch.uint8)
+    return torch.where((group >= 0)[:, None, None], grouped, other).view(dtype)
 
 
 def visible(q_pos: torch.Tensor, key_pos: torch.Tensor, window: int) -> torch.Tensor:

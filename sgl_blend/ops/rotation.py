@@ -19,6 +19,7 @@ from sgl_blend.errors import KernelError
 from sgl_blend.ops import checks, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
+from sgl_blend.ops.reference import Bias
 
 
 class RotaryModule(Protocol):
@@ -134,6 +135,29 @@ class FrequencyRope:
 AnyRope = Rope | FrequencyRope
 
 
+class Turns:
+    """The rotations of ``n`` tokens that move from ``old`` to ``new`` positions (int64 [n]), made
+    once for all layers of one rope."""
+
+    def __init__(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        self.old, self.new = old, new
+        self._made: dict[tuple[str, int], Rotation] = {}
+
+    def move(self, rope: AnyRope) -> Rotation:
+        """From the old positions to the new ones."""
+        return self._of("move", rope, self.old, self.new)
+
+    def forth(self, rope: AnyRope) -> Rotation:
+        """From position 0 to the new ones."""
+        return self._of("forth", rope, torch.zeros_like(self.new), self.new)
+
+    def _of(self, name: str, rope: AnyRope, old: torch.Tensor, new: torch.Tensor) -> Rotation:
+        turn = self._made.get((name, id(rope)))
+        if turn is None:
+            turn = self._made[name, id(rope)] = rope.delta(old, new)
+        return turn
+
+
 def _positions(
     rope: AnyRope, old_pos: torch.Tensor, new_pos: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,13 +188,14 @@ def rotate_copy(
     sin: torch.Tensor,
     rotary_dim: int,
     neox: bool,
+    bias: Bias | None = None,
 ) -> None:
     """Copy tokens inside one layer's pool: V as it is, K rotated. Writes ``dst_slots`` only.
 
     k_cache [num_slots, Hk, D], v_cache [num_slots, Hk, Dv]; src_slots, dst_slots int64 [n];
     cos, sin fp32 [n, rotary_dim / 2] from ``Rope.delta``. K beyond ``rotary_dim`` is copied.
     ``dst_slots`` must be free of repeats and share no slot with ``src_slots``: tokens are copied
-    in parallel.
+    in parallel. bias: added to K and V in fp32, before the one rounding.
 
     Raises:
         KernelError: arguments that do not fit, or overlapping slots (checked on the CPU).
@@ -182,15 +207,16 @@ def rotate_copy(
         src.shape == dst.shape, f"src_slots has {src.shape[0]} tokens, dst_slots {dst.shape[0]}"
     )
     cos, sin = checked_rotation(k_cache, dst.shape[0], cos, sin, rotary_dim)
+    bias = None if bias is None else checked_bias(k_cache, v_cache, dst.shape[0], bias, rotary_dim)
     if dst.shape[0] == 0:
         return
     module = cpu_module(k_cache.device)
-    if module is None:
+    if module is None or bias is not None:
         checks.in_range("src_slots", src, k_cache.shape[0])
         checks.in_range("dst_slots", dst, k_cache.shape[0])
         _require_disjoint(k_cache.shape[0], dst, src)
         reference.rotate_from(
-            k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox
+            k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias
         )
     else:
         launch(
@@ -232,6 +258,12 @@ class Parts:
         """One layer's K [n, Hk, D] and V [n, Hk, Dv], joined: copies."""
         return torch.cat([x[layer] for x in self.k]), torch.cat([x[layer] for x in self.v])
 
+    def take(self, layer: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens ``index`` (int64 [c], into all parts' tokens) of ``layer``: copies of their K
+        [c, Hk, D] and V [c, Hk, Dv]."""
+        k, v = self.layer(layer)
+        return k[index], v[index]
+
     @functools.cached_property
     def arrays(self) -> tuple[object, object]:
         """What the kernel takes. Handing over hundreds of tensors costs more than a layer's
@@ -251,6 +283,7 @@ def rotate_from(
     sin: torch.Tensor,
     rotary_dim: int,
     neox: bool,
+    bias: Bias | None = None,
 ) -> None:
     """``rotate_copy`` from outside the pool (chunks loaded from a tier), wherever they lie.
 
@@ -270,14 +303,15 @@ def rotate_from(
     tokens = dst.shape[0]
     require(parts.tokens == tokens, f"the parts hold {parts.tokens} tokens, dst_slots {tokens}")
     cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
+    bias = None if bias is None else checked_bias(k_cache, v_cache, tokens, bias, rotary_dim)
     if tokens == 0:
         return
     module = cpu_module(k_cache.device)
-    if module is None:
+    if module is None or bias is not None:
         checks.in_range("dst_slots", dst, k_cache.shape[0])
         _require_disjoint(k_cache.shape[0], dst, None)
         k_src, v_src = parts.layer(layer)
-        reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox)
+        reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias)
         return
     launch(
         functools.partial(module.rotate_from, *parts.arrays, layer),
@@ -303,6 +337,34 @@ def checked_rotation(
             f"{[tokens, rotary_dim // 2]}",
         )
     return Rotation(cos.contiguous(), sin.contiguous())
+
+
+def checked_bias(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, tokens: int, bias: Bias, rotary_dim: int
+) -> Bias:
+    """``bias`` checked against the pool, contiguous. Its groups are checked on the CPU."""
+    device, groups = k_cache.device, bias.k.shape[0]
+    for name, tensor, cache in (("bias.k", bias.k, k_cache), ("bias.v", bias.v, v_cache)):
+        checks.floats(name, tensor, 3, device)
+        require(
+            tensor.dtype == torch.float32 and tensor.shape == (groups, *cache.shape[1:]),
+            f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 "
+            f"{[groups, *cache.shape[1:]]}",
+        )
+    group = bias.group
+    require(
+        group.dtype == torch.int32 and group.shape == (tokens,) and group.device == device,
+        f"bias.group is {group.dtype} {list(group.shape)} on {group.device}; expected int32 "
+        f"[{tokens}] on {device}",
+    )
+    if device.type == "cpu" and tokens:
+        low, high = (int(x) for x in torch.aminmax(group))
+        require(
+            low >= -1 and high < groups,
+            f"bias.group spans [{low}, {high}]; it must lie inside [-1, {groups})",
+        )
+    cos, sin = checked_rotation(k_cache, tokens, bias.cos, bias.sin, rotary_dim)
+    return Bias(bias.k.contiguous(), bias.v.contiguous(), group.contiguous(), cos, sin)
 
 
 def _require_disjoint(num_slots: int, dst: torch.Tensor, src: torch.Tensor | None) -> None:

@@ -2,13 +2,14 @@
 
 Two objects take the place of the model's attention during a blend prefill. ``BatchAttention``
 serves the batch's rows and, layer by layer, first writes the reused tokens' re-rotated KV into
-the request's own slots. ``QuestionAttention`` serves scratch rows (the question) whose KV never
-enters the pool, and sums how much they attend to each reused token. Tensors only; no SGLang.
+the request's own slots, corrected where that is asked for. ``QuestionAttention`` serves scratch
+rows (the question) whose KV never enters the pool, and sums how much they attend to each reused
+token. Tensors only; no SGLang.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +17,8 @@ from sgl_blend import ops
 from sgl_blend.errors import KernelError
 from sgl_blend.ops.reference import softmax
 from sgl_blend.prefill import attention_cuda
-from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
+from sgl_blend.prefill.correction import FIRST_LAYER, Correction
+from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment, Shift
 from sgl_blend.prefill.scores import ScoreTable
 
 
@@ -28,7 +30,9 @@ class KvCopy:
     dst_slots: torch.Tensor
     src_pos: torch.Tensor
     dst_pos: torch.Tensor
-    _rotations: dict[int, ops.Rotation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._turns = ops.Turns(self.src_pos, self.dst_pos)
 
     @classmethod
     def cat(cls, parts: list[KvCopy]) -> KvCopy | None:
@@ -49,27 +53,62 @@ class KvCopy:
             self.src_slots[index], self.dst_slots[index], self.src_pos[index], self.dst_pos[index]
         )
 
-    def run(self, pool: PoolView, layer: int) -> None:
-        """Copy V, and K rotated by the position difference, within ``layer``'s pool."""
+    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+        """Copy V, and K rotated by the position difference, within ``layer``'s pool; ``shift`` is
+        added."""
         rope = pool.rope(layer)
         k, v = pool.moved(layer)
         if rope is None:
-            ops.put(k, self.dst_slots, k[self.src_slots])
-            ops.put(v, self.dst_slots, v[self.src_slots])
+            old_k, old_v = k[self.src_slots], v[self.src_slots]
+            if shift is not None:
+                old_k = ops.biased(old_k, shift.k, shift.document)
+                old_v = ops.biased(old_v, shift.v, shift.document)
+            ops.put(k, self.dst_slots, old_k)
+            ops.put(v, self.dst_slots, old_v)
             return
-        turn = self._rotations.get(id(rope))
-        if turn is None:
-            turn = self._rotations[id(rope)] = rope.delta(self.src_pos, self.dst_pos)
-        ops.rotate_copy(
-            k, v, self.src_slots, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
-        )
+        turn, how = self._turns.move(rope), (rope.rotary_dim, rope.neox)
+        more = () if shift is None else (ops.Bias(*shift, *self._turns.forth(rope)),)
+        ops.rotate_copy(k, v, self.src_slots, self.dst_slots, *turn, *how, *more)
+
+
+@dataclass
+class Arriving:
+    """Tokens that a pass brings in, in all layers from ``first`` on.
+
+    document: int32 [n], by which of the pass's shifts each is corrected, -1: by none; None: none
+    is. over: some of them run in this pass, and what they have computed stays.
+    """
+
+    tokens: Incoming
+    first: int
+    document: torch.Tensor | None = None
+    over: bool = False
+
+    @classmethod
+    def together(cls, parts: list[Arriving]) -> list[Arriving]:
+        """Copies within the pool that are alike as one, by their first layers; what comes from the
+        host stays apart."""
+        groups: dict[tuple[int, bool, bool], list[Arriving]] = {}
+        out = []
+        for part in parts:
+            if isinstance(part.tokens, KvCopy):
+                kind = (part.first, part.document is not None, part.over)
+                groups.setdefault(kind, []).append(part)
+            else:
+                out.append(part)
+        for (first, _, over), alike in groups.items():
+            copy = KvCopy.cat([p.tokens for p in alike if isinstance(p.tokens, KvCopy)])
+            documents = [p.document for p in alike if p.document is not None]
+            if copy is not None:
+                out.append(cls(copy, first, torch.cat(documents) if documents else None, over))
+        return sorted(out, key=lambda part: part.first)
 
 
 class BatchAttention:
     """Attention for a pass over rows of the batch.
 
-    segments: its rows. copies: (first layer, tokens): each is brought in at that layer and all
-    later ones. scores: where the rows' stored scores go; None: they are not measured.
+    segments: its rows. copies: what it brings in. scores: where the rows' stored scores go; None:
+    they are not measured. correction: what the copies are corrected by; None: they are not.
     """
 
     scratch = False
@@ -78,28 +117,33 @@ class BatchAttention:
         self,
         pool: PoolView,
         segments: list[RowSegment],
-        copies: list[tuple[int, Incoming]],
+        copies: list[Arriving],
         scores: ScoreTable | None = None,
+        correction: Correction | None = None,
     ) -> None:
         self.pool = pool
         self.segments = segments
         self.copies = copies
         self.scores = scores
+        self.correction = correction
         self._device_rows: attention_cuda.FlashInferRows | None = None
         if pool.k(0).is_cuda and segments and attention_cuda.serves(pool.k(0), pool.v(0)):
             self._device_rows = attention_cuda.FlashInferRows(segments)
 
     def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
-        copies = [copy for first, copy in self.copies if layer >= first]
-        if not copies:
-            return
-        # What is brought in may hold tokens that run (``BlendPass.copy_rest``).
+        copies = [c for c in self.copies if layer >= c.first]
         computed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        if written is not None:
+        if written is not None and any(c.over for c in copies):
             pool = (self.pool.k(layer), self.pool.v(layer))
             computed = [(part, written, part[written]) for part in pool]
-        for copy in copies:
-            copy.run(self.pool, layer)
+        shifts = None
+        if self.correction is not None and layer >= FIRST_LAYER:
+            shifts = self.correction.shifts(self.pool, layer)
+        for c in copies:
+            if shifts is None or c.document is None:
+                c.tokens.run(self.pool, layer)
+            else:
+                c.tokens.run(self.pool, layer, Shift(*shifts, c.document))
         for part in computed:
             ops.put(*part)
 

@@ -28,10 +28,11 @@ import torch
 from sgl_blend import ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
-from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
+from sgl_blend.prefill.attention import Arriving, BatchAttention, QuestionAttention, Scratch
+from sgl_blend.prefill.correction import FIRST_LAYER, Correction, Recomputed
 from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
-from sgl_blend.prefill.rows import Incoming, PoolView, RowSegment
+from sgl_blend.prefill.rows import PoolView, RowSegment
 from sgl_blend.prefill.running import BlendPass, PiecePass
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.selection import Need, ReusedTokens, budget_of
@@ -158,13 +159,14 @@ def _question_pass(
         ids.append(b.question_ids)
         positions.append(b.question_pos)
         row += m
-    copies = _together([copy for s in asking for copy in s.copy_all()])
-    attention = QuestionAttention(pool, scratch, copies)
+    copies = Arriving.together([Arriving(c, 0) for s in asking for c in s.copy_all()])
+    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies])
     counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
     model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
     _choose(asking, [q.mass for q in scratch], ranks, config)
     for s in asking:
-        s.copy_from = depth
+        # What is brought in lies there as it was cached: where it is corrected, it comes again.
+        s.copy_from = FIRST_LAYER if s.corrects else depth
 
 
 def _choose(
@@ -204,9 +206,8 @@ def _check_passes(
         last = step == len(config.check_layers) - 1
         for s, kept in zip(checking, filters, strict=True):
             tokens = s.blend.tokens
-            tokens = replace(
-                tokens, budget=kept[step][1], coverage=tokens.coverage if last else 0.0
-            )
+            coverage = tokens.coverage if last else 0.0
+            tokens = replace(tokens, budget=kept[step][1], coverage=coverage)
             _check(s, layer, tokens, pool, ranks, config)
             s.copy_from = layer + 1
 
@@ -230,6 +231,9 @@ def _check(
         apart = pool.v(layer)[fresh].float() - s.cached_v(b.host, pool, layer)[alive].float()
         score = apart.square().sum(dim=(1, 2))
     score = ranks.sum(score)
+    if tokens.anchors is not None:
+        anchors = tokens.anchors.to(s.device, non_blocking=True)
+        tokens = replace(tokens, anchors=anchors[alive])
     s.keep(alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))])
 
 
@@ -245,23 +249,21 @@ def _pass(
     None: they are not measured."""
     segments: list[RowSegment] = []
     counts, row = [0] * len(passes), 0
-    groups: dict[int, list[Incoming]] = {}
+    copies: list[Arriving] = []
+    recomputed: list[Recomputed] = []
     for i, s in enumerate(passes):
         if s not in running:
             continue
         segments.append(s.piece.segment(row, s.local_rows()))
         counts[i] = s.count
         row += s.count
-        rest = s.copy_rest()
-        if rest:
-            groups.setdefault(s.copy_from, []).extend(rest)
-    copies = [(first, c) for first, parts in sorted(groups.items()) for c in _together(parts)]
+        copies += s.copy_rest(sum(r.documents for r in recomputed))
+        if isinstance(s, BlendPass) and s.corrects:
+            recomputed.append(s.recomputed())
     whole = len(running) == len(passes) and all(s.rows is None for s in passes)
     rows = None if whole else torch.cat([s.batch_rows() for s in passes if s in running])
-    return model.run(rows, counts, BatchAttention(pool, segments, copies, scores), stop)
-
-
-def _together(copies: list[Incoming]) -> list[Incoming]:
-    """Copies within the pool as one; what comes from the host stays apart."""
-    inside = KvCopy.cat([c for c in copies if isinstance(c, KvCopy)])
-    return ([] if inside is None else [inside]) + [c for c in copies if not isinstance(c, KvCopy)]
+    correction = Correction(recomputed) if recomputed else None
+    together = Arriving.together(copies)
+    return model.run(
+        rows, counts, BatchAttention(pool, segments, together, scores, correction), stop
+    )

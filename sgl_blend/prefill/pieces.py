@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from sgl_blend.plan import BlendPlan
-from sgl_blend.prefill.rows import PoolView, RowSegment
+from sgl_blend.prefill.rows import PoolView, RowSegment, Shift
 from sgl_blend.selection import Policy, ReusedTokens
 
 
@@ -49,6 +49,8 @@ class PieceBlend:
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
     piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
     ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it.
+    document: int64 [n], which of ``documents`` each reused token is of, where those that are not
+    recomputed are corrected (``correction.py``); None: they are not.
     """
 
     plan: BlendPlan
@@ -63,6 +65,8 @@ class PieceBlend:
     fixed: torch.Tensor | None = None
     chosen: int | None = None
     host: HostSources | None = None
+    document: torch.Tensor | None = None
+    documents: int = 0
 
     @property
     def given(self) -> int:
@@ -78,10 +82,19 @@ class PieceBlend:
 
 
 class HostTokens(Protocol):
-    """Tokens whose KV comes from host memory (``tiering/hostkv.py`` fills it)."""
+    """Tokens whose KV comes from host memory (``tiering/hostkv.py`` fills it). src_pos: int64 [m],
+    where they were computed, on the pool's device."""
 
-    def run(self, pool: PoolView, layer: int) -> None:
+    src_pos: torch.Tensor
+
+    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
         """Bring ``layer``'s K (rotated) and V into the request's slots."""
+
+    def take(
+        self, pool: PoolView, layer: int, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``layer``'s ``moved`` parts [c, heads, dim], as they were computed, of the tokens
+        ``index`` (int64 [c])."""
 
     def values(self, pool: PoolView, layer: int) -> torch.Tensor:
         """V [m, heads, dim] of all ``m`` tokens in ``layer``, on the pool's device."""

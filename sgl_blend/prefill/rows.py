@@ -40,11 +40,25 @@ class AttentionSpec(NamedTuple):
         return out if self.v_scale == 1.0 else out * self.v_scale
 
 
+class Shift(NamedTuple):
+    """What is added to one layer's KV of tokens on their way in (``correction.py``).
+
+    k [documents, Hk, Dr], v [documents, Hk, Dc]: fp32, for the parts that ``PoolView.moved`` names,
+    in the pool's unit; k as at position 0. document: int32 [n], whose shift each token gets; -1:
+    none.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    document: torch.Tensor
+
+
 class Incoming(Protocol):
     """Tokens on their way into a request's slots: a ``KvCopy``, or loaded chunks."""
 
-    def run(self, pool: PoolView, layer: int) -> None:
-        """Write ``layer``'s KV, rotated to the new positions where it is rotated, into the pool."""
+    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+        """Write ``layer``'s KV, rotated to the new positions where it is rotated, and shifted, into
+        the pool."""
 
 
 class PoolView(Protocol):
@@ -72,9 +86,10 @@ class RowAttention(Protocol):
     scratch: bool
 
     def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
-        """Write the reused tokens' KV of ``layer`` into the pool, before the rows' own.
+        """Write the reused tokens' KV of ``layer`` into the pool.
 
         written: int64 [R], slots whose KV the rows have computed and written already; it stays.
+        None: the rows are scratch rows, which write nothing.
         """
 
     def __call__(

@@ -3,10 +3,13 @@ reused KV is brought in."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sgl_blend import ops
-from sgl_blend.prefill.attention import KvCopy
+from sgl_blend.prefill.attention import Arriving, KvCopy
+from sgl_blend.prefill.correction import PoolSource, Recomputed, Source
 from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
 from sgl_blend.prefill.rows import Incoming, PoolView
 from sgl_blend.prefill.scores import ScoreTable
@@ -34,8 +37,9 @@ class PiecePass:
     def batch_rows(self) -> torch.Tensor:
         return self.local_rows() + self.piece.row0
 
-    def copy_rest(self) -> list[Incoming]:
-        """The reused tokens that do not run."""
+    def copy_rest(self, first_document: int = 0) -> list[Arriving]:
+        """The reused tokens that do not run. first_document: the pass's number of the piece's first
+        document, where it is corrected."""
         return []
 
 
@@ -66,6 +70,16 @@ class BlendPass(PiecePass):
         self.blend.chosen = chosen.numel()
         self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
 
+    @property
+    def corrects(self) -> bool:
+        """Is there anything to correct, and anything to go by?"""
+        b = self.blend
+        return (
+            b.document is not None
+            and self.alive is not None
+            and (0 < self.alive.numel() < b.tokens.count)
+        )
+
     def copy_all(self) -> list[Incoming]:
         """Every reused token, from its source into the request's own slots."""
         b = self.blend
@@ -83,22 +97,57 @@ class BlendPass(PiecePass):
         b = self.blend
         return KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos)
 
-    def copy_rest(self) -> list[Incoming]:
+    def copy_rest(self, first_document: int = 0) -> list[Arriving]:
         """The reused tokens that do not run; none while all of them do.
 
         With sources of both kinds all are copied: which of either kind run is known on the device
-        alone, and those that do overwrite their copies in the same layer.
+        alone, and what those that do have computed is kept.
         """
-        host = self.blend.host
+        b, first = self.blend, self.copy_from
         if self.alive is None:
-            return [] if host is None or not self.blend.given else [host.kv]
-        if host is not None:
-            return self.copy_all()
-        n = self.blend.tokens.count
+            host = b.host
+            return [] if host is None or not b.given else [Arriving(host.kv, first)]
+        document = None
+        if b.document is not None and self.corrects:
+            document = (b.document + first_document).to(torch.int32)
+        if b.host is not None:
+            return self._copy_over(b.host, document)
+        n = b.tokens.count
         runs = torch.zeros(n, dtype=torch.bool, device=self.device)
         runs[self.alive] = True
         rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
-        return [self._pool_copy(self.blend.reused).take(rest)] if rest.numel() else []
+        if not rest.numel():
+            return []
+        copy = self._pool_copy(b.reused).take(rest)
+        return [Arriving(copy, first, None if document is None else document[rest])]
+
+    def _copy_over(self, host: HostSources, document: torch.Tensor | None) -> list[Arriving]:
+        """All reused tokens; ``document``: of those that are not given."""
+        first = self.copy_from
+        copies = [Arriving(c, first, over=True) for c in self.copy_all()]
+        if document is not None:
+            for c in copies:
+                if isinstance(c.tokens, KvCopy):
+                    c.document = document[host.pool_index]
+                else:
+                    of_host = torch.full_like(host.kv.src_pos, -1, dtype=torch.int32)
+                    of_host[host.host_tokens] = document[host.host_index]
+                    c.document = of_host
+        return copies
+
+    def recomputed(self) -> Recomputed:
+        """The reused tokens that run, for the correction of the others."""
+        b, alive = self.blend, self.alive
+        assert b.document is not None and alive is not None
+        positions = b.reused[alive] + self.piece.begin
+        slots, document = self.piece.kv_slots[positions], b.document[alive]
+        if b.host is None:
+            source: Source = PoolSource(b.src_slots[alive])
+            src_pos = b.src_pos[alive]
+        else:
+            source = MixedSource.of(b.host, b.src_slots, b.tokens.count, alive)
+            src_pos = source.choose(b.host.kv.src_pos, b.src_pos)
+        return Recomputed(slots, positions, source, src_pos, document, b.documents)
 
     def stored(self, scores: ScoreTable) -> torch.Tensor:
         """fp32 [n]: the reused tokens' scores at their sources, NaN where those have none."""
@@ -118,3 +167,47 @@ class BlendPass(PiecePass):
         ops.put(out, host.pool_index, cache[b.src_slots])
         ops.put(out, host.host_index, host.kv.values(pool, layer)[host.host_tokens])
         return out
+
+
+@dataclass
+class MixedSource:
+    """Tokens of which some lie in the pool and some in host memory; which, only the device knows.
+
+    in_host: bool [c]. host_index: int64 [c], which of the host's tokens; slots: int64 [c], slots in
+    the pool, None where no token lies there. Either means nothing for tokens of the other kind.
+    """
+
+    host: HostSources
+    in_host: torch.Tensor
+    host_index: torch.Tensor
+    pool_index: torch.Tensor
+    slots: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, host: HostSources, src_slots: torch.Tensor, tokens: int, index: torch.Tensor
+    ) -> MixedSource:
+        """Of the tokens ``index`` of all reused ``tokens``."""
+        at_host = torch.full((tokens,), -1, dtype=torch.int64, device=index.device)
+        at_host[host.host_index] = host.host_tokens
+        at_pool = torch.zeros_like(at_host)
+        at_pool[host.pool_index] = torch.arange(src_slots.numel(), device=index.device)
+        at_host, at_pool = at_host[index], at_pool[index]
+        slots = src_slots[at_pool] if src_slots.numel() else None
+        return cls(host, at_host >= 0, at_host.clamp(min=0), at_pool, slots)
+
+    def choose(self, of_host: torch.Tensor, of_pool: torch.Tensor) -> torch.Tensor:
+        """[c]: out of values for all tokens of the host, and for all of the pool."""
+        chosen = of_host[self.host_index]
+        if self.slots is None:
+            return chosen
+        return torch.where(self.in_host, chosen, of_pool[self.pool_index])
+
+    def read(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = self.host.kv.take(pool, layer, self.host_index)
+        if self.slots is None:
+            return parts
+        inside = PoolSource(self.slots).read(pool, layer)
+        pick = self.in_host[:, None, None]
+        k, v = (torch.where(pick, a.float(), b.float()) for a, b in zip(parts, inside, strict=True))
+        return k, v

@@ -5,6 +5,7 @@ a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 """
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.selection.anchors import anchors
 from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
@@ -22,4 +23,13 @@ def keeps_scores(config: BlendConfig) -> bool:
     return config.stored_scores or POLICIES.get(config.policy).need is Need.STORED
 
 
-__all__ = ["POLICIES", "Need", "Policy", "ReusedTokens", "budget_of", "highest", "keeps_scores"]
+__all__ = [
+    "POLICIES",
+    "Need",
+    "Policy",
+    "ReusedTokens",
+    "anchors",
+    "budget_of",
+    "highest",
+    "keeps_scores",
+]

@@ -36,7 +36,9 @@ class ReusedTokens:
     within its span. span_lengths: int64 [n], the length of each token's span. All on CPU.
     budget: how many of the ``n`` tokens to recompute. coverage: when not 0, recompute as few as
     cover this share of the summed score, at least ``floor`` and at most ``budget`` tokens.
-    seed: the same for the same prompt; 0 for a policy that is not ``seeded``.
+    seed: the same for the same prompt; 0 for a policy that is not ``seeded``. anchors: bool, for
+    each token that there is to choose from: does it go before all others (``anchors.py``)? Never
+    more do than are certain to be recomputed. None: none does.
     """
 
     positions: torch.Tensor
@@ -46,6 +48,7 @@ class ReusedTokens:
     seed: int
     coverage: float = 0.0
     floor: int = 0
+    anchors: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -80,8 +83,8 @@ class Policy(ABC):
         With several check layers, ``score`` and the indices are of the survivors of the layer
         before, while ``reused`` still describes all (its budget is this layer's). Ties go to the
         lower position. Without ``reused.coverage`` the number of indices must not depend on the
-        score's values: rows are counted without waiting for the device. :func:`highest` keeps all
-        of this.
+        score's values: rows are counted without waiting for the device. ``reused.anchors`` are
+        always among them, and count. :func:`highest` and :func:`first` keep all of this.
         """
 
 
@@ -93,12 +96,27 @@ def scored(policy: Policy, score: torch.Tensor | None) -> torch.Tensor:
 
 
 def highest(reused: ReusedTokens, score: torch.Tensor) -> torch.Tensor:
-    """The tokens of the highest ``score``: as many as the budget, or as the coverage, asks for."""
+    """The tokens of the highest ``score``, behind anchors: as many as the budget, or as the
+    coverage, asks for."""
     from sgl_blend.ops import covering_rows, top_rows
 
+    before = reused.anchors
+    if before is not None:
+        before = before.to(score.device, non_blocking=True)
     if reused.coverage:
-        return covering_rows(score, reused.coverage, reused.floor, reused.budget)
-    return top_rows(score, reused.budget)
+        return covering_rows(score, reused.coverage, reused.floor, reused.budget, before)
+    return top_rows(score, reused.budget, before)
+
+
+def first(reused: ReusedTokens, order: torch.Tensor) -> torch.Tensor:
+    """The first tokens of ``order`` (int64 [n], all of them), behind anchors: as many as the
+    budget."""
+    import torch
+
+    if reused.anchors is not None:
+        before = reused.anchors[order]
+        order = torch.cat([order[before], order[~before]])
+    return order[: reused.budget].sort().values
 
 
 def budget_of(count: int, ratio: float) -> int:

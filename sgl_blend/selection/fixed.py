@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Policy, ReusedTokens
+from sgl_blend.selection.base import Policy, ReusedTokens, first
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,7 @@ class Leading(Policy):
             return torch.nonzero(reused.offsets < config.leading_tokens).flatten()
         # Rank tokens by their relative depth in the span; the stable order keeps spans even.
         depth = reused.offsets.double() / reused.span_lengths.clamp(min=1)
-        order = torch.argsort(depth, stable=True)
-        return order[: reused.budget].sort().values
+        return first(reused, torch.argsort(depth, stable=True))
 
 
 class Random(Policy):
@@ -81,4 +80,4 @@ class Random(Policy):
         import torch
 
         gen = torch.Generator().manual_seed(reused.seed)
-        return torch.randperm(reused.count, generator=gen)[: reused.budget].sort().values
+        return first(reused, torch.randperm(reused.count, generator=gen))

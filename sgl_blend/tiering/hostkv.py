@@ -10,7 +10,7 @@ from sgl_blend import ops
 
 if TYPE_CHECKING:
     from sgl_blend.plan import HostPart
-    from sgl_blend.prefill.rows import PoolView
+    from sgl_blend.prefill.rows import PoolView, Shift
     from sgl_blend.tiering.loader import Load
 
 
@@ -35,11 +35,12 @@ class HostKV:
         #: the layers [first, last) that all chunks have readable in one range each
         self._range = (0, 0)
         self._ready: ops.Parts | None = None
-        self._rotations: dict[int, ops.Rotation] = {}
+        self._turns = ops.Turns(src_pos, dst_pos)
         self._stream = torch.cuda.Stream(dst_slots.device) if dst_slots.is_cuda else None
 
-    def run(self, pool: PoolView, layer: int) -> None:
-        """Write V, and K rotated by the position difference, into ``layer``'s pool.
+    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+        """Write V, and K rotated by the position difference, into ``layer``'s pool; ``shift`` is
+        added.
 
         Raises :class:`~sgl_blend.tiering.chunks.LoadFailed` when the layer does not arrive.
         """
@@ -47,15 +48,27 @@ class HostKV:
         k, v = pool.moved(layer)
         parts, at = self._parts(pool, layer)
         if rope is None:
-            for cache, values in zip((k, v), parts.layer(at), strict=True):
-                ops.put(cache, self.dst_slots, values)
+            values = parts.layer(at)
+            if shift is not None:
+                biases = (shift.k, shift.v)
+                values = tuple(
+                    ops.biased(x, bias, shift.document)
+                    for x, bias in zip(values, biases, strict=True)
+                )
+            for cache, x in zip((k, v), values, strict=True):
+                ops.put(cache, self.dst_slots, x)
             return
-        turn = self._rotations.get(id(rope))
-        if turn is None:
-            turn = self._rotations[id(rope)] = rope.delta(self.src_pos, self.dst_pos)
-        ops.rotate_from(
-            parts, at, k, v, self.dst_slots, turn.cos, turn.sin, rope.rotary_dim, rope.neox
-        )
+        turn, how = self._turns.move(rope), (rope.rotary_dim, rope.neox)
+        more = () if shift is None else (ops.Bias(*shift, *self._turns.forth(rope)),)
+        ops.rotate_from(parts, at, k, v, self.dst_slots, *turn, *how, *more)
+
+    def take(
+        self, pool: PoolView, layer: int, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``layer``'s KV, as it was computed, of the tokens ``index`` (int64 [c]). Raises as
+        ``run`` does."""
+        parts, at = self._parts(pool, layer)
+        return parts.take(at, index)
 
     def values(self, pool: PoolView, layer: int) -> torch.Tensor:
         """V [n, Hk, Dv] of ``layer``, on the pool's device. Raises as ``run`` does."""

@@ -31,11 +31,18 @@ BLEND = (
     "as_reference_bites",
     "report_is_true",
 )
+CORRECTED = (
+    "corrected_as_reference",
+    "corrected_in_company",
+    "corrected_is_exact_at_one",
+    "corrected_bites",
+)
 BRIEF = ("exact_briefly", "reference_is_sound", "layer0_right", "as_reference", "report_is_true")
 REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
 GATE = ("rotations_are_measured", "gate_passes")
 STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")
 FUSED = ("fused_exact", "fused_as_reference", "fused_bites")
+SINKS = ("sinks_and_windows", "corrected_as_reference")
 RANDOM = ("random_traffic", "random_traffic_bites")
 
 
@@ -47,8 +54,10 @@ def _cases() -> list:
         # Pages do not depend on the architecture: one dense model, one with experts.
         for a in ("llama", "qwen3-moe")
     ]
-    table += [("llama", {"page_size": 1}, REUSE)]
-    table += [("qwen3-moe", {"page_size": 1}, FUSED)]
+    table += [("llama", {"page_size": 1}, REUSE + CORRECTED)]
+    table += [("qwen3-moe", {"page_size": 1}, (*FUSED, "corrected_over_fused_writes"))]
+    correcting = {"correction": True, "anchor_share": 0.2}
+    table += [("qwen3", {"dtype": "bfloat16", "page_size": 16, "options": correcting}, GATE)]
     table += [(a, {"dtype": "bfloat16", "page_size": 16}, GATE) for a in ARCHITECTURES + ALIKE]
     table += [("gemma2", {"dtype": "bfloat16"}, GATE)]
     for arch in ("llama", "llama-yarn", "qwen3"):
@@ -63,7 +72,7 @@ def _cases() -> list:
     # On a CPU SGLang's experts of gpt-oss run in the layout of its Triton kernels alone.
     oss = {"args": ("--moe-runner-backend", "triton")}
     table += [
-        ("gpt-oss", {"page_size": 1, **oss}, GATE + EXACT + BLEND + FUSED + ("sinks_and_windows",)),
+        ("gpt-oss", {"page_size": 1, **oss}, GATE + EXACT + BLEND + FUSED + SINKS),
         ("gpt-oss", {"page_size": 16, "options": {"stored_scores": True}, **oss}, GATE + STORED),
     ]
     for arch in ("llama", "qwen3", "llama-yarn"):

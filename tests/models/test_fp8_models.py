@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from test_blend_models import EXACT
 
-COPIES = ("fp8_copies", "fp8_copies_bite")
+COPIES = ("fp8_copies", "fp8_copies_bite", "fp8_corrected")
 E4M3 = ("--kv-cache-dtype", "fp8_e4m3")
 E5M2 = ("--kv-cache-dtype", "fp8_e5m2")
 ENGINES = {

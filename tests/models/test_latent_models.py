@@ -21,12 +21,15 @@ SOME = (
     "layer0_right",
     "as_reference",
 )
+LATENT = ("corrected_as_reference", "corrected_bites")
 FORMS = ("own_form_is_left_to_ordinary_batches", "plain_sglang_needs_the_rule")
 
 
 def _cases() -> list:
     elsewhere = ("deepseek-v3", "mistral-3-large")
-    table = [("deepseek-v3", {"page_size": 1}, GATE + EXACT + BLEND + ("covering", *FORMS))]
+    table = [
+        ("deepseek-v3", {"page_size": 1}, GATE + EXACT + BLEND + ("covering", *FORMS, *LATENT))
+    ]
     table += [(a, {"page_size": 1}, GATE + SOME) for a in ARCHITECTURES if a not in elsewhere]
     table += [("kimi-k2", {"page_size": 16}, GATE + EXACT + ("layer0_right", "report_is_true"))]
     keeping = {"options": {"stored_scores": True}}

@@ -106,12 +106,11 @@ class BlendAttnBackend:
         slots = forward_batch.out_cache_loc
         if core.scratch:
             core.bring_in(layer.layer_id)  # where the model writes by itself, it hits slot 0 only
-        elif save_kv_cache and k is not None and v is not None:
-            core.bring_in(layer.layer_id)
-            if scales.write:  # it divides in place
-                k, v = k.clone(), v.clone()
-            pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales.write)
         else:
+            if save_kv_cache and k is not None and v is not None:
+                if scales.write:  # it divides in place
+                    k, v = k.clone(), v.clone()
+                pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales.write)
             core.bring_in(layer.layer_id, written=slots)
         last = layer.layer_id == self._stop
         if last and not core.scratch:

@@ -197,6 +197,8 @@ class SglangModel:
             ask.ratio,
             exact,
             self._gate,
+            correction=self.config.correction,
+            anchor_share=self.config.anchor_share,
             fallback=None if enabled else "disabled by the request",
             probe=Probe(spans),
         )

@@ -1,7 +1,8 @@
 """What a request may say about blending, in ``sampling_params.custom_params``.
 
-``blend`` (bool), ``blend_ratio`` and ``blend_coverage`` (numbers, 0 to 1), ``blend_policy`` (a
-policy's name), ``blend_boundaries`` (flat ascending list of token offsets into the prompt).
+``blend`` and ``blend_correction`` (bool), ``blend_ratio``, ``blend_coverage`` and
+``blend_anchor_share`` (numbers, 0 to 1), ``blend_policy`` (a policy's name), ``blend_boundaries``
+(flat ascending list of token offsets into the prompt).
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.token_ids import check_token_ids
 from sgl_blend.errors import RequestError, unknown_name
 
-KEYS = ("blend", "blend_ratio", "blend_coverage", "blend_policy", "blend_boundaries")
+KEYS = (
+    "blend",
+    "blend_ratio",
+    "blend_coverage",
+    "blend_policy",
+    "blend_boundaries",
+    "blend_correction",
+    "blend_anchor_share",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,8 @@ class RequestOptions:
     policy: str | None = None
     boundaries: tuple[int, ...] | None = None
     coverage: float | None = None
+    correction: bool | None = None
+    anchor_share: float | None = None
 
 
 def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptions:
@@ -43,12 +54,11 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
         if isinstance(key, str) and key.startswith("blend") and key not in KEYS:
             raise RequestError("custom_params: " + unknown_name("key", key, KEYS))
 
-    enabled = custom_params.get("blend", True)
-    if not isinstance(enabled, bool):
-        raise RequestError(f"custom_params.blend is {enabled!r}: expected true or false")
-
+    enabled = _switch(custom_params, "blend")
     ratio = _share(custom_params, "blend_ratio")
     coverage = _share(custom_params, "blend_coverage")
+    correction = _switch(custom_params, "blend_correction")
+    anchor_share = _share(custom_params, "blend_anchor_share")
 
     policy = custom_params.get("blend_policy")
     if policy is not None:
@@ -61,12 +71,15 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
             )
 
     boundaries = _boundaries(custom_params, prompt_tokens)
-    return RequestOptions(enabled, ratio, policy, boundaries, coverage)
+    return RequestOptions(
+        enabled is not False, ratio, policy, boundaries, coverage, correction, anchor_share
+    )
 
 
 def check_options(options: RequestOptions, config: BlendConfig) -> None:
-    """Raise :class:`RequestError` for a ratio or a coverage that the policy, the request's or else
-    the server's, makes nothing of, and for a policy whose scores this server does not keep."""
+    """Raise :class:`RequestError` for a ratio, a coverage, a correction or an anchor share that the
+    policy, the request's or else the server's, makes nothing of, and for a policy whose scores this
+    server does not keep."""
     from sgl_blend.selection import POLICIES, Need, keeps_scores
 
     name = options.policy or config.policy
@@ -81,6 +94,16 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
             f"custom_params.blend_coverage is {options.coverage}: policy {name!r} has no score to "
             "cover"
         )
+    if options.anchor_share and not policy.takes_ratio(config):
+        raise RequestError(
+            f"custom_params.blend_anchor_share is {options.anchor_share}: what policy {name!r} "
+            "recomputes here is no share that anchors could have a part of"
+        )
+    if options.correction and not 0 < policy.budget(1000, 0.1) < 1000:
+        raise RequestError(
+            f"custom_params.blend_correction is true: policy {name!r} leaves nothing to correct or "
+            "recomputes nothing to go by"
+        )
     if options.policy is None or policy.need is not Need.STORED:
         return
     if not keeps_scores(config):
@@ -88,6 +111,13 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
             f"custom_params.blend_policy is {options.policy!r}: this server keeps no scores; "
             "launch it with --blend-stored-scores true"
         )
+
+
+def _switch(custom_params: dict, key: str) -> bool | None:
+    value = custom_params.get(key)
+    if key in custom_params and not isinstance(value, bool):
+        raise RequestError(f"custom_params.{key} is {value!r}: expected true or false")
+    return value
 
 
 def _share(custom_params: dict, key: str) -> float | None:

@@ -18,6 +18,7 @@ import torch
 from sgl_blend import attach
 from sgl_blend.config import MAX_GENERATION, BlendConfig
 from sgl_blend.engine.forward.company import capture_nothing
+from sgl_blend.engine.request.blending import blend_of, seed_of
 from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import (
@@ -30,16 +31,12 @@ from sgl_blend.gate.state import GateState
 from sgl_blend.plan import (
     BLENDED,
     EXACT,
-    BlendPlan,
     BlendRecord,
     ReuseSpan,
-    exact_head,
-    ranges,
 )
 from sgl_blend.prefill.passes import token_layers
-from sgl_blend.prefill.pieces import Piece, PieceBlend
+from sgl_blend.prefill.pieces import Piece
 from sgl_blend.prefill.scores import ScoreTable
-from sgl_blend.selection import POLICIES, Need, ReusedTokens
 
 if TYPE_CHECKING:
     from sgl_blend.engine.metrics import Metrics
@@ -176,9 +173,12 @@ class Planner:
     def _set(self, p: _Planned, spans: list[ReuseSpan], device: torch.device) -> None:
         """Give a piece its plan, and the request the labels that follow from it."""
         piece, end = p.piece, p.piece.begin + p.piece.rows
-        piece.blend = (
-            self._piece(p.state, piece.begin, end, _tokens(p.req), spans, device) if spans else None
-        )
+        piece.blend = None
+        if spans:
+            ratio, tokens = self._ratio(p.state, spans), _tokens(p.req)
+            piece.blend = blend_of(
+                p.state, self.c.config, piece.begin, end, tokens, spans, ratio, device
+            )
         self._label(p.req, p.state, piece.begin, end, spans)
 
     def _restart(self, req: Any, state: RequestState, begin: int, tokens: np.ndarray) -> None:
@@ -237,62 +237,6 @@ class Planner:
         state.fallback = reason
         self.c.metrics.fallback(reason)
 
-    def _piece(
-        self,
-        state: RequestState,
-        begin: int,
-        end: int,
-        tokens: np.ndarray,
-        spans: list[ReuseSpan],
-        device: torch.device,
-    ) -> PieceBlend:
-        cfg = self.c.config
-        scored = [s for s in spans if not s.exact]
-        positions = ranges([(s.start, s.length) for s in scored])
-        ratio = self._ratio(state, spans)
-        # Where all that is reused is exact, nothing is left to choose.
-        policy = state.policy if scored else POLICIES.get("none")
-        budget = policy.budget(len(positions), ratio)
-        reused = ReusedTokens(
-            torch.from_numpy(positions),
-            torch.from_numpy(ranges([(0, s.length) for s in scored])),
-            torch.from_numpy(np.repeat([s.length for s in scored], [s.length for s in scored])),
-            budget,
-            seed=_seed(tokens, state.prompt_tokens) if policy.seeded else 0,
-            coverage=state.coverage,
-            floor=min(budget, policy.budget(len(positions), cfg.min_ratio)),
-        )
-        pooled = [s for s in scored if s.slots is not None]
-        no_slots = torch.zeros(0, dtype=torch.int64, device=device)
-        blend = PieceBlend(
-            BlendPlan(begin, end, state.suffix_start, tuple(spans), policy.name, ratio),
-            policy,
-            reused,
-            reused=torch.from_numpy(positions - begin).to(device, non_blocking=True),
-            src_slots=torch.cat([no_slots, *(s.slots for s in pooled)]).to(torch.int64),
-            src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])).to(
-                device, non_blocking=True
-            ),
-        )
-        if policy.need is Need.NOTHING:
-            blend.fixed = policy.select(reused, None, cfg)
-        elif policy.need is Need.QUERY:
-            # The question may lie in a later piece; its rows are scratch rows, so every piece
-            # asks the same question. Output that a retraction put behind it does not belong to
-            # it: the choice must be the one made before.
-            stop = min(state.prompt_tokens, state.suffix_start + cfg.max_suffix_tokens)
-            ask = np.arange(state.suffix_start, stop)
-            # Tokens before the first reused one are asked along while they are exact: whether a
-            # system prompt is cached as prefix must not change what is selected.
-            first, head = scored[0].start, exact_head(spans, begin)
-            plain = not any(s.exact and head <= s.start < first for s in spans)
-            if state.generation == EXACT and plain and first - head <= cfg.max_suffix_tokens:
-                blend.lead = first - head
-                ask = np.concatenate([np.arange(head, first), ask])
-            blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
-            blend.question_pos = torch.from_numpy(ask).to(device)
-        return blend
-
     def _ratio(self, state: RequestState, spans: list[ReuseSpan]) -> float:
         """The request's ratio, or a higher one that costs nothing while slow chunks are loading."""
         loading = any(s.parts and not s.exact for s in spans)
@@ -332,7 +276,7 @@ class Planner:
             return None
         state = state_of(req, self.c.config, self.c.gate)
         tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)
-        return self.live.pick(req, state, end, _seed(tokens, end)) if state.record else None
+        return self.live.pick(req, state, end, seed_of(tokens, end)) if state.record else None
 
     def _record(self, req: Any, state: RequestState) -> BlendRecord:
         name = namespace_of(req, len(req.origin_input_ids), self.c.config, self.c.gate)
@@ -390,11 +334,3 @@ def _remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:
 
 def _tokens(req: Any) -> np.ndarray:
     return np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
-
-
-def _seed(tokens: np.ndarray, n_prompt: int) -> int:
-    """Of the prompt alone: neither what was in the cache nor a retraction changes it."""
-    import hashlib
-
-    digest = hashlib.blake2b(tokens[:n_prompt].tobytes(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")

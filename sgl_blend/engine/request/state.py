@@ -64,6 +64,10 @@ class RequestState:
     gate: GateState
     #: share of the summed score to cover (0: a fixed number of tokens)
     coverage: float = 0.0
+    #: the mean correction of what is not recomputed (``prefill/correction.py``)
+    correction: bool = False
+    #: share of the recomputed tokens that is evenly spaced
+    anchor_share: float = 0.0
     fallback: str | None = None
     next_begin: int | None = None
     #: how often the request had been retracted when its prefill began
@@ -98,8 +102,10 @@ class RequestState:
 
     @property
     def by_default(self) -> bool:
-        """Blended as the server is set, with no policy or ratio of its own."""
-        return self.options.policy is None and self.options.ratio is None
+        """Blended as the server is set: the request says nothing of how."""
+        o = self.options
+        said = (o.policy, o.ratio, o.coverage, o.correction, o.anchor_share)
+        return all(wish is None for wish in said)
 
     def mark(self) -> StateMark:
         record = self.record
@@ -134,7 +140,18 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
         if policy.need is Need.NOTHING:
             coverage = 0.0  # there is no score to cover
         exact = recomputes_all(policy, min(ratio, config.min_ratio) if coverage else ratio, config)
-        state = RequestState(options, policy, ratio, exact, gate, coverage, fallback)
+        correction, anchors = options.correction, options.anchor_share
+        state = RequestState(
+            options,
+            policy,
+            ratio,
+            exact,
+            gate,
+            coverage,
+            config.correction if correction is None else correction,
+            config.anchor_share if anchors is None else anchors,
+            fallback,
+        )
         attach.STATE.set(req, state)
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
@@ -174,16 +191,17 @@ def namespace_of(req: Req, upto: int, config: BlendConfig, gate: GateState) -> s
     """What the approximate KV of the prompt's first ``upto`` tokens is filed under, or None when
     the request must never see approximate KV.
 
-    A digest over tenant, policy, ratio, coverage and tokens: KV repaired for another question, by
-    another policy or for another tenant has another name.
+    A digest over tenant, policy, what else says how it is blended, and tokens: KV repaired for
+    another question, in another way or for another tenant has another name.
     """
     state = state_of(req, config, gate)
     if not state.wants_blend or unservable(req) is not None:
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
     h = hashlib.blake2b(digest_size=16)
-    budget = (round(state.ratio, 9), round(state.coverage, 9))
-    head = (req.extra_key, req.cache_salt, state.policy.name, *budget, upto)
+    shares = [round(x, 9) for x in (state.ratio, state.coverage, state.anchor_share)]
+    how = (state.policy.name, *shares, state.correction)
+    head = (req.extra_key, req.cache_salt, *how, upto)
     h.update(repr(head).encode())
     h.update(tokens.tobytes())
     return h.hexdigest()

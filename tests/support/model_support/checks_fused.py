@@ -22,7 +22,7 @@ from sgl_blend import ops
 from sgl_blend.prefill import passes
 from sgl_blend.prefill.attention import BatchAttention
 from sgl_blend.prefill.pieces import HostSources, PieceBlend
-from sgl_blend.prefill.rows import PoolView
+from sgl_blend.prefill.rows import PoolView, Shift
 
 
 @contextmanager
@@ -68,13 +68,20 @@ class Loaded:
             ops.Parts([pool.k(i)[slots][None]], [pool.v(i)[slots][None]]) for i in range(layers)
         ]
 
-    def run(self, pool: PoolView, layer: int) -> None:
+    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
         rope = pool.rope(layer)
         turn = rope.delta(self.src_pos, self.dst_pos)
+        forth = rope.delta(torch.zeros_like(self.dst_pos), self.dst_pos)
+        bias = None if shift is None else ops.Bias(*shift, *forth)
         ops.rotate_from(
             self.parts[layer], 0, pool.k(layer), pool.v(layer), self.dst_slots, turn.cos, turn.sin,
-            rope.rotary_dim, rope.neox,
+            rope.rotary_dim, rope.neox, bias,
         )  # fmt: skip
+
+    def take(
+        self, pool: PoolView, layer: int, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.parts[layer].take(0, index)
 
     def values(self, pool: PoolView, layer: int) -> torch.Tensor:
         return self.parts[layer].layer(0)[1]

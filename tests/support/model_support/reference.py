@@ -32,7 +32,8 @@ class RefPiece:
     fixed: positions that are recomputed, for policies without a score. budgets: tokens kept after
     each check layer (hkvd), or the one budget (query). cover: (share of the score, least tokens),
     for the last of them. question: positions; smoothing: how many positions away a token's
-    attention still counts (query).
+    attention still counts (query). anchors: positions that are taken before any other. documents:
+    of the reused tokens, by which those that are not recomputed are corrected; none: they are not.
     """
 
     begin: int
@@ -46,6 +47,8 @@ class RefPiece:
     question: torch.Tensor | None = None
     smoothing: int = 0
     cover: tuple[float, int] | None = None
+    anchors: torch.Tensor | None = None
+    documents: Sequence[torch.Tensor] = ()
 
 
 class Blended(NamedTuple):
@@ -221,8 +224,9 @@ class Reference:
             if p.begin:
                 full_k[: p.begin], full_v[: p.begin] = k[layer], v[layer]
             if p.reused.numel():
-                full_k[p.reused] = self.rotate(p.raw[layer], p.reused)
-                full_v[p.reused] = p.v[layer]
+                cached_raw, cached_v = corrected(p, layer, rows, raw, fresh_v)
+                full_k[p.reused] = self.rotate(cached_raw, p.reused)
+                full_v[p.reused] = cached_v
             full_k[rows], full_v[rows] = self.rotate(raw, rows), fresh_v
             k[layer], v[layer] = full_k, full_v
             out, _ = self.attend(
@@ -233,7 +237,7 @@ class Reference:
                 among = torch.isin(p.reused, picked)
                 off = (full_v[picked] - p.v[layer][among]).square().flatten(1).sum(1)
                 cover = p.cover if layer == check_layers[-1] else None
-                picked = highest(picked, off, next(budgets), cover)
+                picked = highest(picked, off, next(budgets), cover, p.anchors)
                 kept = torch.isin(rows, torch.cat([must, picked]))
                 rows, x = rows[kept], x[kept]
         return x, picked
@@ -260,7 +264,7 @@ class Reference:
             by_key = question_mass(probs[:, lead.numel() :])
             mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
-        return highest(p.reused, spread(p, mass), p.budgets[0], p.cover)
+        return highest(p.reused, spread(p, mass), p.budgets[0], p.cover, p.anchors)
 
 
 def question_mass(probs: torch.Tensor) -> torch.Tensor:
@@ -284,17 +288,48 @@ def spread(p: RefPiece, mass: torch.Tensor) -> torch.Tensor:
     return torch.tensor(out)
 
 
+def corrected(
+    p: RefPiece, layer: int, rows: torch.Tensor, raw: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reused tokens' keys before the rotation and V in ``layer``: each document's shifted by
+    the mean of what its tokens among ``rows`` have computed (``raw``, ``v``) beyond what was cached
+    of them."""
+    out_raw, out_v = p.raw[layer].clone(), p.v[layer].clone()
+    if layer == 0:
+        return out_raw, out_v
+    cached = {int(pos): i for i, pos in enumerate(p.reused)}
+    fresh = {int(pos): i for i, pos in enumerate(rows)}
+    for document in p.documents:
+        tokens = [int(pos) for pos in document]
+        seen = [pos for pos in tokens if pos in fresh]
+        if not seen:
+            continue
+        for new, old, out in ((raw, p.raw[layer], out_raw), (v, p.v[layer], out_v)):
+            off = sum(new[fresh[pos]] - old[cached[pos]] for pos in seen) / len(seen)
+            for pos in tokens:
+                out[cached[pos]] += off
+    return out_raw, out_v
+
+
 def highest(
-    tokens: torch.Tensor, score: torch.Tensor, most: int, cover: tuple[float, int] | None
+    tokens: torch.Tensor,
+    score: torch.Tensor,
+    most: int,
+    cover: tuple[float, int] | None,
+    anchors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The tokens of the highest score, ascending: ``most``, or as few as cover a share of it."""
+    """The tokens of the highest score, ascending: ``most``, or as few as cover a share of it; any
+    ``anchors`` among them go first."""
+    first = torch.isin(tokens, torch.empty(0) if anchors is None else anchors)
+    order = [*first.nonzero().flatten().tolist()]
+    order += [i for i in score.argsort(descending=True, stable=True).tolist() if not first[i]]
     count = min(most, tokens.numel())
     if cover is not None:
         share, least = cover
         got, total = 0.0, float(score.double().sum())
-        for taken, one in enumerate(score.double().sort(descending=True).values.tolist(), 1):
+        for taken, one in enumerate(score[order].double().tolist(), 1):
             got += one
             if got >= share * total:
                 count = max(least, min(count, taken))
                 break
-    return tokens[score.topk(count).indices].sort().values
+    return tokens[order[:count]].sort().values

@@ -158,17 +158,18 @@ class World:
                 values[layer].append(source.v[layer][part])
         reused = torch.cat([torch.arange(s.start, s.end) for s in plan.spans])
         n, name = reused.numel(), plan.policy
+        least = budget(n, self.engine.config.min_ratio)
+        evenly = anchors(plan.spans, least if ask.coverage else budget(n, plan.ratio), ask)
+        documents = [torch.arange(s.start, s.end) for s in plan.spans]
         fixed = None
         if name == "random":
             fixed = chosen.of(piece)[-1]
         elif name == "leading":
-            fixed = leading(plan.spans, budget(n, plan.ratio))
+            fixed = leading(plan.spans, budget(n, plan.ratio), evenly)
         elif name == "none":
             fixed = reused[:0]
         elif name == "stored":
-            cover = (
-                (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None
-            )
+            cover = (ask.coverage, least) if ask.coverage else None
             score = torch.cat([self._stored(ask.tokens, span) for span in plan.spans])
             fixed = highest(reused, score, budget(n, plan.ratio), cover)
         multipliers = self.engine.config.multipliers() if name == "hkvd" else (1.0,)
@@ -183,7 +184,9 @@ class World:
             [budget(n, min(1.0, plan.ratio * m)) for m in multipliers],
             torch.arange(plan.suffix_start, len(ask.tokens)),
             self.engine.config.query_smoothing,
-            (ask.coverage, budget(n, self.engine.config.min_ratio)) if ask.coverage else None,
+            (ask.coverage, least) if ask.coverage else None,
+            evenly,
+            documents if ask.correction else (),
         )
 
     def _stored(self, tokens: list[int], span: Any) -> torch.Tensor:
@@ -218,10 +221,35 @@ def budget(count: int, ratio: float) -> int:
     return min(count, int(whole) + (whole > int(whole)))
 
 
-def leading(spans: Any, total: int) -> torch.Tensor:
-    """The ``total`` reused positions with the smallest relative depth in their span."""
+def leading(spans: Any, total: int, before: torch.Tensor | None = None) -> torch.Tensor:
+    """The ``total`` reused positions with the smallest relative depth in their span, behind those
+    that go ``before`` them."""
     by_depth = sorted(((i / s.length), s.start + i) for s in spans for i in range(s.length))
-    return torch.tensor(sorted(p for _, p in by_depth[:total]), dtype=torch.int64)
+    first = [] if before is None else before.tolist()
+    order = first + [p for _, p in by_depth if p not in first]
+    return torch.tensor(sorted(order[:total]), dtype=torch.int64)
+
+
+def anchors(spans: Any, total: int, ask: Ask) -> torch.Tensor | None:
+    """Evenly spaced positions: ``ask``'s share of ``total``, one a span where that is no more than
+    half of them; the rest by length."""
+    if not ask.anchor_share:
+        return None
+    count = min(total, max(round(ask.anchor_share * total), min(len(spans), total // 2)))
+    least = 1 if count >= len(spans) else 0
+    left = count - least * len(spans)
+    shares = [left * s.length / sum(t.length for t in spans) for s in spans]
+    each = [least + int(x) for x in shares]
+    by_rest = sorted(
+        range(len(spans)), key=lambda i: (int(shares[i]) - shares[i], -spans[i].length)
+    )
+    for i in by_rest[: count - sum(each)]:
+        each[i] += 1
+    out = []
+    for s, k in zip(spans, each, strict=True):
+        k = min(k, s.length)
+        out += [s.start + (2 * i + 1) * s.length // (2 * k) for i in range(k)]
+    return torch.tensor(out, dtype=torch.int64)
 
 
 class Chosen:
@@ -268,6 +296,7 @@ def run_checks(
     from model_support import (  # noqa: F401
         checks_blend,
         checks_brief,
+        checks_corrected,
         checks_exact,
         checks_fp8,
         checks_fused,

@@ -1,0 +1,103 @@
+"""From the spans that a piece reuses to what the blend prefill runs by."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sgl_blend.config import BlendConfig
+from sgl_blend.plan import EXACT, BlendPlan, ReuseSpan, exact_head, ranges
+from sgl_blend.prefill.pieces import PieceBlend
+from sgl_blend.selection import POLICIES, Need, Policy, ReusedTokens, anchors
+
+if TYPE_CHECKING:
+    from sgl_blend.engine.request.state import RequestState
+
+
+def blend_of(
+    state: RequestState,
+    config: BlendConfig,
+    begin: int,
+    end: int,
+    tokens: np.ndarray,
+    spans: list[ReuseSpan],
+    ratio: float,
+    device: torch.device,
+) -> PieceBlend:
+    """What is blended in the piece [begin, end) of a request: ``spans``, which lie in it, at
+    ``ratio``. tokens: int64, the whole request's."""
+    scored = [s for s in spans if not s.exact]
+    # Where all that is reused is exact, nothing is left to choose.
+    policy = state.policy if scored else POLICIES.get("none")
+    reused = _to_choose_from(scored, policy, ratio, state, config, tokens)
+    pooled = [s for s in scored if s.slots is not None]
+    no_slots = torch.zeros(0, dtype=torch.int64, device=device)
+    blend = PieceBlend(
+        BlendPlan(begin, end, state.suffix_start, tuple(spans), policy.name, ratio),
+        policy,
+        reused,
+        reused=(reused.positions - begin).to(device, non_blocking=True),
+        src_slots=torch.cat([no_slots, *(s.slots for s in pooled if s.slots is not None)]).to(
+            torch.int64
+        ),
+        src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])).to(
+            device, non_blocking=True
+        ),
+    )
+    if state.correction and scored:
+        blend.documents = len(scored)
+        of = np.repeat(np.arange(len(scored)), [s.length for s in scored])
+        blend.document = torch.from_numpy(of).to(device, non_blocking=True)
+    if policy.need is Need.NOTHING:
+        blend.fixed = policy.select(reused, None, config)
+    elif policy.need is Need.QUERY:
+        # The question may lie in a later piece; its rows are scratch rows, so every piece
+        # asks the same question. Output that a retraction put behind it does not belong to
+        # it: the choice must be the one made before.
+        stop = min(state.prompt_tokens, state.suffix_start + config.max_suffix_tokens)
+        ask = np.arange(state.suffix_start, stop)
+        # Tokens before the first reused one are asked along while they are exact: whether a
+        # system prompt is cached as prefix must not change what is selected.
+        first, head = scored[0].start, exact_head(spans, begin)
+        plain = not any(s.exact and head <= s.start < first for s in spans)
+        if state.generation == EXACT and plain and first - head <= config.max_suffix_tokens:
+            blend.lead = first - head
+            ask = np.concatenate([np.arange(head, first), ask])
+        blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
+        blend.question_pos = torch.from_numpy(ask).to(device)
+    return blend
+
+
+def _to_choose_from(
+    scored: list[ReuseSpan],
+    policy: Policy,
+    ratio: float,
+    state: RequestState,
+    config: BlendConfig,
+    tokens: np.ndarray,
+) -> ReusedTokens:
+    lengths = [s.length for s in scored]
+    count = sum(lengths)
+    budget = policy.budget(count, ratio)
+    floor = min(budget, policy.budget(count, config.min_ratio))
+    certain = floor if state.coverage else budget
+    share = state.anchor_share
+    return ReusedTokens(
+        torch.from_numpy(ranges([(s.start, s.length) for s in scored])),
+        torch.from_numpy(ranges([(0, n) for n in lengths])),
+        torch.from_numpy(np.repeat(np.array(lengths, dtype=np.int64), lengths)),
+        budget,
+        seed=seed_of(tokens, state.prompt_tokens) if policy.seeded else 0,
+        coverage=state.coverage,
+        floor=floor,
+        anchors=anchors(lengths, certain, share) if share else None,
+    )
+
+
+def seed_of(tokens: np.ndarray, n_prompt: int) -> int:
+    """Of the prompt alone: neither what was in the cache nor a retraction changes it."""
+    digest = hashlib.blake2b(tokens[:n_prompt].tobytes(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")

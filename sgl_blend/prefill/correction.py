@@ -1,0 +1,130 @@
+"""The mean correction: what the recomputed tokens of a document tell of its other tokens.
+
+KV that was computed in another context is off, and part of the error is common to all tokens of a
+document: another beginning shifts them alike. The recomputed tokens show that part. Of document d
+in a layer, R its recomputed tokens, K_j and V_j what they have computed, K^_j and V^_j what was
+cached of them, at their old positions o_j, and P(p) the rotation of position p:
+
+    s_K = mean over j in R of  P(-p_j) K_j - P(-o_j) K^_j
+    s_V = mean over j in R of  V_j - V^_j
+
+    K_i = P(p_i - o_i) K^_i + P(p_i) s_K,   V_i = V^_i + s_V     for each i of d that is not in R
+
+Exact where all tokens are recomputed (there is no i), and where cached KV is exact (the mean is
+zero). Layer 0's KV does not depend on the context and is left alone. Tensor-parallel ranks correct
+their own heads; a latent cache's two parts take the place of K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sgl_blend import ops
+from sgl_blend.prefill.rows import PoolView
+
+#: the first layer whose KV depends on what stands before a token
+FIRST_LAYER = 1
+
+
+class Source(Protocol):
+    """Where cached KV of recomputed tokens lies."""
+
+    def read(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``layer``'s ``moved`` parts [c, Hk, Dr] and [c, Hk, Dc], as they were computed."""
+
+
+@dataclass
+class PoolSource:
+    """slots: int64 [c]."""
+
+    slots: torch.Tensor
+
+    def read(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = pool.moved(layer)
+        return k[self.slots], v[self.slots]
+
+
+@dataclass
+class Recomputed:
+    """A piece's reused tokens that are recomputed. slots, positions: where they run, src_pos: where
+    they were computed before, document: which of ``documents`` they are of; int64 [c], on the
+    pool's device."""
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    source: Source
+    src_pos: torch.Tensor
+    document: torch.Tensor
+    documents: int
+
+
+class Deltas(NamedTuple):
+    """What recomputed tokens differ by from their cached KV in one layer: k [c, Hk, Dr] and v
+    [c, Hk, Dc], fp32, in the pool's unit, k as at position 0. cached_k, cached_v: fp32, what they
+    differ from, as it was computed."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cached_k: torch.Tensor
+    cached_v: torch.Tensor
+
+
+class Shifts(NamedTuple):
+    """One layer's estimates, fp32: k [documents, Hk, Dr], as at position 0; v [documents, Hk,
+    Dc]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def shift_of(delta: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """The estimate: fp32 [documents, Hk, D], from ``delta`` [c, Hk, D] and ``members`` [documents,
+    c], which is 1 where a token is of a document, else 0. Zero for a document without any."""
+    weights = members / members.sum(dim=1, keepdim=True).clamp(min=1)
+    return (weights @ delta.flatten(1)).view(-1, *delta.shape[1:])
+
+
+class Correction:
+    """Of the pieces of one pass. ``watch`` is given each layer's deltas, for whoever wants to know
+    (``members`` says of which documents they are)."""
+
+    def __init__(self, pieces: list[Recomputed]) -> None:
+        self.slots = torch.cat([p.slots for p in pieces])
+        self.sources = [p.source for p in pieces]
+        old = torch.cat([p.src_pos for p in pieces])
+        new = torch.cat([p.positions for p in pieces])
+        zero = torch.zeros_like(new)
+        self._fresh, self._cached = ops.Turns(new, zero), ops.Turns(old, zero)
+        first, document = 0, []
+        for p in pieces:
+            document.append(p.document + first)
+            first += p.documents
+        self.documents = first
+        every = torch.arange(first, device=new.device)[:, None]
+        #: fp32 [documents, c]: 1 where a token is of a document
+        self.members = (every == torch.cat(document)).float()
+        self.watch: Callable[[int, Deltas], None] | None = None
+
+    def shifts(self, pool: PoolView, layer: int) -> Shifts:
+        """``layer``'s estimates, once the rows' own KV lies in the pool."""
+        deltas = self.deltas(pool, layer)
+        if self.watch is not None:
+            self.watch(layer, deltas)
+        return Shifts(shift_of(deltas.k, self.members), shift_of(deltas.v, self.members))
+
+    def deltas(self, pool: PoolView, layer: int) -> Deltas:
+        k, v = (part[self.slots].float() for part in pool.moved(layer))
+        cached = [source.read(pool, layer) for source in self.sources]
+        old_k, old_v = (
+            torch.cat([part.float() for part in parts]) for parts in zip(*cached, strict=True)
+        )
+        rope, turned = pool.rope(layer), old_k
+        if rope is not None:
+            how = (rope.rotary_dim, rope.neox)
+            k = ops.rotate(k, *self._fresh.move(rope), *how)
+            turned = ops.rotate(old_k, *self._cached.move(rope), *how)
+        return Deltas(k - turned, v - old_v, old_k, old_v)

@@ -1,0 +1,135 @@
+"""The mean correction: KV, choices and logits are those of its formula in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+
+from model_support.asks import Ask
+from model_support.checks_blend import ORDERS, _against_reference, _ask
+from model_support.checks_fused import fused_write, half_from_the_host
+from model_support.compare import apart, kv_apart, require_equal, require_layer0
+from model_support.world import World, check, must_fail
+from sgl_blend.ops import Turns
+from sgl_blend.prefill import attention, correction
+from sgl_blend.prefill.correction import PoolSource
+
+POLICIES = ("leading", "random", "query", "hkvd")
+#: one anchor a document is more than this share gives; none; half of what is recomputed
+SHARES = (0.01, None, 0.5)
+
+
+def _corrected(world: World, order: int, policy: str, **kw: Any) -> Ask:
+    return _ask(world, order, policy, correction=True, **kw)
+
+
+def _worst(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {k: max(p[k] for p in parts) for k in parts[0]}
+
+
+@check
+def corrected_as_reference(world: World) -> dict[str, Any]:
+    """Each policy, with anchors and without: alone, in pieces, behind a prefix, by coverage. What
+    is not recomputed is the source's KV and its document's mean shift, in all layers."""
+    parts = []
+    for policy in POLICIES:
+        for order, share in zip(range(len(ORDERS)), SHARES, strict=True):
+            ask = _corrected(world, order, policy, ratio=0.2, anchor_share=share)
+            parts.append(_against_reference(world, ask))
+        pieces = {"ratio": 0.2, "anchor_share": 0.3, "chunks": (83, 1, 120)}
+        parts.append(_against_reference(world, _corrected(world, 0, policy, **pieces)))
+        parts.append(_against_reference(world, _corrected(world, 0, policy), prefix=130))
+    for policy in ("query", "hkvd"):
+        covering = {"ratio": 0.9, "coverage": 0.4, "anchor_share": 0.5}
+        parts.append(_against_reference(world, _corrected(world, 0, policy, **covering)))
+    return _worst(parts)
+
+
+@check
+def corrected_in_company(world: World) -> dict[str, Any]:
+    """In one batch, some requests corrected and some not, ordinary ones among them: each as
+    alone. Layer 0 is exact all the same."""
+    asks = [_corrected(world, i, p, anchor_share=0.2) for i, p in enumerate(POLICIES[:3])]
+    asks += [_ask(world, 2, "query"), Ask(world.desk.fresh(70), blend=False)]
+    asks += [_corrected(world, 1, "hkvd", chunks=(90, 40)), _ask(world, 0, "none")]
+    alone = []
+    for ask in asks:
+        full = world.full(ask.tokens)
+        world.stock()
+        [ours] = world.engine.run(ask)
+        require_layer0(ours, full, f"{ask.policy}, alone")
+        alone.append(ours)
+    world.stock()
+    parts = []
+    for ask, one, ours in zip(asks, alone, world.engine.run(*asks), strict=True):
+        assert ours.report == one.report, f"{ask.policy}: in company {ours.report}"
+        assert ours.report.get("correction") in (ask.correction or False, None)
+        parts.append({"logits": apart(ours.logits, one.logits), "kv": max(kv_apart(ours, one))})
+        assert max(parts[-1].values()) <= 1e-4, f"{ask.policy} in company: {parts[-1]}"
+    world.engine.check()
+    return _worst(parts)
+
+
+@check
+def corrected_is_exact_at_one(world: World) -> dict[str, Any]:
+    """Where everything is recomputed nothing is left to correct."""
+    parts = []
+    for policy in POLICIES:
+        ask = _corrected(world, 0, policy, ratio=1.0, new_tokens=2)
+        full = world.full(ask.tokens, 2)
+        world.stock()
+        [ours] = world.engine.run(ask)
+        assert ours.report["reused"] == 0 and ours.report["recomputed"] > 64, ours.report
+        parts.append(require_equal(ours, full, f"{policy} at 1.0"))
+    return _worst(parts)
+
+
+@check
+def corrected_over_fused_writes(world: World) -> dict[str, Any]:
+    """The model writes KV in its rope, and half of the sources lie in host memory: recomputed rows
+    keep theirs, and both kinds of source are corrected alike."""
+    parts = []
+    with half_from_the_host(world):
+        for policy in POLICIES:
+            ask = _corrected(world, 0, policy, anchor_share=0.2)
+            parts.append(_against_reference(world, ask))
+            with fused_write(world):
+                parts.append(_against_reference(world, ask))
+    return _worst(parts)
+
+
+@check
+def corrected_bites(world: World) -> dict[str, Any]:
+    """Negative controls: no shift, one for all documents, a wrong one, keys shifted as elsewhere, a
+    layer without, tokens compared with others' cached KV."""
+    run = lambda: _against_reference(world, _corrected(world, 0, "leading"))  # noqa: E731
+    run()
+    shift_of = correction.shift_of
+    faults: dict[str, tuple[Any, str, Any]] = {
+        "nothing is shifted": (correction, "shift_of", lambda d, m: shift_of(d, m) * 0),
+        "all documents are one": (
+            correction,
+            "shift_of",
+            lambda d, m: shift_of(d, torch.ones_like(m)),
+        ),
+        "the shift is a little off": (correction, "shift_of", lambda d, m: shift_of(d, m) * 1.01),
+        "keys are shifted as at position 0": (Turns, "forth", lambda s, r: r.delta(s.new, s.new)),
+        "keys are shifted as one token on": (
+            Turns,
+            "forth",
+            lambda s, r: r.delta(torch.zeros_like(s.new), s.new + 1),
+        ),
+        "a layer goes without": (attention, "FIRST_LAYER", 2),
+        "tokens are compared with others": (PoolSource, "read", _backwards),
+    }
+    for what, (owner, name, fault) in faults.items():
+        with mock.patch.object(owner, name, fault):
+            must_fail(what, run)
+    run()
+    return {}
+
+
+def _backwards(self: PoolSource, pool: Any, layer: int) -> tuple[torch.Tensor, ...]:
+    return tuple(part[self.slots.flip(0)] for part in pool.moved(layer))
