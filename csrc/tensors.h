@@ -27,6 +27,19 @@ inline const int64_t* indices(const TensorView& t, int64_t n, const char* messag
   return static_cast<const int64_t*>(t.data_ptr());
 }
 
+// int32 [n] on the CPU, dense: a group's number, or -1.
+inline const int32_t* groups_of(const TensorView& t, int64_t n, int64_t groups,
+                                const char* message) {
+  expect(t.device().device_type == kDLCPU && is(t, kDLInt, 32) && t.ndim() == 1 && t.size(0) == n &&
+             (n < 2 || t.stride(0) == 1),
+         message);
+  const int32_t* group = static_cast<const int32_t*>(t.data_ptr());
+  bool inside = true;
+  for (int64_t i = 0; i < n; ++i) inside &= group[i] >= -1 && group[i] < groups;
+  expect(inside, message);
+  return group;
+}
+
 // float32 [n] or [n, m] on the CPU, dense.
 inline float* floats(const TensorView& t, int64_t numel, const char* message) {
   expect(t.device().device_type == kDLCPU && is(t, kDLFloat, 32) && t.numel() == numel, message);

@@ -1,10 +1,11 @@
 """The compute primitives of the blend prefill. Knows tensors; no SGLang, no plans, no policies.
 
 ====================  =========================================================
-``rotation.py``       ``Rope``, ``FrequencyRope``; copies of KV, K rotated to new positions
+``rotation.py``       copies of KV, K rotated to new positions
 ``attention.py``      attention of gapped rows by true position; attention mass
 ``outward.py``        share of attention that leaves the row's document
 ``deviation.py``      squared distance of cached from fresh V, per token
+``ropes.py``          ``Rope``, ``FrequencyRope``: rotations between positions
 ``rows.py``           scores to row indices
 ``checks.py``         what launchers check; the kernels check values (slots, order) themselves
 ``build.py``          finds and compiles ``csrc/`` at first use
@@ -30,16 +31,8 @@ from sgl_blend.ops.attention import (
 from sgl_blend.ops.deviation import v_deviation
 from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
-from sgl_blend.ops.rotation import (
-    AnyRope,
-    FrequencyRope,
-    Parts,
-    Rope,
-    Rotation,
-    Turns,
-    rotate_copy,
-    rotate_from,
-)
+from sgl_blend.ops.ropes import AnyRope, FrequencyRope, Rope, Rotation, Turns
+from sgl_blend.ops.rotation import Parts, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, top_rows
 
 __all__ = [

@@ -1,182 +1,18 @@
-"""Moving cached K to new positions: one fp32 rotation by the difference, fused with the copy.
-
-RoPE makes K at position p equal R(p) k. Moving it from p to p' is one rotation R(p' - p), and
-undoing R(p) before applying R(p') would round twice. The rotation is the quotient of the two
-entries of SGLang's own table, so that it serves every frequency scheme (plain, linear, llama3,
-YaRN, long-rope short/long factors) and cancels a folded attention factor (YaRN's mscale).
-"""
+"""Copies of KV: K rotated to new positions in fp32 and rounded once, V as it is; what is added to
+either is added before the rounding."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 
-from sgl_blend.errors import KernelError
 from sgl_blend.ops import checks, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
 from sgl_blend.ops.reference import Bias
-
-
-class RotaryModule(Protocol):
-    """What is read of an SGLang rotary module (``layers/rotary_embedding/``, 0.5.23)."""
-
-    cos_sin_cache: torch.Tensor
-    rotary_dim: int
-    is_neox_style: bool
-
-
-class Rotation(NamedTuple):
-    """What turns K from old to new positions: ``cos``, ``sin`` fp32 [n, rotary_dim / 2]."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """A layer's rotary table, as SGLang's ``RotaryEmbedding`` holds it.
-
-    cos_sin: fp32 [max_pos, rotary_dim], cos half then sin half. neox: halves (True) or GPT-J
-    pairs (False). All layers with the same rotary module share one ``Rope`` and one ``delta``.
-    """
-
-    cos_sin: torch.Tensor
-    rotary_dim: int
-    neox: bool
-
-    def __post_init__(self) -> None:
-        checks.floats("cos_sin", self.cos_sin, 2)
-        require(
-            self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
-            f"rotary_dim is {self.rotary_dim}; it must be even and positive",
-        )
-        require(
-            self.cos_sin.shape[1] == self.rotary_dim,
-            f"cos_sin has {self.cos_sin.shape[1]} columns; rotary_dim is {self.rotary_dim}",
-        )
-
-    @classmethod
-    def from_module(cls, rotary_emb: RotaryModule) -> Rope:
-        """From an SGLang rotary module's ``cos_sin_cache``, ``rotary_dim`` and ``is_neox_style``.
-
-        The table is read as it is now: a module that grows its table needs a new ``Rope``. On a
-        CPU SGLang keeps the table in the model's dtype; the quotient undoes exactly the rounded
-        rotation that was applied.
-
-        Raises:
-            KernelError: the module lacks one of the three attributes.
-        """
-        try:
-            table = rotary_emb.cos_sin_cache
-            return cls(table.float(), int(rotary_emb.rotary_dim), bool(rotary_emb.is_neox_style))
-        except AttributeError as error:
-            raise KernelError(
-                f"{type(rotary_emb).__name__} is no rotary module that can be undone: {error}"
-            ) from error
-
-    @property
-    def max_positions(self) -> int:
-        return self.cos_sin.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.cos_sin.device
-
-    def delta(self, old_pos: torch.Tensor, new_pos: torch.Tensor) -> Rotation:
-        """Rotation that carries K computed at ``old_pos`` [n] to ``new_pos`` [n] (int64).
-
-        With (c, s) the old and (C, S) the new entry: ((C c + S s) / m2, (S c - C s) / m2),
-        m2 = c^2 + s^2.
-
-        Raises:
-            KernelError: shapes differ, or a position lies outside the table.
-        """
-        old, new = _positions(self, old_pos, new_pos)
-        table = self.cos_sin if self.cos_sin.dtype == torch.float32 else self.cos_sin.float()
-        return _quotient(table[old], table[new])
-
-
-@dataclass(frozen=True, eq=False)
-class FrequencyRope:
-    """A rotation whose angles a model computes in each pass, without a table (transformers'
-    rotary modules, and those that SGLang took from there).
-
-    inv_freq: fp32 [rotary_dim / 2], radians a position. dtype: that of the model, to which it
-    rounds cosine and sine. Otherwise as ``Rope``.
-    """
-
-    inv_freq: torch.Tensor
-    neox: bool
-    dtype: torch.dtype
-    max_positions: int
-
-    @property
-    def rotary_dim(self) -> int:
-        return 2 * self.inv_freq.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.inv_freq.device
-
-    def delta(self, old_pos: torch.Tensor, new_pos: torch.Tensor) -> Rotation:
-        """As ``Rope.delta``."""
-        return _quotient(*(self._at(p) for p in _positions(self, old_pos, new_pos)))
-
-    def _at(self, positions: torch.Tensor) -> torch.Tensor:
-        angles = positions[:, None].float() * self.inv_freq
-        return torch.cat([angles.cos(), angles.sin()], dim=1).to(self.dtype).float()
-
-
-AnyRope = Rope | FrequencyRope
-
-
-class Turns:
-    """The rotations of ``n`` tokens that move from ``old`` to ``new`` positions (int64 [n]), made
-    once for all layers of one rope."""
-
-    def __init__(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        self.old, self.new = old, new
-        self._made: dict[tuple[str, int], Rotation] = {}
-
-    def move(self, rope: AnyRope) -> Rotation:
-        """From the old positions to the new ones."""
-        return self._of("move", rope, self.old, self.new)
-
-    def forth(self, rope: AnyRope) -> Rotation:
-        """From position 0 to the new ones."""
-        return self._of("forth", rope, torch.zeros_like(self.new), self.new)
-
-    def _of(self, name: str, rope: AnyRope, old: torch.Tensor, new: torch.Tensor) -> Rotation:
-        turn = self._made.get((name, id(rope)))
-        if turn is None:
-            turn = self._made[name, id(rope)] = rope.delta(old, new)
-        return turn
-
-
-def _positions(
-    rope: AnyRope, old_pos: torch.Tensor, new_pos: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    old = checks.index("old_pos", old_pos, rope.device)
-    new = checks.index("new_pos", new_pos, rope.device)
-    require(
-        old.shape == new.shape,
-        f"old_pos has {old.shape[0]} positions, new_pos {new.shape[0]}",
-    )
-    for name, pos in (("old_pos", old), ("new_pos", new)):
-        checks.in_range(name, pos, rope.max_positions)
-    return old, new
-
-
-def _quotient(before: torch.Tensor, after: torch.Tensor) -> Rotation:
-    """Of entries [n, rotary_dim], fp32: cosines, then sines."""
-    (c, s), (cc, ss) = before.chunk(2, dim=1), after.chunk(2, dim=1)
-    inverse = (c * c + s * s).reciprocal_()
-    return Rotation((cc * c + ss * s) * inverse, (ss * c - cc * s) * inverse)
+from sgl_blend.ops.ropes import Rotation
 
 
 def rotate_copy(
@@ -211,19 +47,21 @@ def rotate_copy(
     if dst.shape[0] == 0:
         return
     module = cpu_module(k_cache.device)
-    if module is None or bias is not None:
+    if module is None:
         checks.in_range("src_slots", src, k_cache.shape[0])
         checks.in_range("dst_slots", dst, k_cache.shape[0])
         _require_disjoint(k_cache.shape[0], dst, src)
+        _require_groups(bias)
         reference.rotate_from(
             k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias
         )
-    else:
-        launch(
-            module.rotate_copy,
-            (k_cache, v_cache, src, dst, cos, sin),
-            (rotary_dim, int(neox), torch.get_num_threads()),
-        )
+        return
+    kernel = module.rotate_copy if bias is None else module.rotate_copy_and_add
+    launch(
+        kernel,
+        (k_cache, v_cache, src, dst, cos, sin, *(bias or ())),
+        (rotary_dim, int(neox), torch.get_num_threads()),
+    )
 
 
 class Parts:
@@ -260,9 +98,22 @@ class Parts:
 
     def take(self, layer: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens ``index`` (int64 [c], into all parts' tokens) of ``layer``: copies of their K
-        [c, Hk, D] and V [c, Hk, Dv]."""
-        k, v = self.layer(layer)
-        return k[index], v[index]
+        [c, Hk, D] and V [c, Hk, Dv].
+
+        Raises:
+            KernelError: no such layer, or an index outside the parts (checked on the CPU).
+        """
+        require(0 <= layer < self.layers, f"layer {layer} of parts that have {self.layers}")
+        index = checks.index("index", index, self.k[0].device)
+        module = cpu_module(index.device)
+        if module is None:
+            checks.in_range("index", index, self.tokens)
+            k, v = self.layer(layer)
+            return k[index], v[index]
+        n = index.shape[0]
+        out = [x[0].new_empty(n, *x[0].shape[2:]) for x in (self.k, self.v)]
+        launch(functools.partial(module.take_from, *self.arrays, layer), (index, *out), ())
+        return out[0], out[1]
 
     @functools.cached_property
     def arrays(self) -> tuple[object, object]:
@@ -307,15 +158,17 @@ def rotate_from(
     if tokens == 0:
         return
     module = cpu_module(k_cache.device)
-    if module is None or bias is not None:
+    if module is None:
         checks.in_range("dst_slots", dst, k_cache.shape[0])
         _require_disjoint(k_cache.shape[0], dst, None)
+        _require_groups(bias)
         k_src, v_src = parts.layer(layer)
         reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias)
         return
+    kernel = module.rotate_from if bias is None else module.rotate_from_and_add
     launch(
-        functools.partial(module.rotate_from, *parts.arrays, layer),
-        (k_cache, v_cache, dst, cos, sin),
+        functools.partial(kernel, *parts.arrays, layer),
+        (k_cache, v_cache, dst, cos, sin, *(bias or ())),
         (rotary_dim, int(neox), torch.get_num_threads()),
     )
 
@@ -342,7 +195,7 @@ def checked_rotation(
 def checked_bias(
     k_cache: torch.Tensor, v_cache: torch.Tensor, tokens: int, bias: Bias, rotary_dim: int
 ) -> Bias:
-    """``bias`` checked against the pool, contiguous. Its groups are checked on the CPU."""
+    """``bias`` checked against the pool, contiguous. The kernel checks the groups' numbers."""
     device, groups = k_cache.device, bias.k.shape[0]
     for name, tensor, cache in (("bias.k", bias.k, k_cache), ("bias.v", bias.v, v_cache)):
         checks.floats(name, tensor, 3, device)
@@ -357,14 +210,19 @@ def checked_bias(
         f"bias.group is {group.dtype} {list(group.shape)} on {group.device}; expected int32 "
         f"[{tokens}] on {device}",
     )
-    if device.type == "cpu" and tokens:
-        low, high = (int(x) for x in torch.aminmax(group))
-        require(
-            low >= -1 and high < groups,
-            f"bias.group spans [{low}, {high}]; it must lie inside [-1, {groups})",
-        )
     cos, sin = checked_rotation(k_cache, tokens, bias.cos, bias.sin, rotary_dim)
     return Bias(bias.k.contiguous(), bias.v.contiguous(), group.contiguous(), cos, sin)
+
+
+def _require_groups(bias: Bias | None) -> None:
+    """The kernel's own check, for the reference."""
+    if bias is None or bias.group.device.type != "cpu" or bias.group.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(bias.group))
+    require(
+        low >= -1 and high < bias.k.shape[0],
+        f"bias.group spans [{low}, {high}]; it must lie inside [-1, {bias.k.shape[0]})",
+    )
 
 
 def _require_disjoint(num_slots: int, dst: torch.Tensor, src: torch.Tensor | None) -> None:

@@ -56,6 +56,36 @@ def _covers(scores, picked, share):
     return bool(picked) and sum(scores[i] for i in picked) >= share * sum(scores)
 
 
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=40),
+    share=st.sampled_from((0.0, 0.5, 1.0)),
+    more=st.integers(0, 10),
+)
+def test_rows_that_go_before_others_count_and_cover(rows, share, more):
+    scores = [s for s, _ in rows]
+    ahead = [b for _, b in rows]
+    tensors = torch.tensor(scores, dtype=torch.float32), torch.tensor(ahead, dtype=torch.bool)
+    order = sorted(range(len(rows)), key=lambda i: (not ahead[i], -scores[i], i))
+    # Those that go ahead keep their places among themselves.
+    order = [i for i, b in enumerate(ahead) if b] + order[sum(ahead) :]
+    k = sum(ahead) + more
+    assert ops.top_rows(tensors[0], k, tensors[1]).tolist() == sorted(order[:k])
+    got = ops.covering_rows(tensors[0], share, sum(ahead), k, tensors[1]).tolist()
+    assert set(got) >= {i for i, b in enumerate(ahead) if b}
+    assert got == sorted(order[: len(got)]) and len(got) <= k
+    full = min(k, len(rows))
+    if sum(scores) and len(got) < full:
+        assert sum(scores[i] for i in got) >= share * sum(scores)
+    if sum(ahead) < len(got) < full:
+        assert sum(scores[i] for i in order[: len(got) - 1]) < share * sum(scores)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(4, dtype=torch.bool)])
+def test_rows_that_go_before_must_fit(bad):
+    with pytest.raises(KernelError, match="before must be bool"):
+        ops.top_rows(torch.zeros(3), 1, bad)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_broken_score_is_recomputed_up_to_the_ceiling(broken):
     scores = torch.tensor([0.0, broken, 1.0, 0.0, 0.5])

@@ -16,7 +16,7 @@ PACKAGE = "sgl_blend_test_fault"
 
 
 def rotation_sign_flipped() -> None:
-    from sgl_blend.ops.rotation import Rope, Rotation
+    from sgl_blend.ops import Rope, Rotation
 
     delta = Rope.delta
 
@@ -28,7 +28,7 @@ def rotation_sign_flipped() -> None:
 
 
 def source_positions_off_by_one() -> None:
-    from sgl_blend.ops.rotation import Rope
+    from sgl_blend.ops import Rope
 
     delta = Rope.delta
     Rope.delta = lambda self, old_pos, new_pos: delta(self, (old_pos - 1).clamp(min=0), new_pos)
@@ -124,8 +124,8 @@ def values_rotated() -> None:
 
     rotate_copy = ops.rotate_copy
 
-    def both(k, v, src, dst, cos, sin, rotary_dim, neox):
-        rotate_copy(k, v, src, dst, cos, sin, rotary_dim, neox)
+    def both(k, v, src, dst, cos, sin, rotary_dim, neox, *bias):
+        rotate_copy(k, v, src, dst, cos, sin, rotary_dim, neox, *bias)
         v[dst] = reference.rotate(v[dst].float(), cos, sin, rotary_dim, neox).to(v.dtype)
 
     ops.rotate_copy = both
@@ -173,7 +173,7 @@ def broken_build(name: str) -> Iterator[None]:
     from sgl_blend import ops
     from sgl_blend.engine.forward.model_passes import ModelPasses
     from sgl_blend.engine.forward.pool import ModelPool
-    from sgl_blend.ops.rotation import Rope
+    from sgl_blend.ops import Rope
     from sgl_blend.tree.chunked import ChunkRadixCache
 
     changed = (ops, ModelPasses, ModelPool, Rope, ChunkRadixCache)
