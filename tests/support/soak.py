@@ -149,7 +149,7 @@ class Traffic:
 
     def long(self, rng) -> None:
         """An output that outgrows what its admission reckoned with: what retraction is for."""
-        a = ask(self.server, self.prompt(rng), new=700)
+        a = ask(self.server, self.prompt(rng), new=300)
         self.figures.note("long", a)
 
     def known_answer(self, rng, kind: str, custom) -> None:
