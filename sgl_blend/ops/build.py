@@ -59,7 +59,9 @@ def cpu_module(device: torch.device) -> Any | None:
 
 
 def launch(
-    kernel: Callable[..., object], tensors: tuple[torch.Tensor, ...], scalars: tuple[float, ...]
+    kernel: Callable[..., object],
+    tensors: tuple[torch.Tensor | None, ...],
+    scalars: tuple[float, ...],
 ) -> None:
     """Call ``kernel`` with ``tensors`` then ``scalars``.
 
@@ -67,7 +69,7 @@ def launch(
         KernelError: the kernel refused its arguments.
     """
     try:
-        kernel(*(tensor.detach() for tensor in tensors), *scalars)
+        kernel(*(None if t is None else t.detach() for t in tensors), *scalars)
     except (RuntimeError, TypeError, ValueError) as error:
         raise KernelError(str(error)) from error
 
@@ -94,7 +96,7 @@ def _load() -> Any | None:
         sources = sorted(source_dir().glob("*.cpp"))
         target = target / f"cpu-{_fingerprint(compiler, sources)}"
         target.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target / "building"), _on_path(Path(ninja).parent):
+        with exclusive(target / "building"), on_path(Path(ninja).parent):
             return load(
                 "sgl_blend_cpu",
                 cpp_files=[str(path) for path in sources],
@@ -133,7 +135,7 @@ def _cpu_features() -> str:
 
 
 @contextlib.contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
+def on_path(folder: Path) -> Iterator[None]:
     """The build finds ninja by PATH alone; put ``folder`` there while it runs."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{before}{os.pathsep}{folder}"
@@ -143,7 +145,7 @@ def _on_path(folder: Path) -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _exclusive(path: Path) -> contextlib.AbstractContextManager[Any]:
+def exclusive(path: Path) -> contextlib.AbstractContextManager[Any]:
     """Tensor-parallel ranks start together: one builds, the others wait and load."""
     from tvm_ffi.utils import FileLock
 

@@ -30,8 +30,10 @@ def test_wheel_carries_kernels_and_entry_points(tmp_path):
         names = z.namelist()
         entry = next(n for n in names if n.endswith("entry_points.txt"))
         text = z.read(entry).decode()
-    sources = {p.name for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".h")}
-    assert sources <= {Path(n).name for n in names if n.startswith("sgl_blend/csrc/")}
+    root = ROOT / "csrc"
+    sources = {f"sgl_blend/csrc/{p.relative_to(root)}" for p in root.rglob("*") if p.is_file()}
+    assert {p.rsplit(".", 1)[1] for p in sources} == {"cpp", "h", "cu", "cuh"}
+    assert sources <= set(names)
     assert "sgl_blend.engine.plugin:register" in text
     assert "sgl_blend.engine.platform:activate" in text
     assert "sgl_blend.cli.main:main" in text

@@ -55,7 +55,7 @@ def variables() -> set[str]:
     found: set[str] = set()
     for path in [*(ROOT / "sgl_blend").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
         found |= _read_by(ast.parse(path.read_text()))
-    for path in (ROOT / "csrc").iterdir():
+    for path in (p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
         found |= set(re.findall(r'getenv\(\s*"([^"]+)"', path.read_text()))
     return found
 

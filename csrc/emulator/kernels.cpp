@@ -1,0 +1,21 @@
+// The launchers and kernels of csrc/cuda for the CPU, in one unit, and how the emulator runs them.
+#define BLEND_EMULATED 1
+
+#include "../cuda/attention_mass.cu"
+#include "../cuda/rotate_scatter.cu"
+#include "../cuda/select.cu"
+
+namespace {
+
+// How the next launches run (block.h: Settings).
+void emulate(int64_t order, int64_t early_copies) {
+  emulator::settings = {static_cast<int>(order), early_copies != 0};
+}
+
+// Launches since the module was loaded.
+int64_t launches() { return emulator::counts.launches; }
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(emulate, emulate);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(launches, launches);

@@ -1,0 +1,202 @@
+"""Faces of the CUDA kernels (``csrc/cuda``): which tensors they serve, and their arguments.
+
+The ops of this package call them where ``cuda_build.kernels`` gives a module, with arguments that
+are checked, and go to the torch reference where a kernel does not serve a shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sgl_blend.ops.build import launch
+
+#: bytes of one load or store
+VECTOR = 16
+LOG2_E = 1.4426950408889634
+NO_BIAS = (None,) * 5
+
+
+class Chosen(NamedTuple):
+    """Per segment, in their order. chosen int64 [sum of k] and rest int64 [total - sum of k]:
+    indices within their segment, ascending. runs uint8 [total]: 1 where chosen."""
+
+    chosen: torch.Tensor
+    rest: torch.Tensor
+    runs: torch.Tensor
+
+
+def in_rows(pool: torch.Tensor) -> bool:
+    """Do a slot's heads [slots, heads, dim] lie in a row, each in whole vectors, aligned?"""
+    size = pool.element_size()
+    return (
+        (pool.shape[1] < 2 or pool.stride(1) == pool.shape[2])
+        and pool.shape[2] * size % VECTOR == 0
+        and pool.stride(0) * size % VECTOR == 0
+        and pool.data_ptr() % VECTOR == 0
+    )
+
+
+def rotates(k_cache: torch.Tensor, v_cache: torch.Tensor, rotary_dim: int) -> bool:
+    """Do the kernels that turn K serve this pool?"""
+    whole = rotary_dim * k_cache.element_size() % (2 * VECTOR) == 0
+    return whole and in_rows(k_cache) and in_rows(v_cache)
+
+
+#: cos and sin (``rotation.Rotation``)
+Turn = tuple[torch.Tensor, torch.Tensor]
+#: K's, V's, group, cos and sin of the tokens' new positions (``reference.Bias``)
+Bias = Sequence[torch.Tensor]
+
+
+def rotate_copy(
+    module: Any,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    turn: Turn,
+    rotary_dim: int,
+    neox: bool,
+    bias: Bias | None = None,
+    runs: torch.Tensor | None = None,
+) -> None:
+    """``rotation.rotate_copy``. runs: uint8 [n], 1: the token's slot stays as it is."""
+    launch(
+        module.rotate_copy,
+        (k_cache, v_cache, src, dst, *turn, *(bias or NO_BIAS), runs),
+        (rotary_dim, int(neox)),
+    )
+
+
+def rotate_from(
+    module: Any,
+    places: torch.Tensor,
+    layer: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    dst: torch.Tensor,
+    turn: Turn,
+    rotary_dim: int,
+    neox: bool,
+    bias: Bias | None = None,
+    runs: torch.Tensor | None = None,
+) -> None:
+    """``rotation.rotate_from`` of what ``places`` (int64 [4, n]) names; ``runs`` as above."""
+    launch(
+        functools.partial(module.rotate_from, places, layer),
+        (k_cache, v_cache, dst, *turn, *(bias or NO_BIAS), runs),
+        (rotary_dim, int(neox)),
+    )
+
+
+def places_of(
+    k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """int64 [4, n] on ``device``: where each token of the parts [layers, n_i, heads, dim] lies, K's
+    and V's address in layer 0, and K's and V's step in bytes from layer to layer."""
+
+    def of(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        at, step = [], []
+        for x in parts:
+            size = x.element_size()
+            at.append(torch.arange(x.shape[1]) * (x.stride(1) * size) + x.data_ptr())
+            step.append(torch.full((x.shape[1],), x.stride(0) * size))
+        return torch.cat(at), torch.cat(step)
+
+    (k_at, k_step), (v_at, v_step) = of(k), of(v)
+    return to_device(torch.stack((k_at, v_at, k_step, v_step)), device)
+
+
+def to_device(made: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the host has made; nobody waits for the copy."""
+    if device.type == "cuda":
+        made = made.pin_memory().to(device, non_blocking=True)
+    return made
+
+
+def v_deviation(
+    module: Any, v_cache: torch.Tensor, fresh: torch.Tensor, src: torch.Tensor
+) -> torch.Tensor:
+    out = torch.empty(fresh.shape[0], dtype=torch.float32, device=v_cache.device)
+    launch(module.v_deviation, (v_cache, fresh, src, out), ())
+    return out
+
+
+def kv_deviation(
+    module: Any,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    fresh: torch.Tensor,
+    src: torch.Tensor,
+    turn: Turn,
+    rotary_dim: int,
+    neox: bool,
+) -> torch.Tensor:
+    out = torch.empty(fresh.shape[0], dtype=torch.float32, device=v_cache.device)
+    launch(
+        module.kv_deviation,
+        (k_cache, v_cache, fresh, src, *turn, out),
+        (rotary_dim, int(neox)),
+    )
+    return out
+
+
+def select_rows(
+    module: Any, scores: torch.Tensor, counts: Sequence[int], ks: Sequence[int]
+) -> Chosen:
+    """``rows.select_rows``, one launch for all segments."""
+    rows, first, before = [], 0, 0
+    for n, k in zip(counts, ks, strict=True):
+        rows.append((first, n, k, before))
+        first, before = first + n, before + k
+    segments = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 4)
+    out = Chosen(
+        torch.empty(before, dtype=torch.int64, device=scores.device),
+        torch.empty(first - before, dtype=torch.int64, device=scores.device),
+        torch.empty(first, dtype=torch.uint8, device=scores.device),
+    )
+    launch(module.select_rows, (scores, to_device(segments, scores.device), *out), ())
+    return out
+
+
+def sums_mass(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """Does the kernel of ``attention_mass`` serve these queries and this pool?"""
+    fp8 = k_cache.element_size() == 1
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and (fp8 or k_cache.dtype == q.dtype)
+        and in_rows(k_cache)
+        and q.shape[2] <= 256
+        and q.stride(0) % 8 == 0
+        and q.stride(1) % 8 == 0
+        and q.data_ptr() % VECTOR == 0
+    )
+
+
+def attention_mass(
+    module: Any,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    slots: torch.Tensor,
+    q_pos: torch.Tensor,
+    lse: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    logit_cap: float,
+    kv_pos0: int,
+    key_pos: torch.Tensor | None,
+) -> torch.Tensor:
+    """fp32 [S]: ``mass.attention_mass``, of which ``lse`` is to base e."""
+    by_head = torch.empty((k_cache.shape[1], slots.shape[0]), dtype=torch.float32, device=q.device)
+    launch(
+        module.attention_mass,
+        (q, k_cache, slots, q_pos, key_pos, lse * LOG2_E, weights, by_head),
+        (kv_pos0, window, scale, logit_cap),
+    )
+    return by_head.sum(dim=0)

@@ -1,0 +1,76 @@
+"""Are a device's kernels right? Each is run once on a small case and compared with torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from sgl_blend.ops import cuda, reference
+
+TOKENS, HEADS, DIM = 70, 2, 64
+
+
+def differing(module: Any, device: torch.device) -> list[str]:
+    """Names of the launchers whose results are not torch's on ``device``; waits for the device."""
+    gen = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2 * TOKENS, HEADS, DIM, generator=gen).bfloat16().to(device) for _ in "kv")
+    order = torch.randperm(2 * TOKENS, generator=gen).to(device)
+    src, dst = order[:TOKENS].contiguous(), order[TOKENS:].contiguous()
+    angle = torch.randn(TOKENS, DIM // 2, generator=gen).to(device)
+    turn = (angle.cos(), angle.sin())
+    found = {
+        "rotate_copy": _moves(module, k, v, src, dst, turn),
+        "v_deviation": torch.allclose(
+            cuda.v_deviation(module, v, dst, src),
+            reference.squared_distance(v[dst], v[src]),
+            rtol=1e-4,
+        ),
+        "select_rows": _selects(module, device),
+        "attention_mass": _sums(module, k, src),
+    }
+    return [name for name, right in found.items() if not right]
+
+
+def _moves(
+    module: Any,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    turn: cuda.Turn,
+) -> bool:
+    ours, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
+    cuda.rotate_copy(module, *ours, src, dst, turn, DIM, True)
+    reference.rotate_from(k[src], v[src], *theirs, dst, *turn, DIM, True)
+    return all(map(torch.equal, ours, theirs))
+
+
+def _selects(module: Any, device: torch.device) -> bool:
+    scores = torch.arange(3000).mul(7919).remainder(997).float().to(device)
+    got = cuda.select_rows(module, scores, [1000, 2000], [100, 300])
+    ranked = [x.sort(descending=True, stable=True).indices for x in (scores[:1000], scores[1000:])]
+    want = torch.cat((ranked[0][:100].sort().values, ranked[1][:300].sort().values))
+    return torch.equal(got.chosen, want) and int(got.runs.sum()) == 400
+
+
+def _sums(module: Any, k: torch.Tensor, slots: torch.Tensor) -> bool:
+    q = k[:24].reshape(12, 2 * HEADS, DIM)
+    scores = torch.einsum("rhd,nhd->rhn", q.float(), k[slots].float().repeat_interleave(2, 1))
+    scores = scores / math.sqrt(DIM)
+    got = cuda.attention_mass(
+        module,
+        q,
+        k,
+        slots,
+        torch.full((12,), TOKENS, device=k.device),
+        scores.logsumexp(-1),
+        torch.ones(12, device=k.device),
+        scale=1 / math.sqrt(DIM),
+        window=-1,
+        logit_cap=0.0,
+        kv_pos0=0,
+        key_pos=None,
+    )
+    return torch.allclose(got, scores.softmax(-1).sum((0, 1)), rtol=1e-3)

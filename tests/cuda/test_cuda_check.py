@@ -1,0 +1,98 @@
+"""A device's kernels are compared with torch before they are used, and built with nvcc. CPU: the
+emulator takes the device's place."""
+
+from __future__ import annotations
+
+import logging
+
+import emulated
+import pytest
+import torch
+
+from sgl_blend.ops import cuda_build, cuda_check
+
+CPU = torch.device("cpu")
+
+
+class Wrong:
+    """The emulated module, one launcher of which does nothing."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, name):
+        return (lambda *args: None) if name == self.name else getattr(emulated.kernels(), name)
+
+
+def test_right_kernels_pass():
+    assert cuda_check.differing(emulated.kernels(), CPU) == []
+
+
+@pytest.mark.parametrize("name", ["rotate_copy", "v_deviation", "select_rows", "attention_mass"])
+def test_wrong_kernels_are_named(name):
+    assert cuda_check.differing(Wrong(name), CPU) == [name]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Where ``kernels`` looks for a device of sm_90."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    caches = cuda_build._checked, cuda_build.cuda_module
+    for cache in caches:
+        cache.cache_clear()
+    yield torch.device("cuda")
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_only_right_kernels_are_used(monkeypatch, device, caplog):
+    asked = []
+    monkeypatch.setattr(cuda_build, "cuda_module", asked.append)
+    monkeypatch.setattr(cuda_build, "differing", lambda module, device: [])
+    assert cuda_build.kernels(CPU) is None and asked == []
+    assert cuda_build.kernels(device) is None and asked == ["90a"]
+
+    module = emulated.kernels()
+    cuda_build._checked.cache_clear()
+    monkeypatch.setattr(cuda_build, "cuda_module", lambda target: module)
+    assert cuda_build.kernels(device) is module
+
+    cuda_build._checked.cache_clear()
+    monkeypatch.setattr(cuda_build, "differing", lambda module, device: ["select_rows"])
+    with caplog.at_level(logging.WARNING):
+        assert [cuda_build.kernels(device) for _ in range(2)] == [None, None]
+    (record,) = caplog.records
+    assert "other results than torch on a device (select_rows)" in record.getMessage()
+
+
+def test_without_nvcc_torch_takes_over_with_one_warning(monkeypatch, device, caplog):
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+    with caplog.at_level(logging.WARNING):
+        assert [cuda_build.kernels(device) for _ in range(2)] == [None, None]
+    (record,) = caplog.records
+    assert "No nvcc found" in record.getMessage()
+
+
+def test_what_nvcc_says_is_reported(monkeypatch, device, caplog, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such target" >&2; exit 1\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: nvcc)
+    monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert cuda_build.kernels(device) is None
+    (record,) = caplog.records
+    assert "sm_90a" in record.getMessage() and "no such target" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "80"), ((8, 6), "86"), ((8, 9), "89"), ((9, 0), "90a"), ((10, 0), "100a"),
+     ((12, 0), "120"), ((12, 1), "121")],
+)  # fmt: skip
+def test_targets_are_named_as_nvcc_does(capability, target):
+    assert cuda_build.target_of(capability) == target
+    assert capability == (12, 1) or target in cuda_build.TARGETS

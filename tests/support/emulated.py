@@ -1,0 +1,67 @@
+"""The CUDA kernels on the CPU: ``csrc/cuda`` compiled by g++ for the emulator (``csrc/emulator``).
+
+Compiled once a machine, into the folder of the other kernels. ``SOURCES`` may be another copy of
+``csrc`` (``mutants.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sgl_blend.folders import cache_root
+from sgl_blend.ops import build
+
+SOURCES = Path(os.environ.get("EMULATED_SOURCES") or build.source_dir())
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+
+#: how threads are ordered (forward, reverse, two shuffles), and whether copies arrive early
+SCHEDULES = [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+def _headers() -> Path:
+    """NVIDIA's headers for bf16, fp16 and fp8, which pip installs beside torch."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for found in Path(folder).glob("cu*/include/cuda_fp8.h"):
+            return found.parent
+    raise RuntimeError("nvidia-cuda-runtime's headers are not there; pip installs them with torch")
+
+
+@functools.cache
+def compiled(source: Path) -> Any:
+    """The module of one C++ file that includes the emulator."""
+    from tvm_ffi.cpp import load
+
+    digest = hashlib.sha256(" ".join(FLAGS).encode() + source.read_bytes())
+    for folder in ("cuda", "emulator"):
+        for path in sorted((SOURCES / folder).iterdir()):
+            digest.update(path.name.encode() + path.read_bytes())
+    folder = cache_root() / f"emulated-{source.stem}-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _, ninja = build.tools()
+    with build.exclusive(folder / "building"), build.on_path(Path(ninja).parent):
+        return load(
+            f"emulated_{source.stem}",
+            cpp_files=[str(source)],
+            extra_cflags=list(FLAGS),
+            extra_include_paths=[str(SOURCES), str(_headers())],
+            build_directory=str(folder),
+        )
+
+
+def kernels() -> Any:
+    return compiled(SOURCES / "emulator" / "kernels.cpp")
+
+
+def schedules(module: Any) -> Iterator[str]:
+    """Sets each schedule in turn and yields its name; the first one is set again at the end."""
+    for order, early in SCHEDULES:
+        module.emulate(order, early)
+        yield f"threads in order {order}, copies {'early' if early else 'late'}"
+    module.emulate(0, 0)
