@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from sgl_blend.eval.probes import Seen
 
 EPILOG = """
-rows that are always there: full prefill (exact, from empty caches: the reference), full reuse
-(nothing recomputed), and for each setting random tokens at the same true cost; for the synthetic
-task the prefix cache alone (exact), too. A setting is policy:ratio, policy (the server's ratio) or
-default; @0.9 behind it asks for coverage, +option=value for a server with another blend option
-(lists with /). policy~setting is that policy at that setting's true cost.
+rows that are always there: full prefill (exact, from empty caches: the reference) and full reuse
+(nothing recomputed); random tokens at the same true cost for each setting that is named, or for the
+first of the usual ones of data files; for the synthetic task the prefix cache alone (exact), too.
+A setting is policy:ratio, policy (the server's ratio) or default; behind it @0.9 asks for coverage,
+;option=value states another blend option with its requests, +option=value takes a server with
+another one (lists with /). policy~setting is that policy at that setting's true cost.
+
+--out keeps a record of each question and setting (figures, no text): the same command again goes on
+where it was interrupted, and one with more questions or settings measures what is missing.
 
 examples:
   sgl-blend eval --model smollm2 --data nq10.jsonl --limit 50 --split tuning
@@ -39,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         AT_ONCE,
         DATA_SEEN,
         DATA_SETTINGS,
+        PROBES_AT_ONCE,
         SYNTHETIC_SETTINGS,
         WIDE,
         EvalOptions,
@@ -75,7 +80,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument(
         "--twins",
         type=_texts,
-        help="settings that get a row of random tokens at their cost ('' for none; default: all)",
+        help="settings that get a row of random tokens at their cost ('' for none; default: all "
+        "that are named)",
     )
     what.add_argument(
         "--seen",
@@ -103,6 +109,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--at-once",
         type=int,
         help=f"settings asked at a time in a probe's state; 1 tells times ({AT_ONCE} there)",
+    )
+    what.add_argument(
+        "--questions-at-once",
+        type=int,
+        help=f"questions under way at a time, where nothing is timed ({PROBES_AT_ONCE} there)",
     )
     data = p.add_argument_group("data files (LongBench's or RULER's JSON Lines)")
     data.add_argument("--data", type=Path, nargs="+", default=[], help="files or folders")
@@ -183,7 +194,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     out.add_argument(
         "--out",
         type=Path,
-        help="folder for tables.md and rows.json: figures, no prompts or answers",
+        help="folder for records.jsonl, tables.md, rows.json and pictures: figures, no prompts or "
+        "answers; what is on record there of data files is not measured again",
     )
     out.add_argument(
         "--plot", type=Path, help="PNG of quality against true cost (with several files: one each)"
@@ -195,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
     from sgl_blend.cli.eval_tables import notes, page, report, write_folder, write_json
     from sgl_blend.cli.table import Progress
     from sgl_blend.eval.evaluate import evaluate
-    from sgl_blend.eval.pareto import plot, require_plotting
+    from sgl_blend.eval.pareto import can_plot, plot, plot_kl, require_plotting
 
     options_of(args)  # what is wrong with them is said before a model is fetched
     if args.plot:
@@ -219,6 +231,8 @@ def run(args: argparse.Namespace) -> int:
                 args.markdown.write_text(page(options, done))
             if args.out:
                 write_folder(args.out, options, done)
+                if can_plot():
+                    plot_kl(evaluation, args.out / f"{_slug(evaluation.suite)}.png")
             if args.plot:
                 path = args.plot
                 if len(options.data) > 1 or any(d.is_dir() for d in options.data):
@@ -248,6 +262,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
     suited = run_options(bool(args.data), own_server=args.url is None)
     isolate = args.isolate or suited.isolate
     at_once = _or(args.at_once, suited.at_once if isolate == suited.isolate else 1)
+    together = suited.probes_at_once if at_once > 1 else 1
     return EvalOptions(
         model=args.model,
         url=args.url,
@@ -271,6 +286,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         run=RunOptions(
             isolate=isolate,
             at_once=at_once,
+            probes_at_once=_or(args.questions_at_once, together),
             top_logprobs=_or(args.top_logprobs, suited.top_logprobs),
             first_logprobs=_or(args.first_logprobs, suited.first_logprobs),
             logprob_positions=args.logprob_positions,
@@ -278,6 +294,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         ),
         bootstrap=Bootstrap(args.resamples, args.confidence),
         near_tie=args.near_tie,
+        out=args.out,
     )
 
 

@@ -51,6 +51,10 @@ def notes(options: EvalOptions) -> str:
 def report(evaluation: Evaluation) -> str:
     """All tables of one suite, for a terminal."""
     text = "\n\n".join(_report(evaluation, t) for t in evaluation.tables)
+    if evaluation.risks:
+        text += "\n\n" + _risk_text(evaluation)
+    for remark in evaluation.remarks:
+        text += f"\n{remark}"
     if evaluation.dropped:
         text += f"\n{evaluation.dropped} documents were dropped so that prompts fit"
     return text
@@ -112,7 +116,12 @@ def markdown(evaluation: Evaluation) -> str:
     synthetic task) are told by these, others beside full prefill's."""
     if len(evaluation.rows[0].kinds) > 1 or evaluation.metric == "accuracy":
         return "\n".join(_kinds(evaluation, t) for t in evaluation.tables)
-    return "\n".join(_answers(evaluation, t) for t in evaluation.tables)
+    text = "\n".join(_answers(evaluation, t) for t in evaluation.tables)
+    if evaluation.risks:
+        text += "\n" + _risk_page(evaluation)
+    if evaluation.remarks:
+        text += "\n" + "\n".join(f"- {r}" for r in evaluation.remarks) + "\n"
+    return text
 
 
 def _kinds(evaluation: Evaluation, told: Table) -> str:
@@ -142,19 +151,59 @@ def _answers(evaluation: Evaluation, told: Table) -> str:
     lines = [
         f"**{evaluation.suite}**, {rows[0].cost.n} questions: {held}{SEEN[told.seen]}.",
         "",
-        f"| | true cost | {name} | {name} lost | F1 to exact | same answer | top-1, clear "
-        "| first token | KL, first token | KL, all tokens |",
-        "|---|" + "---|" * 9,
+        f"| | questions | true cost | {name} | {name} lost | F1 to exact | same answer "
+        "| top-1, clear | first token | KL, first token | KL, all tokens |",
+        "|---|" + "---|" * 10,
     ]
     for row in rows:
         [kind] = row.kinds
-        cells = [row.setting, _share(row.cost), _short(kind.quality), _short(kind.loss)]
+        cells = [row.setting, str(row.cost.n), _tenths(row.cost)]
+        cells += [_short(kind.quality), _tenths(kind.loss)]
         cells += [_short(e) for e in (row.f1_exact, row.same, row.top1_clear, row.top1_first)]
         cells += [_nats(row.kl_first), _nats(row.kl)]
         lines.append("| " + " | ".join(cells) + " |")
     clear = rows[0].clear
     lines += ["", f"{100 * clear.value:.0f} % of full prefill's own positions are clear."]
     return "\n".join([*lines, *_listed(rows)]) + "\n"
+
+
+_RISK_HEAD = ("setting", "answers", "rank", "rank, all tokens")
+
+
+def _risk_rows(evaluation: Evaluation) -> list[list[str]]:
+    return [
+        [
+            r.setting,
+            str(r.n),
+            f"{r.rank:.2f}",
+            f"{r.rank_all:.2f}",
+            *(f"{100 * b.held:.0f} / {b.kl:.3f} / {100 * b.cost:.0f}" for b in r.bounded[1:-1]),
+        ]
+        for r in evaluation.risks
+    ]
+
+
+def _risk_head(evaluation: Evaluation) -> list[str]:
+    shares = (b.share for b in evaluation.risks[0].bounded[1:-1])
+    return [*_RISK_HEAD, *(f"riskiest {100 * share:.0f} %" for share in shares)]
+
+
+RISK_NOTE = (
+    "The server's estimate of risk: Spearman's rank correlation with the KL of the first token and "
+    "of all tokens; then, where the riskiest prompts are computed exactly on top of what was "
+    "blended: their part of the summed KL in %, the mean KL that is left, and the true cost in %."
+)
+
+
+def _risk_text(evaluation: Evaluation) -> str:
+    return RISK_NOTE + "\n" + table(_risk_head(evaluation), _risk_rows(evaluation))
+
+
+def _risk_page(evaluation: Evaluation) -> str:
+    head = _risk_head(evaluation)
+    lines = [RISK_NOTE, "", "| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in _risk_rows(evaluation)]
+    return "\n".join(lines) + "\n"
 
 
 def _listed(rows: tuple[Row, ...]) -> list[str]:
@@ -223,6 +272,11 @@ def _short(e: Estimate | None) -> str:
     if e is None or e.high - e.low < 0.0005:
         return _share(e)
     return f"{_share(e)} [{100 * e.low + 0.0:.0f} {100 * e.high + 0.0:.0f}]"
+
+
+def _tenths(e: Estimate) -> str:
+    """A share with its interval in tenths of a per cent, where it has a width."""
+    return _share(e) if e.high - e.low < 0.0005 else _interval(e)
 
 
 def _nats(e: Estimate) -> str:

@@ -27,7 +27,8 @@ class Tokens:
     prefix: from the prefix cache. reused: from elsewhere in the prompt's past, not recomputed.
     recomputed: reused and then computed again. computed: the others. exact: length of the
     exact head, output included. cost: token-layers computed over those of prefilling
-    ``prompt - prefix`` tokens. fallback: why nothing was blended, if so.
+    ``prompt - prefix`` tokens. fallback: why nothing was blended, if so. risk: the server's
+    estimate of how far the blended answer may be off; None: it made none.
     """
 
     prompt: int
@@ -38,6 +39,7 @@ class Tokens:
     exact: int
     cost: float
     fallback: str | None
+    risk: float | None = None
 
     @property
     def true_cost(self) -> float:
@@ -82,6 +84,7 @@ def read_tokens(prompt: int, report: Mapping[str, Any] | None) -> Tokens:
             *(int(report[k]) for k in ("prefix", "reused", "recomputed", "computed", "exact")),
             float(report["cost"]),
             report["fallback"],
+            None if report.get("risk") is None else float(report["risk"]),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise ServerError(f"meta_info['blend'] is malformed ({e!r}): {report!r}") from None

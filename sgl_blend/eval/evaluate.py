@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from sgl_blend import __version__
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client
 from sgl_blend.eval.datasets import LoadOptions, Split, find_files, load
 from sgl_blend.eval.encoding import Boundaries, Encoder
-from sgl_blend.eval.probes import Seen, Suite
-from sgl_blend.eval.runner import Progress, Runner, RunOptions, Sample
-from sgl_blend.eval.settings import FULL, REUSE, Role, Setting, plan
+from sgl_blend.eval.identity import (
+    configured,
+    fingerprint,
+    options_that_matter,
+    server_arguments,
+    weights,
+)
+from sgl_blend.eval.ledger import Ledger, settings_of
+from sgl_blend.eval.probes import SEEN, Seen, Suite
+from sgl_blend.eval.runner import Progress, Runner, RunOptions
+from sgl_blend.eval.samples import Sample
+from sgl_blend.eval.settings import FULL, REUSE, Role, Setting, named, plan
 from sgl_blend.eval.stats import Bootstrap
 from sgl_blend.eval.summary import NEAR_TIE, Row, summarise
 from sgl_blend.eval.synthetic import Asking, Shape, synthetic
+from sgl_blend.eval.telling import Risk, risks
 
 #: seconds that a server of our own may take to come up: real weights load slowly
 START_TIMEOUT = 1800.0
 SYNTHETIC_SETTINGS = ("query:0.05", "query:0.15", "hkvd:0.15", "leading:0.15")
-#: the server's own, CacheBlend's choice as published, and others at the cost of the first
-DATA_SETTINGS = ("default", "hkvd:0.15", "hkvd~default", "leading~default")
+#: the server's own, CacheBlend's choice as published, and the heads of spans at the cost of the
+#: first, which alone has a row of random tokens
+DATA_SETTINGS = ("default", "hkvd:0.15", "leading~default")
+DATA_TWINS = ("default",)
 DATA_SEEN: tuple[Seen, ...] = ("alone", "other", "prompts", "system")
 #: settings of a data file's prompt that are asked at a time: decoding them together is cheaper
 AT_ONCE = 8
+#: questions that are under way at a time: each waits for its own answers, and they are decoded
+#: together with the others'
+PROBES_AT_ONCE = 4
+#: tokens of a prefill piece there: a whole prompt, or one prompt's settings, in one
+PIECE = ("--chunked-prefill-size", "8192")
 #: k of the truncated KL of real vocabularies: at all positions, and at the first
 WIDE = (100, 4096)
 #: own servers measure what they are told to, not what their gate made of it
@@ -38,7 +58,9 @@ def run_options(data: bool, own_server: bool) -> RunOptions:
     if not data:
         return RunOptions()
     wide = RunOptions(top_logprobs=WIDE[0], first_logprobs=WIDE[1])
-    return replace(wide, isolate="probe", at_once=AT_ONCE) if own_server else wide
+    if not own_server:
+        return wide
+    return replace(wide, isolate="probe", at_once=AT_ONCE, probes_at_once=PROBES_AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +71,11 @@ class EvalOptions:
     ``cases`` cases from ``seed`` on (``shape``, ``asking``, ``per_prompt``). limit: records of
     each file, of those in ``split``. settings: see ``settings.py``; each set of server options
     among them takes a server of its own. twins: settings that get a row of random tokens at their
-    cost; None: all. seen: the first way meets all settings, the others those in ``elsewhere`` and
-    full reuse. chat: None: where the tokenizer has a template, for data files. near_tie: nats; see
-    ``fidelity.Agreement.clear``. tokenizer: a folder; by default the server's.
+    cost; None: all, of a data file's usual ones the first. seen: the first way meets all settings,
+    the others those in ``elsewhere`` and full reuse. chat: None: where the tokenizer has a
+    template, for data files. near_tie: nats; see
+    ``fidelity.Agreement.clear``. tokenizer: a folder; by default the server's. out: a folder; what
+    is on record there of data files is not measured again (``ledger.py``).
 
     Where ``settings`` and ``seen`` are None they are what suits the task: ``DATA_SETTINGS`` and
     ``DATA_SEEN`` for data files. ``elsewhere``: None: the settings that need no other's cost.
@@ -79,6 +103,7 @@ class EvalOptions:
     run: RunOptions = field(default_factory=RunOptions)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     near_tie: float = NEAR_TIE
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.url is None):
@@ -107,7 +132,10 @@ class EvalOptions:
         much, is not among a data file's unless ``prefix`` is among the settings."""
         usual = DATA_SETTINGS if self.data else SYNTHETIC_SETTINGS
         texts = usual if self.settings is None else self.settings
-        return plan(texts, self.twins, prefix=not self.data)
+        twins = self.twins
+        if self.data and self.settings is None and twins is None:
+            twins = DATA_TWINS
+        return plan(texts, twins, prefix=not self.data)
 
     def planned_elsewhere(self, settings: Sequence[Setting]) -> tuple[Setting, ...]:
         """The rows of the second and further ways of having been seen. Raises ``ConfigError``."""
@@ -135,6 +163,8 @@ class EvalOptions:
             args += MEASURING
         if self.run.isolate == "probe":
             args += ["--blend-max-generation", "0"]
+        if self.run.at_once > 1 and not any(a.partition("=")[0] == PIECE[0] for a in args):
+            args += PIECE
         if "other" in self.asking and not self.data and "--blend-continuation" not in args:
             args += ["--blend-continuation", "extend"]
         return args
@@ -153,7 +183,8 @@ class Table:
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """One suite's tables, the first over all questions as they were seen first. dropped: documents
-    left out so that prompts fit, over all probes."""
+    left out so that prompts fit, over all probes. risks: how well the server's own estimates tell
+    how far its answers are off, where it makes some. remarks: of what is on record."""
 
     suite: str
     metric: str
@@ -161,6 +192,8 @@ class Evaluation:
     dropped: int
     tables: tuple[Table, ...]
     samples: tuple[Sample, ...]
+    risks: tuple[Risk, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -196,31 +229,88 @@ def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> It
             boundaries=options.boundaries,
             chat=options.chat if options.data else False,
         )
-        runner = Runner(client, encoder, settings, options.run, progress, clients, elsewhere)
+        ids = _identities(options, client, encoder.chat)
         for suite in asked:
+            ledger = None
+            if options.out is not None and options.data:
+                made = ids.made(settings)
+                ledger = Ledger(options.out, ids.model, suite.name, made)
+            runner = Runner(
+                client, encoder, settings, options.run, progress, clients, elsewhere, ledger
+            )
             fitted = runner.fit(suite)
             samples = runner.run(fitted)
-            told = tables(samples, suite, options)
+            rows, remarks = settings, ()
+            if ledger is not None:
+                rows = settings_of(ledger.labels(), settings)
+                made = ids.made(rows)
+                samples, remarks = ledger.samples(made), ledger.remarks(made)
+            told = tables(samples, suite, options, rows)
             dropped = _documents(suite) - _documents(fitted)
-            yield Evaluation(suite.name, suite.metric, len(suite.probes), dropped, told, samples)
+            n = len(suite.probes) if ledger is None else len({s.case for s in samples})
+            risk = risks([s for s in samples if s.seen == told[0].seen])
+            yield Evaluation(suite.name, suite.metric, n, dropped, told, samples, risk, remarks)
 
 
-def tables(samples: Sequence[Sample], suite: Suite, options: EvalOptions) -> tuple[Table, ...]:
+def tables(
+    samples: Sequence[Sample],
+    suite: Suite,
+    options: EvalOptions,
+    rows: Sequence[Setting] | None = None,
+) -> tuple[Table, ...]:
     """One table a way, and one of the held-out questions as they were seen first, where some are
-    held out and some are not."""
-    settings = options.planned()
-    elsewhere = options.planned_elsewhere(settings)
+    held out and some are not. rows: more settings than ``options`` names, of which there are
+    samples; None: no more."""
+    settings = options.planned() if rows is None else rows
+    ways = [*options.ways(), *(s for s in SEEN if s not in options.ways())]
 
-    def table(seen: str, rows: Sequence[Setting], held_out: bool = False) -> Table:
+    def table(seen: str, held_out: bool = False) -> Table:
         mine = [s for s in samples if s.seen in ("", seen) and (s.held_out or not held_out)]
-        told = summarise(mine, rows, suite.metric, options.bootstrap, options.near_tie)
+        there = {s.setting for s in mine}
+        shown = [s for s in settings if s.name in there]
+        told = summarise(mine, shown, suite.metric, options.bootstrap, options.near_tie)
         return Table(seen, held_out, told)
 
-    first, *others = options.ways()
-    out = [table(first, settings)]
+    first, *others = (w for w in ways if any(s.seen == w for s in samples))
+    out = [table(first)]
     if len({s.held_out for s in samples}) == 2:
-        out.append(table(first, settings, held_out=True))
-    return (*out, *(table(seen, elsewhere) for seen in others))
+        out.append(table(first, held_out=True))
+    return (*out, *(table(seen) for seen in others))
+
+
+@dataclass(frozen=True, slots=True)
+class _Identities:
+    """What records are told apart by. model: what they are said to be of. common: whatever is the
+    same for all settings of this run. args: of our own server."""
+
+    model: str
+    common: tuple[Any, ...]
+    args: tuple[str, ...]
+
+    def made(self, settings: Sequence[Setting]) -> dict[str, str]:
+        """The fingerprint of each setting, by name."""
+        out: dict[str, str] = {}
+        for s in settings:
+            matter = options_that_matter(s, configured(self.args, s.options))
+            out[s.name] = fingerprint(self.common, s.role.value if s.exact else "", matter)
+        for s in settings:
+            if s.cost_of is not None:
+                of = out.get(s.cost_of) or self.made([named(s.cost_of)])[s.cost_of]
+                out[s.name] = fingerprint(out[s.name], of)
+        return out
+
+
+def _identities(options: EvalOptions, client: Client, chat: bool) -> _Identities:
+    """Of a running server (``--url``) nobody knows the options: its records are of one run."""
+    run = options.run
+    measured = (run.top_logprobs, run.first_logprobs, run.logprob_positions)
+    asked = (options.boundaries, chat, options.tokenizer and Path(options.tokenizer).name)
+    if options.model is None:
+        model = Path(client.tokenizer_path()).name
+        return _Identities(model, (__version__, uuid.uuid4().hex), ())
+    args = tuple(options.launch_args())
+    common = (__version__, weights(options.model), server_arguments(args), measured, asked)
+    return _Identities(Path(options.model).resolve().name, common, args)
 
 
 @contextmanager

@@ -13,6 +13,9 @@ before, the warm-up requests (always exact) and every setting behind them:
   first reused one, which are counted as computed (``Tokens.behind``). What must not be found
   (an exact copy of the prompt) comes last. An answer that found more or less than the others is
   thrown away and asked for again in a state of its own.
+
+Where nothing is timed, several probes are under way at a time: the server prefills what waits and
+then decodes for all of them. What a ``Memory`` knows of before is not asked for again.
 """
 
 from __future__ import annotations
@@ -22,15 +25,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client, Reply, Wanted
 from sgl_blend.eval.cost import NoReportError, Tokens, equal_ratio
 from sgl_blend.eval.encoding import Encoder
-from sgl_blend.eval.fidelity import Agreement, agreement
-from sgl_blend.eval.metrics import Grade, f1
 from sgl_blend.eval.probes import Probe, Prompt, Suite, Way
+from sgl_blend.eval.samples import Sample, samples
 from sgl_blend.eval.settings import FULL, PREFIX, Setting
 from sgl_blend.harness.client import map_threads
 
@@ -49,6 +51,7 @@ class RunOptions:
     everything, which takes it about a second. ``probe``: one state for all settings of a probe (see
     the module's docstring); probes of several steps are kept apart by salts all the same.
     at_once: settings that are asked at a time in such a state; above 1 there are no times.
+    probes_at_once: probes that are under way at a time, where there are none.
     top_logprobs: k of the truncated KL; first_logprobs: of the first position's (0: the same).
     logprob_positions: how many output positions are compared; a longer answer is asked for again,
     for its text alone. max_prompt_tokens: documents are
@@ -57,6 +60,7 @@ class RunOptions:
 
     isolate: Isolate = "salt"
     at_once: int = 1
+    probes_at_once: int = 1
     top_logprobs: int = 20
     first_logprobs: int = 0
     logprob_positions: int = 32
@@ -65,43 +69,32 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.isolate not in ISOLATE:
             raise ConfigError(f"isolate is {self.isolate!r}; take one of {', '.join(ISOLATE)}")
-        for name in ("at_once", "top_logprobs", "logprob_positions"):
+        for name in ("at_once", "probes_at_once", "top_logprobs", "logprob_positions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; take at least 1")
         if self.first_logprobs < 0:
             raise ConfigError(f"first_logprobs is {self.first_logprobs}; take at least 0")
         if self.at_once > 1 and self.isolate != "probe":
             raise ConfigError(f"at_once is {self.at_once}: only states of a probe are shared")
+        if self.probes_at_once > 1 and self.at_once == 1:
+            raise ConfigError(
+                f"probes_at_once is {self.probes_at_once}: with at_once 1 answers are timed, and "
+                "times are of a server that does nothing else"
+            )
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measured prompt under one setting.
+class Memory(Protocol):
+    """What is known of probes from earlier runs, and takes in what this one measures. Called from
+    several threads."""
 
-    seen: the way the documents were seen before; "" for full prefill, which all ways share.
-    f1_exact: of the text against full prefill's. same_text: whether it is that text. ratio:
-    what was asked for, None: the server's. spent: token-layers computed, in tokens' worth, for this
-    prompt and for the unmeasured ones before it, whose KV it lives on; whole: what full prefill of
-    the same would have been. tokens: of this prompt alone. ttft: seconds; 0 where others were asked
-    at the same time.
-    """
+    def exact(self, probe: Probe) -> list[Reply] | None:
+        """Full prefill's replies; None: not known."""
 
-    setting: str
-    seen: str
-    case: str
-    held_out: bool
-    probe: int
-    step: int
-    ratio: float | None
-    text: str
-    grades: tuple[Grade, ...]
-    agreement: Agreement
-    f1_exact: float
-    same_text: bool
-    tokens: Tokens
-    spent: float
-    whole: int
-    ttft: float
+    def tokens(self, probe: Probe, seen: str, setting: Setting) -> list[Tokens] | None:
+        """Of a setting that needs not be measured again; None: it does."""
+
+    def add(self, probe: Probe, measured: Sequence[Sample], exact: Sequence[Reply]) -> None:
+        """What was measured of ``probe`` now, and full prefill's replies, known before or not."""
 
 
 @dataclass(slots=True)
@@ -111,6 +104,15 @@ class _States:
 
     salts: dict[tuple[tuple[str, str], ...], str | None] = field(default_factory=dict)
     first: dict[tuple[tuple[str, str], ...], Tokens] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Got:
+    """One setting's answer to a probe. replies: empty where its tokens were known before."""
+
+    ratio: float | None
+    tokens: list[Tokens]
+    replies: list[Reply]
 
 
 class Runner:
@@ -125,9 +127,11 @@ class Runner:
         progress: Progress = lambda text: None,
         others: Mapping[tuple[tuple[str, str], ...], Client] | None = None,
         elsewhere: Sequence[Setting] | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """others: servers of the same model for settings with options of their own, by these.
-        elsewhere: the settings that meet a probe's second and further ways; None: all."""
+        elsewhere: the settings that meet a probe's second and further ways; None: all. memory:
+        where there is one, what it knows is not measured."""
         if FULL not in settings:
             raise ConfigError("full prefill must be among the settings: it is the reference")
         self._clients = {(): client, **(others or {})}
@@ -135,31 +139,32 @@ class Runner:
         self._settings = tuple(settings)
         self._elsewhere = self._settings if elsewhere is None else tuple(elsewhere)
         self._options = options or RunOptions()
+        self._memory = memory
         self._progress = progress
         self._states = itertools.count()
         self._run = uuid.uuid4().hex
 
     def run(self, suite: Suite) -> tuple[Sample, ...]:
-        """All samples, probe by probe. The first probe runs once before, unmeasured: kernels
-        are built and allocators filled at first use; where nothing is timed, with two of its
-        documents. Interrupted (SIGINT), it returns the probes that are done."""
-        out: list[Sample] = []
-        self._progress(f"{suite.name}: first requests, not measured")
-        first = suite.probes[0]
-        if self._options.at_once > 1:
-            first = first.keeping(first.steps[0].prompt.documents[:2])
-            first = replace(first, ways=first.ways[:1])
-        self._probe(first, 0)
-        for i in range(len(suite.probes)):
-            self._progress(f"{suite.name}: {i + 1} of {len(suite.probes)} probes")
-            try:
-                out += self._probe(suite.probes[i], i)
-            except KeyboardInterrupt:
-                if not out:
-                    raise
-                self._progress(f"{suite.name}: interrupted; {i} probes are done")
-                break
-        return tuple(out)
+        """All samples that were measured, probe by probe. Where answers are timed the first probe
+        runs once before, unmeasured: kernels are built and allocators filled at first use.
+        Interrupted (SIGINT), it returns the probes that are done."""
+        probes, name = suite.probes, suite.name
+        if self._options.at_once == 1:
+            self._progress(f"{name}: first requests, not measured")
+            self._probe(probes[0], 0, None)
+        out: dict[int, list[Sample]] = {}
+
+        def measure(i: int) -> None:
+            self._progress(f"{name}: {i + 1} of {len(probes)} probes")
+            out[i] = self._probe(probes[i], i, self._memory)
+
+        try:
+            map_threads(measure, range(len(probes)), self._options.probes_at_once)
+        except KeyboardInterrupt:
+            if not out:
+                raise
+            self._progress(f"{name}: interrupted; {len(out)} probes are done")
+        return tuple(s for i in sorted(out) for s in out[i])
 
     def fit(self, suite: Suite) -> Suite:
         """``suite`` with prompts shortened to ``max_prompt_tokens``. Whole documents go, those in
@@ -189,85 +194,76 @@ class Runner:
             {d for i, d in enumerate(longest.documents) if i not in middle_first[:gone]}
         )
 
-    def _probe(self, probe: Probe, index: int) -> list[Sample]:
+    def _probe(self, probe: Probe, index: int, memory: Memory | None) -> list[Sample]:
+        known = {
+            (seen, s.name): tokens
+            for seen, s in self._rows(probe)
+            if memory is not None and (tokens := memory.tokens(probe, seen, s)) is not None
+        }
+        if len(known) == len(self._rows(probe)):
+            return []
         o = self._options
         most = self._encoder.vocabulary  # a server fails where it is asked for more
         first = Wanted(top=min(o.first_logprobs, most)) if o.first_logprobs else None
         wanted = [Wanted(top=min(o.top_logprobs, most), first=first)] * len(probe.steps)
-        exact = self._alone(probe, None, FULL, None, wanted)
+        exact = memory.exact(probe) if memory is not None else None
+        if exact is None:
+            exact = self._alone(probe, None, FULL, None, wanted)
         wanted = [_support(r) for r in exact]
-        out = self._samples(probe, index, "", FULL.name, None, exact, exact)
-        for i, way in enumerate(probe.ways):
-            settings = [s for s in (self._elsewhere if i else self._settings) if s is not FULL]
-            replies = self._way(probe, way, settings, wanted)
+        out = []
+        if ("", FULL.name) not in known:
+            out += samples(probe, index, "", FULL.name, None, exact, exact)
+        for way in probe.ways:
+            settings = [s for seen, s in self._rows(probe) if seen == way.seen and s is not FULL]
+            before = {
+                s.name: known[way.seen, s.name] for s in settings if (way.seen, s.name) in known
+            }
+            got = self._way(probe, way, settings, before, wanted)
             for s in settings:
-                ratio, mine = replies[s.name]
-                out += self._samples(probe, index, way.seen, s.name, ratio, mine, exact)
+                if mine := got[s.name].replies:
+                    out += samples(probe, index, way.seen, s.name, got[s.name].ratio, mine, exact)
+        if memory is not None:
+            memory.add(probe, out, exact)
         return out
 
-    def _samples(
-        self,
-        probe: Probe,
-        index: int,
-        seen: str,
-        setting: str,
-        ratio: float | None,
-        replies: Sequence[Reply],
-        exact: Sequence[Reply],
-    ) -> list[Sample]:
-        out = []
-        spent, whole = 0.0, 0
-        for i, (step, reply) in enumerate(zip(probe.steps, replies, strict=True)):
-            spent += reply.tokens.true_cost * reply.tokens.prompt
-            whole += reply.tokens.prompt
-            if not step.measured:
-                continue
-            sample = Sample(
-                setting,
-                seen,
-                probe.case,
-                probe.held_out,
-                index,
-                i,
-                ratio,
-                reply.text,
-                step.grades(reply.text),
-                agreement(exact[i].output, reply.output),
-                f1(reply.text, (exact[i].text,)),
-                reply.text.strip() == exact[i].text.strip(),
-                reply.tokens,
-                spent,
-                whole,
-                reply.ttft,
-            )
-            out.append(sample)
-            spent, whole = 0.0, 0
+    def _rows(self, probe: Probe) -> list[tuple[str, Setting]]:
+        """What is measured of a probe, as (way, setting); full prefill first, which has no way."""
+        out: list[tuple[str, Setting]] = [("", FULL)]
+        for i, way in enumerate(probe.ways):
+            rows = self._elsewhere if i else self._settings
+            out += [(way.seen, s) for s in rows if s is not FULL]
         return out
 
     def _way(
-        self, probe: Probe, way: Way, settings: Sequence[Setting], wanted: Sequence[Wanted]
-    ) -> dict[str, tuple[float | None, list[Reply]]]:
-        """Ratio and replies of each setting; those whose ratio depends on others' costs after
-        them, and the exact one last."""
+        self,
+        probe: Probe,
+        way: Way,
+        settings: Sequence[Setting],
+        known: Mapping[str, list[Tokens]],
+        wanted: Sequence[Wanted],
+    ) -> dict[str, _Got]:
+        """What came of each setting; those whose ratio depends on others' costs after them, and
+        the exact one last. known: tokens of those that are not asked for again."""
         shared = self._options.isolate == "probe" and len(probe.steps) == 1
         states = _States()
-        got: dict[str, tuple[float | None, list[Reply]]] = {}
+        got = {name: _Got(None, tokens, []) for name, tokens in known.items()}
 
         def ratio_of(setting: Setting) -> float | None:
             if setting.cost_of is None:
                 return setting.ratio
-            like = got[setting.like][1] if setting.like else ()
-            target = got[setting.cost_of][1]
-            return equal_ratio([r.tokens for r in target], [r.tokens for r in like])
+            like = got[setting.like].tokens if setting.like else ()
+            return equal_ratio(got[setting.cost_of].tokens, like)
 
-        def ask(setting: Setting) -> tuple[float | None, list[Reply]]:
+        def ask(setting: Setting) -> _Got:
             ratio = ratio_of(setting)
+            replies: list[Reply] = []
             if shared and not setting.leaves_all_exact(ratio):
                 reply = self._shared(probe, states, setting, ratio, wanted[0])
-                if reply is not None:
-                    return ratio, [reply]
-            return ratio, self._alone(probe, way, setting, ratio, wanted)
+                replies = [] if reply is None else [reply]
+            replies = replies or self._alone(probe, way, setting, ratio, wanted)
+            return _Got(ratio, [r.tokens for r in replies], replies)
 
+        settings = [s for s in settings if s.name not in known]
         free = [s for s in settings if s is not PREFIX and s.cost_of is None]
         bound = [s for s in settings if s.cost_of is not None]
         if shared:

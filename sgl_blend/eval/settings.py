@@ -1,7 +1,8 @@
 """What is compared: exact prefill, its baselines, and one row per policy and ratio.
 
-A setting in writing: ``policy``, then optionally ``:ratio``, ``@coverage`` and ``+option=value``
-for each option of the server that is to differ (lists with ``/``): ``query:0.1@0.9``,
+A setting in writing: ``policy``, then optionally ``:ratio``, ``@coverage``, ``;option=value`` for
+each option that its requests state, and ``+option=value`` for each option of the server that is to
+differ (lists with ``/``): ``query:0.1@0.9``, ``query:0.1;anchor_share=0.2``,
 ``hkvd:0.15+check_layers=1/2``. ``default`` leaves policy and ratio to the server. ``policy~other``
 is that policy at the true cost of setting ``other``: ``hkvd~default``.
 """
@@ -41,7 +42,8 @@ class Setting:
 
     cost_of: for ``EQUAL``, the setting whose true cost it is given. like: for ``EQUAL`` of a policy
     that pays for its choice, the setting that tells what it pays. options: blend options, name and
-    text, that its server must be started with.
+    text, that its server must be started with. stated: blend options, name and value, that its
+    requests state.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Setting:
     like: str | None = None
     coverage: float | None = None
     options: tuple[tuple[str, str], ...] = ()
+    stated: tuple[tuple[str, Any], ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -73,6 +76,7 @@ class Setting:
             out["blend_ratio"] = ratio
         if self.coverage is not None:
             out["blend_coverage"] = self.coverage
+        out |= {f"blend_{name}": value for name, value in self.stated}
         return out
 
 
@@ -86,7 +90,11 @@ def parse(text: str) -> Setting:
     whole = text.strip()
     left, tilde, target = whole.partition("~")
     head, *changes = left.split("+")
-    options = tuple(_option(whole, change) for change in changes)
+    options = tuple(_option(whole, change, "+") for change in changes)
+    head, *said = head.split(";")
+    stated = tuple(
+        (name, parse_text(name, text)) for name, text in (_option(whole, s, ";") for s in said)
+    )
     head, at, share = head.partition("@")
     name, colon, number = head.partition(":")
     coverage = _share(whole, share, "the coverage") if at else None
@@ -98,7 +106,7 @@ def parse(text: str) -> Setting:
     if name == DEFAULT:
         if colon:
             raise ConfigError(f"setting {whole!r}: 'default' takes no ratio")
-        return Setting(whole, Role.POLICY, coverage=coverage, options=options)
+        return Setting(whole, Role.POLICY, coverage=coverage, options=options, stated=stated)
     if not name:
         raise ConfigError(f"setting {whole!r}: expected policy:ratio, such as query:0.15")
     need = POLICIES.get(name).need
@@ -108,8 +116,19 @@ def parse(text: str) -> Setting:
         raise ConfigError(f"setting {whole!r}: {name} recomputes what it does at any ratio")
     ratio = _share(whole, number, "the ratio") if colon else None
     if tilde:
-        return Setting(f"{left} = {target}", Role.EQUAL, name, cost_of=target, options=options)
-    return Setting(whole, Role.POLICY, name, ratio, coverage=coverage, options=options)
+        same = f"{left} = {target}"
+        return Setting(same, Role.EQUAL, name, cost_of=target, options=options, stated=stated)
+    return Setting(
+        whole, Role.POLICY, name, ratio, coverage=coverage, options=options, stated=stated
+    )
+
+
+def named(name: str) -> Setting:
+    """The setting of a row's name. Raises ``ConfigError``."""
+    for setting in (FULL, PREFIX, REUSE):
+        if setting.name == name:
+            return setting
+    return parse(name.replace(" = ", "~"))
 
 
 def _share(whole: str, text: str, what: str) -> float:
@@ -122,11 +141,13 @@ def _share(whole: str, text: str, what: str) -> float:
     return value
 
 
-def _option(whole: str, change: str) -> tuple[str, str]:
+def _option(whole: str, change: str, sign: str) -> tuple[str, str]:
     name, equals, value = change.partition("=")
     names = [f.name for f in option_fields()]
     if not equals:
-        raise ConfigError(f"setting {whole!r}: expected option=value after '+', not {change!r}")
+        raise ConfigError(
+            f"setting {whole!r}: expected option=value after {sign!r}, not {change!r}"
+        )
     if name not in names:
         raise ConfigError(f"setting {whole!r}: {unknown_name('blend option', name, names)}")
     value = value.replace("/", ",")
@@ -174,7 +195,8 @@ def _told(setting: Setting, rows: Sequence[Setting]) -> Setting:
     if POLICIES.get(setting.policy or "").need is Need.NOTHING:
         return setting
     for s in policies:
-        if (s.policy, s.options) == (setting.policy, setting.options) and s.ratio is not None:
+        same = (s.policy, s.options, s.stated) == (setting.policy, setting.options, setting.stated)
+        if same and s.ratio is not None:
             return replace(setting, like=s.name)
     raise ConfigError(
         f"setting {setting.name!r}: what {setting.policy} pays for its choice is read off another "

@@ -3,6 +3,7 @@ CPU. The protocol through a real server is tested in ``tests/server/test_eval_se
 
 import itertools
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -149,15 +150,25 @@ class Remembering(ScriptedClient):
         return replace(reply, tokens=tokens)
 
 
-def shared(tokenizer, client, settings, at_once=1, seen=("alone",), elsewhere=None):
+def shared(
+    tokenizer,
+    client,
+    settings,
+    at_once=1,
+    seen=("alone",),
+    elsewhere=None,
+    probes=1,
+    memory=None,
+    **options,
+):
     prompt = Prompt("H", ("one", "two", "three"), "Q?")
     step = Step(prompt, (Reference("local", ("tin",)),), 3)
     probe = Probe("c", ways(prompt, seen), (step,))
     rows = plan(settings, (), prefix=False)
     kept = None if elsewhere is None else [s for s in rows if s.name in elsewhere]
-    options = RunOptions("probe", at_once=at_once, top_logprobs=4)
-    runner = Runner(client, Encoder(tokenizer), rows, options, elsewhere=kept)
-    return runner.run(Suite("s", "accuracy", (probe,)))
+    how = RunOptions("probe", at_once=at_once, top_logprobs=4, **options)
+    runner = Runner(client, Encoder(tokenizer), rows, how, elsewhere=kept, memory=memory)
+    return runner.run(Suite("s", "accuracy", (probe,) * probes))
 
 
 SETTINGS = ["random~query:0.1", "prefix", "query:0.1", "query:0.2"]
@@ -167,13 +178,15 @@ SETTINGS = ["random~query:0.1", "prefix", "query:0.1", "query:0.2"]
 def test_documents_are_warmed_once_for_all_settings(tokenizer, at_once):
     client = Remembering()
     samples = shared(tokenizer, client, SETTINGS, at_once)
-    # The warm-up's first prompt by itself; the unmeasured run is a small one where nothing is
-    # timed. Full prefill has a state of its own, in which nothing else is ever asked.
-    assert [n for _, n in client.warmed] == [1, 1 if at_once > 1 else 2, 1, 2]
+    # The warm-up's first prompt by itself; where nothing is timed, nothing runs unmeasured. Full
+    # prefill has a state of its own, in which nothing else is ever asked.
+    times = 2 if at_once == 1 else 1
+    assert [n for _, n in client.warmed] == [1, 2] * times
     salts = {salt for salt, _ in client.warmed}
-    assert len(salts) == 2
+    assert len(salts) == times
     alone = [e for e in client.log if e[2] not in salts]
-    assert [e[0] for e in alone] == [{"blend": False}] * 2 and alone[0][2] != alone[1][2]
+    assert [e[0] for e in alone] == [{"blend": False}] * times
+    assert len({e[2] for e in alone}) == times
     state = [e[0] for e in client.log if e[2] == client.warmed[-1][0]][3:]
     # What depends on another's cost after it, and what leaves an exact copy last.
     assert len(state) == 5 and state[-1] == {"blend": False}
@@ -181,6 +194,58 @@ def test_documents_are_warmed_once_for_all_settings(tokenizer, at_once):
     assert state[0] == {"blend_policy": "none"}
     names = ["full prefill", "prefix cache only", "full reuse", "random = query:0.1"]
     assert [s.setting for s in samples] == [*names, "query:0.1", "query:0.2"]
+
+
+def test_several_probes_are_under_way_at_a_time(tokenizer):
+    """Each in a state of its own, and told in order; a third waits for one of the first two."""
+    met = threading.Barrier(2, timeout=60)
+
+    class Meeting(Remembering):
+        def warm(self, prompts, custom, salt=None):
+            if len(prompts) == 1 and len(self.warmed) < 4:
+                met.wait()
+            super().warm(prompts, custom, salt)
+
+    client = Meeting()
+    samples = shared(tokenizer, client, ["query:0.1"], 8, probes=4, probes_at_once=2)
+    assert [s.probe for s in samples] == sorted(s.probe for s in samples)
+    assert {s.probe for s in samples} == {0, 1, 2, 3} and len(samples) == 12
+    assert len({salt for salt, _ in client.warmed}) == 4
+
+
+class Known:
+    """A memory that knows full prefill and some settings of probes, and notes what is added."""
+
+    def __init__(self, *known, reply=None):
+        self.known, self.reply, self.added = known, reply, []
+
+    def exact(self, probe):
+        return self.reply and [self.reply]
+
+    def tokens(self, probe, seen, setting):
+        return [Tokens(10, 0, 6, 3, 1, 10, 0.4, None)] if setting.name in self.known else None
+
+    def add(self, probe, measured, exact):
+        self.added.append(([s.setting for s in measured], [r.text for r in exact]))
+
+
+def test_what_is_known_is_not_asked_for_again(tokenizer):
+    rows = ["query:0.1", "random~query:0.1"]
+    first = Known()
+    shared(tokenizer, Remembering(), rows, 8, memory=first)
+    names = ["full prefill", "full reuse", "query:0.1", "random = query:0.1"]
+    assert first.added == [(names, [" tin"])]
+    exact = Reply(0.0, " tin", Output((4,), ({3: math.log(0.1)},)), Tokens(*[10] * 6, 1.0, None))
+    client, more = Remembering(), Known(*names[:3], reply=exact)
+    samples = shared(tokenizer, client, rows, 8, memory=more)
+    assert [s.setting for s in samples] == names[3:] and more.added == [(names[3:], [" tin"])]
+    # Its ratio comes of what its twin is known to have cost, its tokens of full prefill's.
+    [asked] = [e for e in client.log if e[0] != {"blend": False}]
+    assert asked[0] == {"blend_policy": "random", "blend_ratio": pytest.approx(3 / 9)}
+    assert asked[1].ids == (3,)
+    client, all_of_it = Remembering(), Known(*names, reply=exact)
+    assert shared(tokenizer, client, rows, 8, memory=all_of_it) == ()
+    assert client.log == [] and all_of_it.added == []
 
 
 def test_an_answer_that_found_anothers_leftovers_is_asked_for_anew(tokenizer):
@@ -267,6 +332,8 @@ def test_what_is_asked_at_once_is_asked_in_one_piece():
 def test_only_states_of_a_probe_are_shared():
     with pytest.raises(ConfigError, match="at_once is 2"):
         RunOptions("salt", at_once=2)
+    with pytest.raises(ConfigError, match="probes_at_once is 2: with at_once 1 answers are timed"):
+        RunOptions("probe", probes_at_once=2)
 
 
 def test_what_an_unmeasured_prompt_cost_is_not_forgotten(tokenizer):

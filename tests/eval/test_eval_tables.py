@@ -17,7 +17,8 @@ from sgl_blend.eval.fidelity import Agreement
 from sgl_blend.eval.metrics import grade
 from sgl_blend.eval.pareto import Point, frontier, plot
 from sgl_blend.eval.probes import Suite
-from sgl_blend.eval.runner import RunOptions, Sample
+from sgl_blend.eval.runner import RunOptions
+from sgl_blend.eval.samples import Sample
 from sgl_blend.eval.settings import Role, Setting, plan
 from sgl_blend.eval.stats import Bootstrap
 from sgl_blend.eval.summary import summarise
@@ -203,10 +204,12 @@ def test_a_folder_of_results_holds_figures_and_none_of_the_answers(answers, tmp_
     tables.write_folder(tmp_path / "out", options, [told])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["rows.json", "tables.md"]
     page = (tmp_path / "out" / "tables.md").read_text()
-    head = next(x for x in page.splitlines() if x.startswith("| | true cost"))
-    assert head.count("|") == 11
+    head = next(x for x in page.splitlines() if x.startswith("| | questions | true cost"))
+    assert head.count("|") == 12
     row = next(x for x in page.splitlines() if x.startswith("| query:0.1"))
-    assert row.startswith("| query:0.1 | 20.0 | 50.0 [0 100] | 50.0 [0 100] | 50.0 [0 100] |")
+    assert row.startswith(
+        "| query:0.1 | 2 | 20.0 | 50.0 [0 100] | 50.0 [0.0 100.0] | 50.0 [0 100] |"
+    )
     assert row.endswith("| 100.0 | 100.0 | 0.2000 | 0.250 [0.000 0.500] |")
     assert "**nq**, 1 questions: held-out questions alone; each document" in page
     assert "50 % of full prefill's own positions are clear." in page
@@ -260,12 +263,18 @@ def test_command_line_becomes_options():
 
 def test_a_data_file_sets_what_suits_it():
     o = cli.options_of(arguments("--model", "m", "--data", "nq10.jsonl"))
-    suited = RunOptions("probe", at_once=8, top_logprobs=100, first_logprobs=4096)
+    suited = RunOptions("probe", at_once=8, probes_at_once=4, top_logprobs=100, first_logprobs=4096)
     assert o.run == run_options(data=True, own_server=True) == suited
-    assert o.launch_args()[-2:] == ["--blend-max-generation", "0"]
+    assert o.launch_args()[-4:-2] == ["--blend-max-generation", "0"]
+    assert o.launch_args()[-2] == "--chunked-prefill-size"
+    given = cli.options_of(
+        arguments("--model", "m", "--data", "x", "--server-args=--chunked-prefill-size=512")
+    )
+    assert given.launch_args()[-2] == "--blend-max-generation"
     assert o.ways() == DATA_SEEN and o.chat is None
     names = [s.name for s in o.planned()]
-    assert "prefix cache only" not in names and {"hkvd = default", "random = default"} < set(names)
+    assert "prefix cache only" not in names and "random = default" in names
+    assert "random = hkvd:0.15" not in names and "leading = default" in names
     assert [s.name for s in o.planned_elsewhere(o.planned())] == [
         "full prefill",
         "full reuse",
@@ -278,12 +287,12 @@ def test_a_data_file_sets_what_suits_it():
         ("system", "alone"),
         "tuning",
         False,
-        replace(suited, at_once=1),
+        replace(suited, at_once=1, probes_at_once=1),
     )
     assert [s.name for s in o.planned_elsewhere(o.planned())][2:] == ["default"]
     # A server that somebody else runs keeps its generations: a state for each setting.
     o = cli.options_of(arguments("--url", "u", "--data", "x"))
-    assert o.run == replace(suited, isolate="salt", at_once=1) and o.chat is None
+    assert o.run == replace(suited, isolate="salt", at_once=1, probes_at_once=1) and o.chat is None
     told = cli.options_of(arguments("--url", "u", "--data", "x", "--first-logprobs", "0")).run
     assert told.first_logprobs == 0 and told.top_logprobs == 100
     assert "--blend-max-generation" not in EvalOptions(model="m").launch_args()
