@@ -104,7 +104,9 @@ def test_flushed_and_salted_states_are_the_same_state(url, model, measured):
 def test_a_state_that_all_share_is_the_same_state(url, model, measured, at_once):
     # In another order, so that what one leaves is before another than in the first run.
     settings = (SETTINGS[0], *reversed(SETTINGS[1:]))
-    shared, _ = measure(url, model, settings, RunOptions("probe", at_once=at_once))
+    together = 1 if at_once == 1 else 2  # the answers of both probes are decoded together
+    options = RunOptions("probe", at_once=at_once, probes_at_once=together)
+    shared, _ = measure(url, model, settings, options)
     salted = {(s.setting, s.probe): s for s in measured[0]}
     assert len(shared) == len(salted)
     for s in shared:
@@ -192,8 +194,9 @@ def test_stated_boundaries_reach_the_server(url, model):
     assert reuse.tokens.prefix + reuse.tokens.reused == reuse.tokens.prompt - reuse.tokens.computed
 
 
-def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys):
+def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="the plot is an extra")
+    monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     passages = [
         f"Passage {i}:\nThe {w} mill\nIn the {w} mill {n} weavers work by the light of lamps, "
         f"and at noon the {w} bell is rung {n} times for all of them.\n"
@@ -224,6 +227,7 @@ def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys)
         "50",
     ]
     argv += ["--json", str(tmp_path / "o.json"), "--plot", str(tmp_path / "o.png")]
+    argv += ["--out", str(tmp_path / "out")]
     args = parser.parse_args(argv)
     assert args.run(args) == 0
     out = capsys.readouterr().out
@@ -238,4 +242,9 @@ def test_a_data_file_becomes_a_table_a_file_and_a_picture(url, tmp_path, capsys)
     elsewhere = {r["setting"]: r for r in other["rows"]}
     assert list(elsewhere) == ["full prefill", "full reuse", "query:0.2"]
     assert elsewhere["query:0.2"]["reused"]["value"] > 0.3
-    assert (tmp_path / "o.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in (tmp_path / "o.png", tmp_path / "out" / "two.png"):
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    records = (tmp_path / "out" / "records.jsonl").read_text()
+    # Full prefill once, and each way with each of its other rows.
+    assert len(records.splitlines()) == 1 + 4 + 2
+    assert "weavers" not in records and "seven" not in records and "mill" not in records
