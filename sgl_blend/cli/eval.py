@@ -198,6 +198,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "answers; what is on record there of data files is not measured again",
     )
     out.add_argument(
+        "--recorded",
+        action="store_true",
+        help="make the tables of what is on record in --out; nothing is measured",
+    )
+    out.add_argument(
         "--plot", type=Path, help="PNG of quality against true cost (with several files: one each)"
     )
     p.set_defaults(run=run)
@@ -295,6 +300,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         bootstrap=Bootstrap(args.resamples, args.confidence),
         near_tie=args.near_tie,
         out=args.out,
+        recorded=args.recorded,
     )
 
 

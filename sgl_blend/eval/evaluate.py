@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class EvalOptions:
     the others those in ``elsewhere`` and full reuse. chat: None: where the tokenizer has a
     template, for data files. near_tie: nats; see
     ``fidelity.Agreement.clear``. tokenizer: a folder; by default the server's. out: a folder; what
-    is on record there of data files is not measured again (``ledger.py``).
+    is on record there of data files is not measured again (``ledger.py``). recorded: tables of what
+    is on record there, and nothing is measured.
 
     Where ``settings`` and ``seen`` are None they are what suits the task: ``DATA_SETTINGS`` and
     ``DATA_SEEN`` for data files. ``elsewhere``: None: the settings that need no other's cost.
@@ -104,6 +106,7 @@ class EvalOptions:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     near_tie: float = NEAR_TIE
     out: Path | None = None
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.url is None):
@@ -116,6 +119,8 @@ class EvalOptions:
             )
         if not self.data and set(self.seen or ()) & {"prompts", "system"}:
             raise ConfigError("--seen prompts and system are for data files")
+        if self.recorded and (self.out is None or self.model is None or not self.data):
+            raise ConfigError("--recorded is for --model and --data whose records --out keeps")
         if self.near_tie < 0.0:
             raise ConfigError(f"near_tie is {self.near_tie}; it must not be negative")
         settings = self.planned()
@@ -218,33 +223,57 @@ def suites(options: EvalOptions) -> tuple[Suite, ...]:
 
 
 def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> Iterator[Evaluation]:
-    """Yields each suite's evaluation when it is done; the server ends with the iteration."""
+    """Yields each suite's evaluation when it is done; the server, which is started where something
+    is to be measured, ends with the iteration."""
     settings = options.planned()
     elsewhere = options.planned_elsewhere(settings)
     asked = suites(options)
-    with _clients(options, settings, progress) as clients:
-        client = clients[()]
+    with ExitStack() as stack:
+
+        @cache
+        def clients() -> dict[tuple[tuple[str, str], ...], Client]:
+            return stack.enter_context(_clients(options, settings, progress))
+
+        served = options.model or clients()[()].tokenizer_path()
         encoder = Encoder(
-            options.tokenizer or options.model or client.tokenizer_path(),
+            options.tokenizer or served,
             boundaries=options.boundaries,
             chat=options.chat if options.data else False,
         )
-        ids = _identities(options, client, encoder.chat)
+        ids = _identities(options, served, encoder.chat)
         for suite in asked:
             ledger = None
             if options.out is not None and options.data:
-                made = ids.made(settings)
-                ledger = Ledger(options.out, ids.model, suite.name, made)
-            runner = Runner(
-                client, encoder, settings, options.run, progress, clients, elsewhere, ledger
-            )
-            fitted = runner.fit(suite)
-            samples = runner.run(fitted)
+                ledger = Ledger(options.out, ids.model, suite.name, ids.made(settings))
+
+            def runner(
+                servers: Mapping[tuple[tuple[str, str], ...], Client],
+                memory: Ledger | None = ledger,
+            ) -> Runner:
+                return Runner(
+                    servers[()],
+                    encoder,
+                    settings,
+                    options.run,
+                    progress,
+                    servers,
+                    elsewhere,
+                    memory,
+                )
+
+            offline = runner({(): Client("http://")})
+            fitted = offline.fit(suite)
+            samples: tuple[Sample, ...] = ()
+            if not options.recorded and not offline.knows(fitted):
+                samples = runner(clients()).run(fitted)
             rows, remarks = settings, ()
             if ledger is not None:
                 rows = settings_of(ledger.labels(), settings)
                 made = ids.made(rows)
                 samples, remarks = ledger.samples(made), ledger.remarks(made)
+            if not samples:
+                progress(f"{suite.name}: nothing is on record")
+                continue
             told = tables(samples, suite, options, rows)
             dropped = _documents(suite) - _documents(fitted)
             n = len(suite.probes) if ledger is None else len({s.case for s in samples})
@@ -300,17 +329,18 @@ class _Identities:
         return out
 
 
-def _identities(options: EvalOptions, client: Client, chat: bool) -> _Identities:
-    """Of a running server (``--url``) nobody knows the options: its records are of one run."""
+def _identities(options: EvalOptions, served: str, chat: bool) -> _Identities:
+    """served: the model's folder. Of a running server (``--url``) nobody knows the options: its
+    records are of one run."""
     run = options.run
     measured = (run.top_logprobs, run.first_logprobs, run.logprob_positions)
     asked = (options.boundaries, chat, options.tokenizer and Path(options.tokenizer).name)
+    model = Path(served).resolve().name
     if options.model is None:
-        model = Path(client.tokenizer_path()).name
         return _Identities(model, (__version__, uuid.uuid4().hex), ())
     args = tuple(options.launch_args())
     common = (__version__, weights(options.model), server_arguments(args), measured, asked)
-    return _Identities(Path(options.model).resolve().name, common, args)
+    return _Identities(model, common, args)
 
 
 @contextmanager

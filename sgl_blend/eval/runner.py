@@ -166,6 +166,10 @@ class Runner:
             self._progress(f"{name}: interrupted; {len(out)} probes are done")
         return tuple(s for i in sorted(out) for s in out[i])
 
+    def knows(self, suite: Suite) -> bool:
+        """Is all of it known from before?"""
+        return all(len(self._known(p, self._memory)) == len(self._rows(p)) for p in suite.probes)
+
     def fit(self, suite: Suite) -> Suite:
         """``suite`` with prompts shortened to ``max_prompt_tokens``. Whole documents go, those in
         the middle first (as LongBench cuts); the question stays."""
@@ -195,11 +199,7 @@ class Runner:
         )
 
     def _probe(self, probe: Probe, index: int, memory: Memory | None) -> list[Sample]:
-        known = {
-            (seen, s.name): tokens
-            for seen, s in self._rows(probe)
-            if memory is not None and (tokens := memory.tokens(probe, seen, s)) is not None
-        }
+        known = self._known(probe, memory)
         if len(known) == len(self._rows(probe)):
             return []
         o = self._options
@@ -225,6 +225,13 @@ class Runner:
         if memory is not None:
             memory.add(probe, out, exact)
         return out
+
+    def _known(self, probe: Probe, memory: Memory | None) -> dict[tuple[str, str], list[Tokens]]:
+        return {
+            (seen, s.name): tokens
+            for seen, s in self._rows(probe)
+            if memory is not None and (tokens := memory.tokens(probe, seen, s)) is not None
+        }
 
     def _rows(self, probe: Probe) -> list[tuple[str, Setting]]:
         """What is measured of a probe, as (way, setting); full prefill first, which has no way."""

@@ -1,6 +1,8 @@
 """What ``sgl-blend eval --out`` keeps of one run for the next. Needs: CPU."""
 
+import contextlib
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,9 @@ import pytest
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
-from sgl_blend.eval.client import Reply
+from sgl_blend.eval.client import Client, Reply
 from sgl_blend.eval.cost import Tokens
-from sgl_blend.eval.evaluate import EvalOptions, tables
+from sgl_blend.eval.evaluate import EvalOptions, evaluate, tables
 from sgl_blend.eval.fidelity import Output
 from sgl_blend.eval.identity import (
     ASIDE,
@@ -25,6 +27,7 @@ from sgl_blend.eval.identity import (
 )
 from sgl_blend.eval.ledger import Ledger, question, settings_of
 from sgl_blend.eval.probes import Probe, Prompt, Reference, Step, Suite, ways
+from sgl_blend.eval.runner import RunOptions
 from sgl_blend.eval.samples import samples
 from sgl_blend.eval.settings import FULL, parse, plan
 from sgl_blend.eval.stats import Bootstrap
@@ -221,3 +224,73 @@ def test_risk_is_told_beside_what_came_true():
     assert (everything.kl, everything.cost) == (pytest.approx(0.0), pytest.approx(1.2))
     assert risks(told[:8]) == ()
     assert np.isnan(rank(np.ones(9), np.arange(9.0)))
+
+
+class Standin(Client):
+    """Answers as a server would, and notes whom it answered."""
+
+    def __init__(self):
+        super().__init__("http://127.0.0.1:9")
+        self.asked, self.lock = [], threading.Lock()
+
+    def warm(self, prompts, custom, salt=None):
+        pass
+
+    def ask(self, ids, *, custom, max_new_tokens, wanted=None, salt=None, timed=True):
+        with self.lock:
+            self.asked.append(tuple(sorted(custom.items())))
+        logprobs = {t: -2.0 for t in wanted.ids or range(wanted.top)}
+        exact = custom == {"blend": False}
+        tokens = Tokens(10, 0, 0, 0, 10, 10, 1.0, "disabled by the request")
+        if not exact:
+            tokens = Tokens(10, 0, 8, 1, 1, 10, 0.2, None)
+        return Reply(0.0, SECRET, Output((4,), (logprobs,)), tokens)
+
+
+def test_a_command_goes_on_where_another_ended(tokenizer, tmp_path, monkeypatch):
+    data = tmp_path / "musique.jsonl"
+    context = "Passage 1:\nThe old mill.\nPassage 2:\nThe new mill.\n"
+    asked = [{"input": f"Where? {i}", "context": context, "answers": ["here"]} for i in range(3)]
+    data.write_text("".join(json.dumps(a) + "\n" for a in asked))
+    servers = []
+
+    @contextlib.contextmanager
+    def clients(options, settings, progress):
+        servers.append(Standin())
+        yield {(): servers[-1]}
+
+    monkeypatch.setattr("sgl_blend.eval.evaluate._clients", clients)
+
+    def run(limit, settings, **options):
+        options = EvalOptions(
+            model=str(tokenizer),
+            data=(data,),
+            limit=limit,
+            settings=settings,
+            twins=(),
+            seen=("alone",),
+            bootstrap=Bootstrap(20),
+            run=RunOptions("probe", at_once=2, probes_at_once=2),
+            out=tmp_path / "out",
+            **options,
+        )
+        return [{r.setting: r.cost.n for r in done.tables[0].rows} for done in evaluate(options)]
+
+    assert run(1, ("query:0.1",), recorded=True) == [] == servers
+    rows = {"full prefill": 2, "full reuse": 2, "query:0.1": 2}
+    assert run(2, ("query:0.1",)) == [rows] and len(servers) == 1
+    # The same again, fewer, and what is on record by another name: no server is started.
+    for limit, settings in ((2, ("query:0.1",)), (1, ("query:0.10",)), (1, ("default",))):
+        [told] = run(limit, settings)
+        assert told[settings[0]] == 2
+    assert len(servers) == 1
+    # One more question, and one more setting of all three.
+    [told] = run(3, ("query:0.1", "query:0.3"))
+    assert told == {"full prefill": 3, "full reuse": 3, "query:0.1": 3, "query:0.3": 3}
+    count = servers[1].asked.count
+    plain, more = {"blend_policy": "query", "blend_ratio": 0.1}, {"blend_ratio": 0.3}
+    assert count(tuple(plain.items())) == 1 and count(tuple((plain | more).items())) == 3
+    assert count((("blend", False),)) == 1
+    # A server with another option is another setting.
+    [told] = run(3, ("query:0.1",), server_args=("--blend-query-layers", "0.5"))
+    assert len(servers) == 3 and servers[2].asked.count(tuple(plain.items())) == 3

@@ -168,7 +168,11 @@ def shared(
     kept = None if elsewhere is None else [s for s in rows if s.name in elsewhere]
     how = RunOptions("probe", at_once=at_once, top_logprobs=4, **options)
     runner = Runner(client, Encoder(tokenizer), rows, how, elsewhere=kept, memory=memory)
-    return runner.run(Suite("s", "accuracy", (probe,) * probes))
+    suite = Suite("s", "accuracy", (probe,) * probes)
+    before = runner.knows(suite)
+    samples = runner.run(suite)
+    assert before is (not samples)
+    return samples
 
 
 SETTINGS = ["random~query:0.1", "prefix", "query:0.1", "query:0.2"]

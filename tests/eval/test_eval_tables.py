@@ -312,6 +312,7 @@ def test_a_data_file_sets_what_suits_it():
         (["--model", "m", "--elsewhere", "query:0.7"], "elsewhere 'query:0.7'"),
         (["--model", "m", "--at-once", "4"], "at_once is 4"),
         (["--model", "m", "--near-tie=-1"], "near_tie is -1"),
+        (["--model", "m", "--data", "x", "--recorded"], "--recorded is for"),
         (["--url", "u", "--settings", "hkvd:0.1+check_layers=2"], "start servers; give --model"),
         (["--model", "m", "--limit", "0"], "limit is 0"),
         (["--model", "m", "--top-logprobs", "0"], "top_logprobs is 0"),
