@@ -194,8 +194,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     out.add_argument(
         "--out",
         type=Path,
-        help="folder for records.jsonl, tables.md, rows.json and pictures: figures, no prompts or "
-        "answers; what is on record there of data files is not measured again",
+        help="folder for records.jsonl and, for each file, a page, rows as JSON and a picture: "
+        "figures, no prompts or answers; what is on record there of data files is not measured "
+        "again",
     )
     out.add_argument(
         "--recorded",
@@ -209,10 +210,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sgl_blend.cli.eval_tables import notes, page, report, write_folder, write_json
+    from sgl_blend.cli.eval_tables import notes, page, report, slug, write_folder, write_json
     from sgl_blend.cli.table import Progress
     from sgl_blend.eval.evaluate import evaluate
-    from sgl_blend.eval.pareto import can_plot, plot, plot_kl, require_plotting
+    from sgl_blend.eval.pareto import plot, require_plotting
 
     options_of(args)  # what is wrong with them is said before a model is fetched
     if args.plot:
@@ -235,13 +236,11 @@ def run(args: argparse.Namespace) -> int:
                 args.markdown.parent.mkdir(parents=True, exist_ok=True)
                 args.markdown.write_text(page(options, done))
             if args.out:
-                write_folder(args.out, options, done)
-                if can_plot():
-                    plot_kl(evaluation, args.out / f"{_slug(evaluation.suite)}.png")
+                write_folder(args.out, options, [evaluation])
             if args.plot:
                 path = args.plot
                 if len(options.data) > 1 or any(d.is_dir() for d in options.data):
-                    path = path.with_name(f"{path.stem}-{_slug(evaluation.suite)}{path.suffix}")
+                    path = path.with_name(f"{path.stem}-{slug(evaluation.suite)}{path.suffix}")
                 plot(evaluation.rows, evaluation.suite, evaluation.metric, path)
     print(notes(options))
     return 0
@@ -306,10 +305,6 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
 
 def _or(given: int | None, usual: int) -> int:
     return usual if given is None else given
-
-
-def _slug(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text).split())
 
 
 _ASK = "one,joint,follow:30 (one)"

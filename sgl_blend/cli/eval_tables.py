@@ -229,10 +229,22 @@ def write_json(
 
 
 def write_folder(folder: Path, options: EvalOptions, done: list[Evaluation]) -> None:
-    """``tables.md`` and ``rows.json``: figures alone, nothing of the prompts and answers."""
+    """A page and a JSON file for each suite, and a picture where matplotlib is there: figures
+    alone, nothing of the prompts and answers."""
+    from sgl_blend.eval.pareto import can_plot, plot_kl
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tables.md").write_text(page(options, done))
-    write_json(folder / "rows.json", options, done, samples=False)
+    for evaluation in done:
+        path = folder / slug(evaluation.suite)
+        path.with_suffix(".md").write_text(page(options, [evaluation]))
+        write_json(path.with_suffix(".json"), options, [evaluation], samples=False)
+        if can_plot():
+            plot_kl(evaluation, path.with_suffix(".png"))
+
+
+def slug(text: str) -> str:
+    """A file's name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text).split())
 
 
 def page(options: EvalOptions, done: list[Evaluation]) -> str:
@@ -245,7 +257,8 @@ def page(options: EvalOptions, done: list[Evaluation]) -> str:
 
 def command() -> str:
     """This process's command line. Folders of this machine are left out of it."""
-    return "sgl-blend " + shlex.join(_plain(a) for a in sys.argv[1:])
+    # What is on record was measured without that flag.
+    return "sgl-blend " + shlex.join(_plain(a) for a in sys.argv[1:] if a != "--recorded")
 
 
 def _plain(value: Any) -> Any:

@@ -271,6 +271,9 @@ def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> It
                 rows = settings_of(ledger.labels(), settings)
                 made = ids.made(rows)
                 samples, remarks = ledger.samples(made), ledger.remarks(made)
+                if limit := options.run.max_prompt_tokens:
+                    cut = f"documents are left out, from the middle, beyond {limit} tokens a prompt"
+                    remarks = (cut, *remarks)
             if not samples:
                 progress(f"{suite.name}: nothing is on record")
                 continue
@@ -333,7 +336,9 @@ def _identities(options: EvalOptions, served: str, chat: bool) -> _Identities:
     """served: the model's folder. Of a running server (``--url``) nobody knows the options: its
     records are of one run."""
     run = options.run
-    measured = (run.top_logprobs, run.first_logprobs, run.logprob_positions)
+    measured = [run.top_logprobs, run.first_logprobs, run.logprob_positions]
+    if run.max_prompt_tokens is not None:
+        measured.append(run.max_prompt_tokens)
     asked = (options.boundaries, chat, options.tokenizer and Path(options.tokenizer).name)
     model = Path(served).resolve().name
     if options.model is None:
