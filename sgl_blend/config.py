@@ -75,10 +75,12 @@ class BlendConfig:
         "decreasing weight; 0: off",
         least=0,
     )
-    correction: bool = option(
-        False,
-        "shift the KV of a document's tokens that are not recomputed by the mean error of those "
-        "that are (policies all, none have nothing to go by)",
+    correction: float = option(
+        0.0,
+        "shift the KV of a document's tokens that are not recomputed by this share of the mean "
+        "error of those that are, 0 to 1 (policies all, none have nothing to go by); 0: off",
+        least=0.0,
+        most=1.0,
     )
     anchor_share: float = option(
         0.0,

@@ -1,18 +1,20 @@
-"""The mean correction: what the recomputed tokens of a document tell of its other tokens.
+"""The correction: what the recomputed tokens of a document tell of its other tokens.
 
 KV that was computed in another context is off, and part of the error is common to all tokens of a
 document: another beginning shifts them alike. The recomputed tokens show that part. Of document d
 in a layer, R its recomputed tokens, K_j and V_j what they have computed, K^_j and V^_j what was
-cached of them, at their old positions o_j, and P(p) the rotation of position p:
+cached of them, o_j and p_j their old and new positions, P(p) the rotation of position p, and a the
+strength:
 
-    s_K = mean over j in R of  P(-p_j) K_j - P(-o_j) K^_j
-    s_V = mean over j in R of  V_j - V^_j
+    s_K = a mean over j in R of  P(-p_j) K_j - P(-o_j) K^_j
+    s_V = a mean over j in R of  V_j - V^_j
 
     K_i = P(p_i - o_i) K^_i + P(p_i) s_K,   V_i = V^_i + s_V     for each i of d that is not in R
 
 Exact where all tokens are recomputed (there is no i), and where cached KV is exact (the mean is
 zero). Layer 0's KV does not depend on the context and is left alone. Tensor-parallel ranks correct
-their own heads; a latent cache's two parts take the place of K and V.
+their own heads; a latent cache's two parts take the place of K and V. A document is a reused span;
+where a prompt comes in pieces, what of it lies in one.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class Recomputed:
     src_pos: torch.Tensor
     document: torch.Tensor
     documents: int
+    strength: float
 
 
 class Deltas(NamedTuple):
@@ -81,16 +84,20 @@ class Shifts(NamedTuple):
     v: torch.Tensor
 
 
-def shift_of(delta: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """The estimate: fp32 [documents, Hk, D], from ``delta`` [c, Hk, D] and ``members`` [documents,
-    c], which is 1 where a token is of a document, else 0. Zero for a document without any."""
-    weights = members / members.sum(dim=1, keepdim=True).clamp(min=1)
-    return (weights @ delta.flatten(1)).view(-1, *delta.shape[1:])
+def weights_of(piece: Recomputed) -> torch.Tensor:
+    """fp32 [documents, c]: by which a piece's shifts are sums of its deltas, in all layers, heads
+    and dims. A document of which no token is recomputed has no shift."""
+    every = torch.arange(piece.documents, device=piece.document.device)[:, None]
+    members = (every == piece.document).float()
+    return members * (piece.strength / members.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 class Correction:
-    """Of the pieces of one pass. ``watch`` is given each layer's deltas, for whoever wants to know
-    (``members`` says of which documents they are)."""
+    """Of the pieces of one pass, whose documents follow each other.
+
+    weights: fp32 [documents, c], 0 where a token is of another document. ``watch`` is given each
+    layer's deltas, for whoever wants to know.
+    """
 
     def __init__(self, pieces: list[Recomputed]) -> None:
         self.slots = torch.cat([p.slots for p in pieces])
@@ -99,14 +106,7 @@ class Correction:
         new = torch.cat([p.positions for p in pieces])
         zero = torch.zeros_like(new)
         self._fresh, self._cached = ops.Turns(new, zero), ops.Turns(old, zero)
-        first, document = 0, []
-        for p in pieces:
-            document.append(p.document + first)
-            first += p.documents
-        self.documents = first
-        every = torch.arange(first, device=new.device)[:, None]
-        #: fp32 [documents, c]: 1 where a token is of a document
-        self.members = (every == torch.cat(document)).float()
+        self.weights: torch.Tensor = torch.block_diag(*map(weights_of, pieces))
         self.watch: Callable[[int, Deltas], None] | None = None
 
     def shifts(self, pool: PoolView, layer: int) -> Shifts:
@@ -114,7 +114,16 @@ class Correction:
         deltas = self.deltas(pool, layer)
         if self.watch is not None:
             self.watch(layer, deltas)
-        return Shifts(shift_of(deltas.k, self.members), shift_of(deltas.v, self.members))
+        return Shifts(self._shift(deltas.k), self._shift(deltas.v))
+
+    @property
+    def members(self) -> torch.Tensor:
+        """fp32 [documents, c]: 1 where a token is of a document, else 0."""
+        return (self.weights != 0).float()
+
+    def _shift(self, delta: torch.Tensor) -> torch.Tensor:
+        shift: torch.Tensor = self.weights @ delta.flatten(1)
+        return shift.view(-1, *delta.shape[1:])
 
     def deltas(self, pool: PoolView, layer: int) -> Deltas:
         k, v = (part[self.slots].float() for part in pool.moved(layer))

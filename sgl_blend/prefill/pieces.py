@@ -50,7 +50,7 @@ class PieceBlend:
     piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
     ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it.
     document: int64 [n], which of ``documents`` each reused token is of, where those that are not
-    recomputed are corrected (``correction.py``); None: they are not.
+    recomputed are corrected (``correction.py``); None: they are not. correction: how much, 0 to 1.
     """
 
     plan: BlendPlan
@@ -67,6 +67,7 @@ class PieceBlend:
     host: HostSources | None = None
     document: torch.Tensor | None = None
     documents: int = 0
+    correction: float = 0.0
 
     @property
     def given(self) -> int:

@@ -147,7 +147,7 @@ class BlendPass(PiecePass):
         else:
             source = MixedSource.of(b.host, b.src_slots, b.tokens.count, alive)
             src_pos = source.choose(b.host.kv.src_pos, b.src_pos)
-        return Recomputed(slots, positions, source, src_pos, document, b.documents)
+        return Recomputed(slots, positions, source, src_pos, document, b.documents, b.correction)
 
     def stored(self, scores: ScoreTable) -> torch.Tensor:
         """fp32 [n]: the reused tokens' scores at their sources, NaN where those have none."""

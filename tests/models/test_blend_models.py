@@ -56,7 +56,7 @@ def _cases() -> list:
     ]
     table += [("llama", {"page_size": 1}, REUSE + CORRECTED)]
     table += [("qwen3-moe", {"page_size": 1}, (*FUSED, "corrected_over_fused_writes"))]
-    correcting = {"correction": True, "anchor_share": 0.2}
+    correcting = {"correction": 0.7, "anchor_share": 0.2}
     table += [("qwen3", {"dtype": "bfloat16", "page_size": 16, "options": correcting}, GATE)]
     table += [(a, {"dtype": "bfloat16", "page_size": 16}, GATE) for a in ARCHITECTURES + ALIKE]
     table += [("gemma2", {"dtype": "bfloat16"}, GATE)]

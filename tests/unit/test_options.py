@@ -40,9 +40,11 @@ def test_all_options_are_read():
         "blend_coverage": 0.9,
         "blend_policy": "hkvd",
         "blend_boundaries": [0, 4, 10],
+        "blend_correction": 0.7,
+        "blend_anchor_share": 0.1,
         "someone_elses": {"a": 1},
     }
-    assert parse_options(said, 10) == RequestOptions(True, 0.2, "hkvd", (0, 4, 10), 0.9)
+    assert parse_options(said, 10) == RequestOptions(True, 0.2, "hkvd", (0, 4, 10), 0.9, 0.7, 0.1)
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 0.0, 1.0])
@@ -131,6 +133,14 @@ def test_validation_sees_sampling_params_of_the_request():
             "blend_coverage is 0.5: policy 'leading' has no score to cover",
         ),
         ({"policy": "random"}, {"blend_coverage": 0.5}, "policy 'random' has no score to cover"),
+        ({"policy": "none"}, {"blend_correction": 0.7}, "blend_correction is 0.7: policy 'none'"),
+        ({}, {"blend_policy": "all", "blend_correction": 1}, "blend_correction is 1.0: .* 'all'"),
+        ({"policy": "none"}, {"blend_anchor_share": 0.2}, "blend_anchor_share is 0.2: .* 'none'"),
+        (
+            {"leading_tokens": 8},
+            {"blend_anchor_share": 0.2, "blend_policy": "leading"},
+            "blend_anchor_share is 0.2: .* 'leading'",
+        ),
     ],
 )
 def test_what_the_policy_makes_nothing_of_is_refused(server, said, message):
@@ -147,6 +157,12 @@ def test_what_the_policy_makes_nothing_of_is_refused(server, said, message):
         ({"leading_tokens": 8}, {"blend_ratio": 0.2}),
         ({}, {"blend_policy": "leading", "blend_ratio": 0.2}),
         ({}, {"blend_policy": "none", "blend_coverage": 0}),
+        ({}, {"blend_policy": "none", "blend_correction": 0, "blend_anchor_share": 0}),
+        ({"correction": 0.7, "anchor_share": 0.1}, {"blend_policy": "all"}),
+        (
+            {"leading_tokens": 8},
+            {"blend_policy": "leading", "blend_correction": 0.7},
+        ),
     ],
 )
 def test_what_the_policy_heeds_is_accepted(server, said):

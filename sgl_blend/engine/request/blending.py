@@ -48,7 +48,7 @@ def blend_of(
         ),
     )
     if state.correction and scored:
-        blend.documents = len(scored)
+        blend.correction, blend.documents = state.correction, len(scored)
         of = np.repeat(np.arange(len(scored)), [s.length for s in scored])
         blend.document = torch.from_numpy(of).to(device, non_blocking=True)
     if policy.need is Need.NOTHING:

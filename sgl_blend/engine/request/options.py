@@ -1,6 +1,6 @@
 """What a request may say about blending, in ``sampling_params.custom_params``.
 
-``blend`` and ``blend_correction`` (bool), ``blend_ratio``, ``blend_coverage`` and
+``blend`` (bool), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and
 ``blend_anchor_share`` (numbers, 0 to 1), ``blend_policy`` (a policy's name), ``blend_boundaries``
 (flat ascending list of token offsets into the prompt).
 """
@@ -35,7 +35,7 @@ class RequestOptions:
     policy: str | None = None
     boundaries: tuple[int, ...] | None = None
     coverage: float | None = None
-    correction: bool | None = None
+    correction: float | None = None
     anchor_share: float | None = None
 
 
@@ -54,10 +54,13 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
         if isinstance(key, str) and key.startswith("blend") and key not in KEYS:
             raise RequestError("custom_params: " + unknown_name("key", key, KEYS))
 
-    enabled = _switch(custom_params, "blend")
+    enabled = custom_params.get("blend", True)
+    if not isinstance(enabled, bool):
+        raise RequestError(f"custom_params.blend is {enabled!r}: expected true or false")
+
     ratio = _share(custom_params, "blend_ratio")
     coverage = _share(custom_params, "blend_coverage")
-    correction = _switch(custom_params, "blend_correction")
+    correction = _share(custom_params, "blend_correction")
     anchor_share = _share(custom_params, "blend_anchor_share")
 
     policy = custom_params.get("blend_policy")
@@ -71,9 +74,7 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
             )
 
     boundaries = _boundaries(custom_params, prompt_tokens)
-    return RequestOptions(
-        enabled is not False, ratio, policy, boundaries, coverage, correction, anchor_share
-    )
+    return RequestOptions(enabled, ratio, policy, boundaries, coverage, correction, anchor_share)
 
 
 def check_options(options: RequestOptions, config: BlendConfig) -> None:
@@ -101,8 +102,8 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
         )
     if options.correction and not 0 < policy.budget(1000, 0.1) < 1000:
         raise RequestError(
-            f"custom_params.blend_correction is true: policy {name!r} leaves nothing to correct or "
-            "recomputes nothing to go by"
+            f"custom_params.blend_correction is {options.correction}: policy {name!r} leaves "
+            "nothing to correct, or recomputes nothing to go by"
         )
     if options.policy is None or policy.need is not Need.STORED:
         return
@@ -111,13 +112,6 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
             f"custom_params.blend_policy is {options.policy!r}: this server keeps no scores; "
             "launch it with --blend-stored-scores true"
         )
-
-
-def _switch(custom_params: dict, key: str) -> bool | None:
-    value = custom_params.get(key)
-    if key in custom_params and not isinstance(value, bool):
-        raise RequestError(f"custom_params.{key} is {value!r}: expected true or false")
-    return value
 
 
 def _share(custom_params: dict, key: str) -> float | None:

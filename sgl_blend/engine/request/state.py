@@ -64,8 +64,8 @@ class RequestState:
     gate: GateState
     #: share of the summed score to cover (0: a fixed number of tokens)
     coverage: float = 0.0
-    #: the mean correction of what is not recomputed (``prefill/correction.py``)
-    correction: bool = False
+    #: strength of the correction of what is not recomputed (``prefill/correction.py``)
+    correction: float = 0.0
     #: share of the recomputed tokens that is evenly spaced
     anchor_share: float = 0.0
     fallback: str | None = None
@@ -199,8 +199,8 @@ def namespace_of(req: Req, upto: int, config: BlendConfig, gate: GateState) -> s
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
     h = hashlib.blake2b(digest_size=16)
-    shares = [round(x, 9) for x in (state.ratio, state.coverage, state.anchor_share)]
-    how = (state.policy.name, *shares, state.correction)
+    shares = (state.ratio, state.coverage, state.correction, state.anchor_share)
+    how = (state.policy.name, *(round(x, 9) for x in shares))
     head = (req.extra_key, req.cache_salt, *how, upto)
     h.update(repr(head).encode())
     h.update(tokens.tobytes())

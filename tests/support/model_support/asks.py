@@ -23,7 +23,7 @@ class Ask:
     new_tokens: int = 1
     extra_key: str | None = None
     coverage: float | None = None
-    correction: bool | None = None
+    correction: float | None = None
     anchor_share: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ SHARES = (0.01, None, 0.5)
 
 
 def _corrected(world: World, order: int, policy: str, **kw: Any) -> Ask:
-    return _ask(world, order, policy, correction=True, **kw)
+    return _ask(world, order, policy, **{"correction": 1.0, **kw})
 
 
 def _worst(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -40,7 +40,8 @@ def corrected_as_reference(world: World) -> dict[str, Any]:
             parts.append(_against_reference(world, ask))
         pieces = {"ratio": 0.2, "anchor_share": 0.3, "chunks": (83, 1, 120)}
         parts.append(_against_reference(world, _corrected(world, 0, policy, **pieces)))
-        parts.append(_against_reference(world, _corrected(world, 0, policy), prefix=130))
+        behind = _corrected(world, 0, policy, correction=0.7)
+        parts.append(_against_reference(world, behind, prefix=130))
     for policy in ("query", "hkvd"):
         covering = {"ratio": 0.9, "coverage": 0.4, "anchor_share": 0.5}
         parts.append(_against_reference(world, _corrected(world, 0, policy, **covering)))
@@ -53,7 +54,8 @@ def corrected_in_company(world: World) -> dict[str, Any]:
     alone. Layer 0 is exact all the same."""
     asks = [_corrected(world, i, p, anchor_share=0.2) for i, p in enumerate(POLICIES[:3])]
     asks += [_ask(world, 2, "query"), Ask(world.desk.fresh(70), blend=False)]
-    asks += [_corrected(world, 1, "hkvd", chunks=(90, 40)), _ask(world, 0, "none")]
+    asks += [_corrected(world, 1, "hkvd", chunks=(90, 40), correction=0.5)]
+    asks += [_ask(world, 0, "none")]
     alone = []
     for ask in asks:
         full = world.full(ask.tokens)
@@ -65,7 +67,7 @@ def corrected_in_company(world: World) -> dict[str, Any]:
     parts = []
     for ask, one, ours in zip(asks, alone, world.engine.run(*asks), strict=True):
         assert ours.report == one.report, f"{ask.policy}: in company {ours.report}"
-        assert ours.report.get("correction") in (ask.correction or False, None)
+        assert ours.report.get("correction") == ask.correction
         parts.append({"logits": apart(ours.logits, one.logits), "kv": max(kv_apart(ours, one))})
         assert max(parts[-1].values()) <= 1e-4, f"{ask.policy} in company: {parts[-1]}"
     world.engine.check()
@@ -106,15 +108,12 @@ def corrected_bites(world: World) -> dict[str, Any]:
     layer without, tokens compared with others' cached KV."""
     run = lambda: _against_reference(world, _corrected(world, 0, "leading"))  # noqa: E731
     run()
-    shift_of = correction.shift_of
+    weights = correction.weights_of
+    pooled = lambda p: weights(p).mean(0, keepdim=True).expand(p.documents, -1)  # noqa: E731
     faults: dict[str, tuple[Any, str, Any]] = {
-        "nothing is shifted": (correction, "shift_of", lambda d, m: shift_of(d, m) * 0),
-        "all documents are one": (
-            correction,
-            "shift_of",
-            lambda d, m: shift_of(d, torch.ones_like(m)),
-        ),
-        "the shift is a little off": (correction, "shift_of", lambda d, m: shift_of(d, m) * 1.01),
+        "nothing is shifted": (correction, "weights_of", lambda p: weights(p) * 0),
+        "all documents are one": (correction, "weights_of", pooled),
+        "the shift is a little off": (correction, "weights_of", lambda p: weights(p) * 1.01),
         "keys are shifted as at position 0": (Turns, "forth", lambda s, r: r.delta(s.new, s.new)),
         "keys are shifted as one token on": (
             Turns,

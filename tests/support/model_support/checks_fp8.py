@@ -89,7 +89,7 @@ def fp8_corrected(world: World) -> dict[str, Any]:
     for policy in ("query", "hkvd", "leading"):
         for chunks in ((), (83, 141)):
             prompt = world.desk.prompt((2, 0, 1, 2), 9)[0]
-            ask = Ask(prompt, policy=policy, ratio=0.2, chunks=chunks, correction=True)
+            ask = Ask(prompt, policy=policy, ratio=0.2, chunks=chunks, correction=1.0)
             world.stock()
             with watch() as chosen:
                 [ours] = engine.run(ask)

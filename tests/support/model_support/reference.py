@@ -33,7 +33,7 @@ class RefPiece:
     each check layer (hkvd), or the one budget (query). cover: (share of the score, least tokens),
     for the last of them. question: positions; smoothing: how many positions away a token's
     attention still counts (query). anchors: positions that are taken before any other. documents:
-    of the reused tokens, by which those that are not recomputed are corrected; none: they are not.
+    of the reused tokens, by which those that are not recomputed are corrected; strength: how much.
     """
 
     begin: int
@@ -49,6 +49,7 @@ class RefPiece:
     cover: tuple[float, int] | None = None
     anchors: torch.Tensor | None = None
     documents: Sequence[torch.Tensor] = ()
+    strength: float = 0.0
 
 
 class Blended(NamedTuple):
@@ -292,10 +293,10 @@ def corrected(
     p: RefPiece, layer: int, rows: torch.Tensor, raw: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reused tokens' keys before the rotation and V in ``layer``: each document's shifted by
-    the mean of what its tokens among ``rows`` have computed (``raw``, ``v``) beyond what was cached
-    of them."""
+    ``strength`` of the mean of what its tokens among ``rows`` have computed (``raw``, ``v``) beyond
+    what was cached of them."""
     out_raw, out_v = p.raw[layer].clone(), p.v[layer].clone()
-    if layer == 0:
+    if layer == 0 or not p.strength:
         return out_raw, out_v
     cached = {int(pos): i for i, pos in enumerate(p.reused)}
     fresh = {int(pos): i for i, pos in enumerate(rows)}
@@ -305,7 +306,7 @@ def corrected(
         if not seen:
             continue
         for new, old, out in ((raw, p.raw[layer], out_raw), (v, p.v[layer], out_v)):
-            off = sum(new[fresh[pos]] - old[cached[pos]] for pos in seen) / len(seen)
+            off = sum(new[fresh[pos]] - old[cached[pos]] for pos in seen) / len(seen) * p.strength
             for pos in tokens:
                 out[cached[pos]] += off
     return out_raw, out_v

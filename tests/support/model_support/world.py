@@ -186,7 +186,8 @@ class World:
             self.engine.config.query_smoothing,
             (ask.coverage, least) if ask.coverage else None,
             evenly,
-            documents if ask.correction else (),
+            documents,
+            ask.correction or 0.0,
         )
 
     def _stored(self, tokens: list[int], span: Any) -> torch.Tensor:
