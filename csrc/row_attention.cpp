@@ -21,6 +21,8 @@ constexpr float LOG2E = 1.44269504f;
 constexpr int64_t CHUNK = 16 * TILE;        // rows whose state stays in a core's L2
 constexpr int64_t KEPT = int64_t{4} << 20;  // scores a thread may keep for the mass
 
+constexpr int64_t BY_VALUE = 2;  // with_mass: times the length of the key's value
+
 struct Span {
   int64_t low, high;
 };
@@ -42,6 +44,7 @@ struct Problem {
   int64_t rows, group, kv_heads, dim, value_dim;
   float scale, cap;
   bool with_mass;
+  bool by_value;         // the mass counts a key as much as its value is long
   const float* weights;  // per token row, of its part in the mass
   const float* sinks;    // per query head, or null
 };
@@ -162,13 +165,34 @@ void attend_tile(const Problem& p, const Item& item, const Run& run, Scratch& s,
   }
 }
 
+// The length of the value of pool key `j` in `head`.
+template <typename T>
+float length_of(const Run& run, int64_t j, int64_t head) {
+  const typename T::type* value = run.v.at<T>(run.slots[j], head);
+  vf lanes{};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + W <= run.v.dim; i += W) {
+    const vf x = T::read(value + i);
+    lanes += x * x;
+  }
+  for (; i < run.v.dim; ++i) rest += T::get(value + i) * T::get(value + i);
+  return std::sqrt(sum(lanes) + rest);
+}
+
 // mass[j] += weighted sum over the item's rows of the final probability of key j, from the kept
-// tiles.
+// tiles, times the length of its value where that counts.
+template <typename T>
 void add_mass(const Problem& p, const Item& item, Scratch& s, int64_t chunk, int64_t start,
               int64_t stop) {
   const Run& run = p.runs[0];
   const int64_t count = item.tokens * p.group;
   for (int64_t block = start, b = 0; block < stop; block += BK, ++b) {
+    float lengths[BK];
+    for (int64_t j = 0; j < BK; ++j) {
+      const bool counts = p.by_value && block + j < stop;
+      lengths[j] = counts ? length_of<T>(run, block + j, item.head) : 1.0f;
+    }
     for (int64_t first = 0; first < count; first += TILE) {
       const int64_t size = std::min<int64_t>(TILE, count - first);
       const Span span =
@@ -189,7 +213,7 @@ void add_mass(const Problem& p, const Item& item, Scratch& s, int64_t chunk, int
           store(sums + j, load(sums + j) + load(scores + j) * weight);
         }
       }
-      for (int64_t j = span.low; j < span.high; ++j) mass[j] += sums[j];
+      for (int64_t j = span.low; j < span.high; ++j) mass[j] += sums[j] * lengths[j];
     }
   }
 }
@@ -228,7 +252,7 @@ void attend(const Problem& p, const Item& item, Scratch& s, int64_t chunk) {
   if (p.value_dim > 0) write_rows<TQ>(p, item, s);
   if (p.with_mass && p.runs[0].keys > 0) {
     const Span seen = p.runs[0].seen_by(item.first, item.first + item.tokens);
-    add_mass(p, item, s, chunk, seen.low, seen.high);
+    add_mass<T>(p, item, s, chunk, seen.low, seen.high);
   }
 }
 
@@ -323,6 +347,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
             (float)scale,
             (float)cap,
             with_mass != 0,
+            with_mass == BY_VALUE,
             nullptr,
             nullptr};
   p.rows = p.q.tokens, p.dim = p.q.dim, p.value_dim = p.out.dim;
