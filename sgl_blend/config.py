@@ -75,6 +75,10 @@ class BlendConfig:
         "decreasing weight; 0: off",
         least=0,
     )
+    query_values: bool = option(
+        False,
+        "query: attention to a token counts as much as the norm of the V that it takes",
+    )
     correction: float = option(
         0.0,
         "shift the KV of a document's tokens that are not recomputed by this share of the mean "

@@ -8,6 +8,7 @@ a sliding window, ``p >= q_pos[r] - window`` (SGLang's torch-native convention:
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,18 +77,27 @@ def row_attention_with_mass(
     q_pos: torch.Tensor,
     *,
     row_weights: torch.Tensor | None = None,
+    by_value: bool = False,
     **options: Any,
 ) -> AttentionWithMass:
     """``row_attention``, and for each pool key the softmax probability summed over rows and heads.
 
     The softmax runs over every key a row sees, extras included; extras' own mass is not returned.
-    ``row_weights`` fp32 [R] weighs each row's part in the mass (None: 1). One pass over the keys,
-    for few rows (a question's) over many keys.
+    ``row_weights`` fp32 [R] weighs each row's part in the mass (None: 1). by_value: a probability
+    counts as much as the key's value is long (its norm), head by head. One pass over the keys, for
+    few rows (a question's) over many keys.
     """
     given = AttentionOptions(**options)
-    return _run(
-        q, k_cache, v_cache, kv_slots, q_pos, given, with_mass=True, row_weights=row_weights
-    )
+    kind = _Mass.BY_VALUE if by_value else _Mass.PLAIN
+    return _run(q, k_cache, v_cache, kv_slots, q_pos, given, kind, row_weights)
+
+
+class _Mass(enum.IntEnum):
+    """What the kernel calls ``with_mass``."""
+
+    NONE = 0
+    PLAIN = 1
+    BY_VALUE = 2
 
 
 class _Extra(NamedTuple):
@@ -121,11 +131,10 @@ def _run(
     kv_slots: torch.Tensor,
     q_pos: torch.Tensor,
     options: AttentionOptions,
-    *,
-    with_mass: bool = False,
+    with_mass: _Mass = _Mass.NONE,
     row_weights: torch.Tensor | None = None,
 ) -> AttentionWithMass:
-    """Without ``with_mass`` the mass is empty."""
+    """With ``_Mass.NONE`` the mass is empty."""
     checks.floats("q", q, 3)
     checks.cached("k_cache", k_cache, 3, q.device)
     checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
@@ -172,8 +181,9 @@ def _run(
             v_extra=extra.v if extra.pos.numel() else None,
             extra_pos=extra.pos if extra.pos.numel() else None,
             sinks=sinks,
-            with_mass=with_mass,
+            with_mass=bool(with_mass),
             row_weights=row_weights,
+            by_value=with_mass is _Mass.BY_VALUE,
         )
         empty = q.new_zeros(0, dtype=torch.float32)
         return AttentionWithMass(attended, empty if summed is None else summed)

@@ -140,6 +140,7 @@ def row_attention(
     sinks: torch.Tensor | None,
     with_mass: bool,
     row_weights: torch.Tensor | None = None,
+    by_value: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out [R, Hq, Dv], mass fp32 [S] or None): masked softmax with ``sinks`` (fp32 [Hq]), fp32."""
     rows, q_heads, _ = q.shape
@@ -174,7 +175,8 @@ def row_attention(
                 by_row = probs[..., :keys].sum(dim=1)
                 if row_weights is not None:
                     by_row = by_row * row_weights[block, None]
-                mass += by_row.sum(dim=0)
+                summed = by_row.sum(dim=0)
+                mass += summed * values[:keys].norm(dim=1) if by_value else summed
     return out, mass
 
 

@@ -198,14 +198,25 @@ class Scratch:
 
 
 class QuestionAttention:
-    """Scratch rows over cached keys and over themselves; sums attention mass per reused token."""
+    """Scratch rows over cached keys and over themselves; sums attention mass per reused token.
+
+    by_value: attention counts as much as the norm of the V that it takes (InfoFlow KV,
+    arXiv:2603.05353).
+    """
 
     scratch = True
 
-    def __init__(self, pool: PoolView, rows: list[Scratch], copies: list[Incoming]) -> None:
+    def __init__(
+        self,
+        pool: PoolView,
+        rows: list[Scratch],
+        copies: list[Incoming],
+        by_value: bool = False,
+    ) -> None:
         self.pool = pool
         self.rows = rows
         self.copies = copies
+        self.by_value = by_value
 
     def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
         for copy in self.copies:
@@ -269,8 +280,10 @@ class QuestionAttention:
             v_extra=v,
             extra_pos=turn,
             row_weights=s.weights,
+            by_value=self.by_value,
         )
-        s.mass += out.mass[s.reused]
+        mass = out.mass[s.reused]
+        s.mass += mass * spec.v_scale if self.by_value else mass
         return out.out
 
     def _windowed(
@@ -302,7 +315,10 @@ class QuestionAttention:
             sinks = None if spec.sinks is None else spec.sinks[part].float().repeat(rows)[:, None]
             probs = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
             out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
-            mass[near] += (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
+            summed = (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
+            if self.by_value:
+                summed = summed * values[: slots.numel()].norm(dim=1) * spec.v_scale
+            mass[near] += summed
         s.mass += mass[s.reused]
         return out
 

@@ -160,7 +160,7 @@ def _question_pass(
         positions.append(b.question_pos)
         row += m
     copies = Arriving.together([Arriving(c, 0) for s in asking for c in s.copy_all()])
-    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies])
+    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies], config.query_values)
     counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
     model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
     _choose(asking, [q.mass for q in scratch], ranks, config)

@@ -89,6 +89,10 @@ def test_row_attention_and_mass_match_reference(case):
     close(got, out, args[0].dtype)
     close(both.out, out, args[0].dtype)
     close(both.mass, mass)
+    _, by_value = reference.row_attention(
+        *args, **{**NONE, **options}, with_mass=True, by_value=True
+    )
+    close(ops.row_attention_with_mass(*args, **options, by_value=True).mass, by_value)
 
 
 @pytest.mark.parametrize("sink", [None, -30.0, 1.0, 9.0])
@@ -113,6 +117,11 @@ def test_row_attention_over_a_long_sequence(heads, kv_heads, dim, sink):
         probs *= torch.exp(lse - torch.logaddexp(lse, sinks.double()[:, None, None]))
     close(out, torch.einsum("hrs,shd->rhd", probs, value).float())
     close(mass, probs.sum((0, 1)).float())
+    lengths = value.norm(dim=2).T[:, None]
+    by_value = ops.row_attention_with_mass(
+        q, k, v, torch.arange(keys), pos, scale=dim**-0.5, sinks=sinks, by_value=True
+    )
+    close(by_value.mass, (probs * lengths).sum((0, 1)).float())
 
 
 def test_window_counts_like_sglang():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.selection import POLICIES, ReusedTokens
+from sgl_blend.selection import POLICIES, Need, ReusedTokens, anchors
 from sgl_blend.selection.query import spread
 
 #: runs of positions with holes between them
@@ -38,3 +40,69 @@ def test_query_keeps_the_neighbours_of_a_peak():
     assert query.select(tokens, score, BlendConfig()).tolist() == [2, 3, 4]
     plain = query.select(tokens, score, BlendConfig(query_smoothing=0)).tolist()
     assert plain == [0, 3, 7]
+
+
+_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+
+
+@given(lengths=_lengths, ratio=st.sampled_from((0.0, 0.05, 0.3, 1.0)), share=st.floats(0.01, 1.0))
+def test_anchors_are_spaced_evenly_and_every_document_has_one(lengths, ratio, share):
+    budget = round(ratio * sum(lengths))
+    mask = anchors(lengths, budget, share)
+    count = int(mask.sum())
+    parts = [part.nonzero().flatten().tolist() for part in mask.split(lengths)]
+    assert mask.numel() == sum(lengths) and count <= budget
+    if len(lengths) <= budget // 2:
+        assert all(parts), f"{parts}: a document has none"
+    asked = min(budget, max(round(share * budget), min(len(lengths), budget // 2)))
+    # Fewer than asked for only where a document is too short for its part.
+    assert count <= asked
+    assert count == asked or any(len(p) == n for p, n in zip(parts, lengths, strict=True))
+    for part, n in zip(parts, lengths, strict=True):
+        gaps = [b - a for a, b in zip(part, part[1:], strict=False)]
+        assert all(abs(gap - n / len(part)) < 1 for gap in gaps)
+        if part:
+            assert abs(part[0] + 0.5 - n / len(part) / 2) <= 1
+    assert torch.equal(mask, anchors(lengths, budget, share))
+
+
+def test_a_longer_document_has_more_anchors():
+    assert [int(p.sum()) for p in anchors([20, 60, 20], 20, 0.5).split([20, 60, 20])] == [3, 5, 2]
+    assert anchors([4, 4], 1, 1.0).tolist() == [False, False, True] + [False] * 5
+
+
+@given(
+    name=st.sampled_from(("query", "hkvd", "stored", "leading", "random")),
+    lengths=_lengths,
+    ratio=st.sampled_from((0.1, 0.5)),
+    share=st.sampled_from((0.0, 0.2, 1.0)),
+    covers=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_policy_takes_anchors_first_and_the_rest_by_its_own(
+    name, lengths, ratio, share, covers, seed
+):
+    policy, n = POLICIES.get(name), sum(lengths)
+    budget, config = policy.budget(n, ratio), BlendConfig(query_smoothing=0)
+    mask = anchors(lengths, max(1, budget // 3), share) if share else None
+    offsets = torch.cat([torch.arange(k) for k in lengths])
+    whole = torch.tensor([k for k in lengths for _ in range(k)])
+    scored = policy.need is not Need.NOTHING
+    score = torch.rand(n, generator=torch.Generator().manual_seed(seed)) if scored else None
+    coverage = 0.5 if covers and scored else 0.0
+    floor = max(1, budget // 3)
+    tokens = ReusedTokens(torch.arange(n), offsets, whole, budget, seed, coverage, floor, mask)
+    got = policy.select(tokens, score, config).tolist()
+    assert got == sorted(set(got)) and floor <= len(got) <= budget
+    ahead = [] if mask is None else mask.nonzero().flatten().tolist()
+    assert set(ahead) <= set(got)
+    if not coverage:
+        assert len(got) == budget
+    # Beside the anchors: the best by the policy's own order over all tokens.
+    everything = replace(tokens, coverage=0.0, anchors=None)
+    order = [
+        set(policy.select(replace(everything, budget=k), score, config).tolist())
+        for k in range(n + 1)
+    ]
+    others = set(got) - set(ahead)
+    assert any(others == best - set(ahead) for best in order)

@@ -314,6 +314,7 @@ def report_is_true(world: World) -> dict[str, Any]:
         (1, "all", (), 0),
     ):
         ask = _ask(world, order, policy, 1.0 if policy == "all" else 0.25, chunks=chunks)
+        ask.correction = 0.0  # what is reused is told by its V
         full = world.full(ask.tokens)
         world.stock()
         if prefix:

@@ -22,7 +22,7 @@ def fp8_copies(world: World) -> dict[str, Any]:
     batch. What is recomputed is neither."""
     moved, copied = 0.0, 0
     asks = [
-        Ask(world.desk.prompt((2, 0, 1, 2), 9)[0], policy=p, ratio=0.2, chunks=c)
+        Ask(world.desk.prompt((2, 0, 1, 2), 9)[0], policy=p, ratio=0.2, chunks=c, correction=0.0)
         for p in POLICIES
         for c in ((), (83, 141))
     ]

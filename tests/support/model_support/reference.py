@@ -34,6 +34,7 @@ class RefPiece:
     for the last of them. question: positions; smoothing: how many positions away a token's
     attention still counts (query). anchors: positions that are taken before any other. documents:
     of the reused tokens, by which those that are not recomputed are corrected; strength: how much.
+    by_value: attention counts as much as V is long.
     """
 
     begin: int
@@ -50,6 +51,7 @@ class RefPiece:
     anchors: torch.Tensor | None = None
     documents: Sequence[torch.Tensor] = ()
     strength: float = 0.0
+    by_value: bool = False
 
 
 class Blended(NamedTuple):
@@ -262,7 +264,12 @@ class Reference:
             out, probs = self.attend(
                 layer, self.rotate(q, q_pos), q_pos, torch.cat(parts_k), torch.cat(parts_v), k_pos
             )
-            by_key = question_mass(probs[:, lead.numel() :])
+            probs = probs[:, lead.numel() :]
+            if p.by_value:
+                length = torch.cat(parts_v).norm(dim=-1)
+                heads = probs.shape[0] // length.shape[1]
+                probs = probs * length.T.repeat_interleave(heads, dim=0)[:, None]
+            by_key = question_mass(probs)
             mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
         return highest(p.reused, spread(p, mass), p.budgets[0], p.cover, p.anchors)

@@ -158,8 +158,10 @@ class World:
                 values[layer].append(source.v[layer][part])
         reused = torch.cat([torch.arange(s.start, s.end) for s in plan.spans])
         n, name = reused.numel(), plan.policy
-        least = budget(n, self.engine.config.min_ratio)
-        evenly = anchors(plan.spans, least if ask.coverage else budget(n, plan.ratio), ask)
+        config = self.engine.config
+        least = budget(n, config.min_ratio)
+        share = config.anchor_share if ask.anchor_share is None else ask.anchor_share
+        evenly = anchors(plan.spans, least if ask.coverage else budget(n, plan.ratio), share)
         documents = [torch.arange(s.start, s.end) for s in plan.spans]
         fixed = None
         if name == "random":
@@ -187,7 +189,8 @@ class World:
             (ask.coverage, least) if ask.coverage else None,
             evenly,
             documents,
-            ask.correction or 0.0,
+            config.correction if ask.correction is None else ask.correction,
+            config.query_values,
         )
 
     def _stored(self, tokens: list[int], span: Any) -> torch.Tensor:
@@ -231,12 +234,12 @@ def leading(spans: Any, total: int, before: torch.Tensor | None = None) -> torch
     return torch.tensor(sorted(order[:total]), dtype=torch.int64)
 
 
-def anchors(spans: Any, total: int, ask: Ask) -> torch.Tensor | None:
-    """Evenly spaced positions: ``ask``'s share of ``total``, one a span where that is no more than
-    half of them; the rest by length."""
-    if not ask.anchor_share:
+def anchors(spans: Any, total: int, share: float) -> torch.Tensor | None:
+    """Evenly spaced positions: ``share`` of ``total``, one a span where that is no more than half
+    of them; the rest by length."""
+    if not share:
         return None
-    count = min(total, max(round(ask.anchor_share * total), min(len(spans), total // 2)))
+    count = min(total, max(round(share * total), min(len(spans), total // 2)))
     least = 1 if count >= len(spans) else 0
     left = count - least * len(spans)
     shares = [left * s.length / sum(t.length for t in spans) for s in spans]
