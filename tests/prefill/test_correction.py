@@ -170,12 +170,12 @@ def test_pieces_of_a_batch_are_corrected_each_by_its_own():
 def test_copies_that_are_not_alike_stay_apart():
     t = Tokens(5, [0])
     plain, corrected = t.arriving(), t.arriving()
-    plain.group = None
+    plain.document = None
     late, over = t.arriving(first=2), t.arriving()
     over.over = True
-    kinds = [(p.first, p.group is not None, p.over) for p in (late, plain, corrected, over)]
+    kinds = [(p.first, p.document is not None, p.over) for p in (late, plain, corrected, over)]
     got = Arriving.together([late, plain, corrected, over])
-    assert sorted(kinds) == sorted((p.first, p.group is not None, p.over) for p in got)
+    assert sorted(kinds) == sorted((p.first, p.document is not None, p.over) for p in got)
     assert [p.first for p in got] == [0, 0, 0, 2]
 
 
