@@ -46,6 +46,7 @@ NEUTRAL: Mapping[str, Any] = {
     "check_multipliers": (),
     "query_layers": 0.75,
     "query_smoothing": 2,
+    "query_values": False,
     "stored_depth": 0.75,
     "leading_tokens": 0,
     "min_reused_tokens": 64,
