@@ -23,7 +23,8 @@ the same likeliest token, up to the first difference (of at most {positions}); c
 which full prefill's likeliest token leads by at least {near_tie:g} nats. KL: nats a position over
 full prefill's {k} likeliest tokens and one lump of the rest, a lower bound; 1st: of the first
 output token alone, over {first}. speed-up: full prefill's mean TTFT over this one's. *: no other
-row is as cheap and as good. Brackets: {confidence:.0%} bootstrap intervals over cases.
+row is as cheap and as good. KL over another row's: summed KLs of the same questions. Brackets:
+{confidence:.0%} bootstrap intervals over cases.
 """
 #: how documents had been seen, in words
 SEEN = {
@@ -152,15 +153,16 @@ def _answers(evaluation: Evaluation, told: Table) -> str:
         f"**{evaluation.suite}**, {rows[0].cost.n} questions: {held}{SEEN[told.seen]}.",
         "",
         f"| | questions | true cost | {name} | {name} lost | F1 to exact | same answer "
-        "| top-1, clear | first token | KL, first token | KL, all tokens |",
-        "|---|" + "---|" * 10,
+        "| top-1, clear | first token | KL, first token | KL, all tokens "
+        f"| {OVER.format(first=_first(rows))} |",
+        "|---|" + "---|" * 11,
     ]
     for row in rows:
         [kind] = row.kinds
         cells = [row.setting, str(row.cost.n), _tenths(row.cost)]
         cells += [_short(kind.quality), _tenths(kind.loss)]
         cells += [_short(e) for e in (row.f1_exact, row.same, row.top1_clear, row.top1_first)]
-        cells += [_nats(row.kl_first), _nats(row.kl)]
+        cells += [_nats(row.kl_first), _nats(row.kl), _times(row.kl_over)]
         lines.append("| " + " | ".join(cells) + " |")
     clear = rows[0].clear
     lines += ["", f"{100 * clear.value:.0f} % of full prefill's own positions are clear."]
@@ -285,6 +287,18 @@ def _short(e: Estimate | None) -> str:
     if e is None or e.high - e.low < 0.0005:
         return _share(e)
     return f"{_share(e)} [{100 * e.low + 0.0:.0f} {100 * e.high + 0.0:.0f}]"
+
+
+OVER = "first token's KL over {first}'s"
+
+
+def _first(rows: tuple[Row, ...]) -> str:
+    """The setting that others are set beside."""
+    return next((r.setting for r in rows if r.role == "policy"), "-")
+
+
+def _times(e: Estimate | None) -> str:
+    return "-" if e is None else f"{e.value:.2f} [{e.low:.2f} {e.high:.2f}]"
 
 
 def _tenths(e: Estimate) -> str:

@@ -38,7 +38,7 @@ SAID = ("policy", "recompute_ratio", "coverage")
 #: options of one policy, by what they begin with
 OWN = {"check_": "hkvd", "query_": "query", "stored_": "stored", "leading_": "leading"}
 #: options of every policy that chooses tokens, by what they begin with
-CHOOSING = ("min_ratio", "correction", "anchor_share")
+CHOOSING = ("min_ratio", "correction", "anchor_share", "head_tokens")
 #: values that leave no trace in a fingerprint
 NEUTRAL: Mapping[str, Any] = {
     "min_ratio": 0.02,
@@ -61,6 +61,7 @@ NEUTRAL: Mapping[str, Any] = {
     # Nothing is added to reused KV, no token is taken out of turn, nothing is computed again.
     "correction": 0,
     "anchor_share": 0,
+    "head_tokens": 0,
     "max_risk": 0,
 }
 #: arguments of a server that change how fast it is, and not what it computes but for rounding

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.metrics import Metric
 from sgl_blend.eval.runner import Sample
-from sgl_blend.eval.settings import FULL, Setting
+from sgl_blend.eval.settings import FULL, Role, Setting
 from sgl_blend.eval.stats import Bootstrap, Estimate
 
 #: nats. Where exact prefill's second token is at least 90 % as likely as its first, either is an
@@ -36,7 +36,9 @@ class Row:
     token; top1_clear: of those that are no near tie (None: all are), clear: how many are none.
     top1_first, kl_first: of the first output token alone. ratio: what was asked for, on average,
     None: the server's own. continued: share of prompts that continued on approximate KV of their
-    own conversation. fallbacks: why requests were not blended, with counts.
+    own conversation. fallbacks: why requests were not blended, with counts. kl_over: the summed KL
+    of the first token over the first policy's, of the prompts that both have; None: it is that one,
+    or has none.
     """
 
     setting: str
@@ -61,6 +63,7 @@ class Row:
     reused: Estimate
     continued: Estimate
     fallbacks: tuple[tuple[str, int], ...]
+    kl_over: Estimate | None = None
 
     def kind(self, name: str) -> KindScore:
         return next(k for k in self.kinds if k.kind == name)
@@ -76,6 +79,8 @@ def summarise(
     """One row for each setting, in order. ``samples`` hold the same prompts for each."""
     boot = bootstrap or Bootstrap()
     full = {(s.probe, s.step): s for s in samples if s.setting == FULL.name}
+    first = next((s.name for s in settings if s.role is Role.POLICY), None)
+    compared = {(s.probe, s.step): s.agreement.first for s in samples if s.setting == first}
     kinds = list(dict.fromkeys(g.kind for s in full.values() for g in s.grades))
     rows = []
     for setting in settings:
@@ -108,6 +113,7 @@ def summarise(
                 over.ratio(lambda s: (s.tokens.reused + s.tokens.recomputed, s.tokens.prompt)),
                 over.mean(lambda s: [float(s.tokens.continued)]),
                 tuple(reasons.most_common()),
+                None if setting.name == first or setting.exact else over.beside(compared),
             )
         )
     return tuple(rows)
@@ -140,6 +146,15 @@ class _Over:
     def perhaps(self, pair: Callable[[Sample], tuple[float, float]]) -> Estimate | None:
         """``ratio``, None where nothing counts."""
         return self._estimate(lambda s: [pair(s)])
+
+    def beside(self, first_kl: Mapping[tuple[int, int], float]) -> Estimate | None:
+        """The first token's summed KL over ``first_kl``'s, of the prompts that both have."""
+
+        def pair(s: Sample) -> list[tuple[float, float]]:
+            other = first_kl.get((s.probe, s.step))
+            return [] if other is None else [(s.agreement.first, other)]
+
+        return self._estimate(pair)
 
     def _sum(self, pairs: Callable[[Sample], list[tuple[float, float]]]) -> Estimate:
         out = self._estimate(pairs)

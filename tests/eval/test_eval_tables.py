@@ -102,6 +102,26 @@ def test_summary_by_hand(evaluation):
     assert rows["full prefill"].kind("dependent").loss.value == 0.0
 
 
+def test_the_first_policy_is_what_others_kl_is_set_beside():
+    settings = plan(["query:0.1", "hkvd:0.2"], (), prefix=False)
+    samples = []
+    for setting, kls in zip(settings, ((0, 0), (0.5, 0.5), (0.2, 0.4), (0.1, 0.8)), strict=True):
+        for i, kl in enumerate(kls):
+            s = sample(setting.name, str(i), 1, 0.2, 1.0, probe=i)
+            samples.append(replace(s, agreement=replace(s.agreement, first=kl)))
+    full, reuse, query, hkvd = summarise(samples, settings, "accuracy", Bootstrap(50))
+    assert full.kl_over is query.kl_over is None
+    assert reuse.kl_over.value == pytest.approx(1.0 / 0.6)
+    # Of the same questions: 0.9 over 0.6, and between a half and twice for one of them alone.
+    assert hkvd.kl_over.value == pytest.approx(1.5)
+    assert (hkvd.kl_over.low, hkvd.kl_over.high) == (pytest.approx(0.5), pytest.approx(2.0))
+    # A question that the other has not is none of both.
+    fewer = [s for s in samples if not (s.setting == "query:0.1" and s.probe == 1)]
+    assert summarise(fewer, settings, "accuracy", Bootstrap(50))[3].kl_over.value == pytest.approx(
+        0.5
+    )
+
+
 def test_cost_of_prompts_of_different_lengths_is_a_ratio_of_sums():
     settings = (plan([])[0], Setting("x", Role.POLICY, "query", 0.1))
     samples = [sample(s.name, "0", 1, 0.5, 1.0) for s in settings]
@@ -207,12 +227,14 @@ def test_a_folder_of_results_holds_figures_and_none_of_the_answers(answers, tmp_
     assert names == ["nq.json", "nq.md", *pictures]
     page = (tmp_path / "out" / "nq.md").read_text()
     head = next(x for x in page.splitlines() if x.startswith("| | questions | true cost"))
-    assert head.count("|") == 12
+    assert head.count("|") == 13 and head.endswith("| first token's KL over query:0.1's |")
     row = next(x for x in page.splitlines() if x.startswith("| query:0.1"))
     assert row.startswith(
         "| query:0.1 | 2 | 20.0 | 50.0 [0 100] | 50.0 [0.0 100.0] | 50.0 [0 100] |"
     )
-    assert row.endswith("| 100.0 | 100.0 | 0.2000 | 0.250 [0.000 0.500] |")
+    assert row.endswith("| 100.0 | 100.0 | 0.2000 | 0.250 [0.000 0.500] | - |")
+    random = next(x for x in page.splitlines() if x.startswith("| random = query:0.1"))
+    assert random.endswith("| 1.00 [1.00 1.00] |")
     assert "**nq**, 1 questions: held-out questions alone; each document" in page
     assert "50 % of full prefill's own positions are clear." in page
     assert "lead" in page and "Made by" in page
