@@ -19,8 +19,9 @@ rows that are always there: full prefill (exact, from empty caches: the referenc
 (nothing recomputed); random tokens at the same true cost for each setting that is named, or for the
 first of the usual ones of data files; for the synthetic task the prefix cache alone (exact), too.
 A setting is policy:ratio, policy (the server's ratio) or default; behind it @0.9 asks for coverage,
-;option=value states another blend option with its requests, +option=value takes a server with
-another one (lists with /). policy~setting is that policy at that setting's true cost.
+;option=value states another blend option with its requests (;plain: the policy as published,
+without the correction), +option=value takes a server with another one (lists with /).
+policy~setting is that policy at that setting's true cost.
 
 --out keeps a record of each question and setting (figures, no text): the same command again goes on
 where it was interrupted, and one with more questions or settings measures what is missing.

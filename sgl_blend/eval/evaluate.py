@@ -270,6 +270,9 @@ def evaluate(options: EvalOptions, progress: Progress = lambda text: None) -> It
             if ledger is not None:
                 rows = settings_of(ledger.labels(), settings)
                 made = ids.made(rows)
+                # What is on record under another name is one row, by the name it has now.
+                names = {fingerprint_: name for name, fingerprint_ in reversed(made.items())}
+                made = {name: made[name] for name in made if names[made[name]] == name}
                 samples, remarks = ledger.samples(made), ledger.remarks(made)
                 if limit := options.run.max_prompt_tokens:
                     cut = f"documents are left out, from the middle, beyond {limit} tokens a prompt"

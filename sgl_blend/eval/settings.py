@@ -4,17 +4,19 @@ A setting in writing: ``policy``, then optionally ``:ratio``, ``@coverage``, ``;
 each option that its requests state, and ``+option=value`` for each option of the server that is to
 differ (lists with ``/``): ``query:0.1@0.9``, ``query:0.1;anchor_share=0.2``,
 ``hkvd:0.15+check_layers=1/2``. ``default`` leaves policy and ratio to the server. ``policy~other``
-is that policy at the true cost of setting ``other``: ``hkvd~default``.
+is that policy at the true cost of setting ``other``: ``hkvd~default``. ``;plain`` states that the
+policy is as published, without what this package adds to each (``PLAIN``).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sgl_blend.config import option_fields, parse_text
+from sgl_blend.engine.request.options import KEYS
 from sgl_blend.errors import ConfigError, unknown_name
 from sgl_blend.selection import POLICIES, Need
 
@@ -34,6 +36,8 @@ WITHOUT_TWIN = ("none", "all", "random")
 #: policies that recompute nothing or everything: requests that state a ratio too are refused
 WITHOUT_RATIO = ("none", "all")
 DEFAULT = "default"
+#: options that a request states as 0 to have a policy as published
+PLAIN = ("correction", "correction_values", "anchor_share", "head_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +96,7 @@ def parse(text: str) -> Setting:
     head, *changes = left.split("+")
     options = tuple(_option(whole, change, "+") for change in changes)
     head, *said = head.split(";")
-    stated = tuple(
-        (name, parse_text(name, text)) for name, text in (_option(whole, s, ";") for s in said)
-    )
+    stated = tuple(pair for text in said for pair in _stated(whole, text))
     head, at, share = head.partition("@")
     name, colon, number = head.partition(":")
     coverage = _share(whole, share, "the coverage") if at else None
@@ -139,6 +141,19 @@ def _share(whole: str, text: str, what: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise ConfigError(f"setting {whole!r}: {what} must lie in 0..1")
     return value
+
+
+def _stated(whole: str, text: str) -> Iterator[tuple[str, Any]]:
+    if text == "plain":
+        yield from ((n, parse_text(n, "0")) for n in PLAIN if f"blend_{n}" in KEYS)
+        return
+    name, value = _option(whole, text, ";")
+    if f"blend_{name}" not in KEYS:
+        raise ConfigError(
+            f"setting {whole!r}: no request can state {name}; +{name}={value} takes a server of "
+            "its own"
+        )
+    yield name, parse_text(name, value)
 
 
 def _option(whole: str, change: str, sign: str) -> tuple[str, str]:

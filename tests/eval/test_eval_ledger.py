@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.options import KEYS
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client, Reply
 from sgl_blend.eval.cost import Tokens
@@ -29,7 +30,7 @@ from sgl_blend.eval.ledger import Ledger, question, settings_of
 from sgl_blend.eval.probes import Probe, Prompt, Reference, Step, Suite, ways
 from sgl_blend.eval.runner import RunOptions
 from sgl_blend.eval.samples import samples
-from sgl_blend.eval.settings import FULL, parse, plan
+from sgl_blend.eval.settings import FULL, PLAIN, parse, plan
 from sgl_blend.eval.stats import Bootstrap
 from sgl_blend.eval.summary import summarise
 from sgl_blend.eval.telling import rank, risks
@@ -179,6 +180,27 @@ def test_a_setting_is_known_by_what_it_does_and_not_by_its_name():
     assert "chunk_max_tokens" in options_that_matter(
         parse("random~default"), configured(["--blend-chunk-max-tokens", "80"])
     )
+
+
+def test_a_policy_as_published_is_the_same_whatever_the_server_adds():
+    server = configured(["--blend-correction", "0.7", "--blend-anchor-share", "0.2"])
+    bare = options_that_matter(parse("query:0.1"), BlendConfig(correction=0.0, anchor_share=0.0))
+    assert options_that_matter(parse("query:0.1"), server) == bare | {
+        "correction": 0.7,
+        "anchor_share": 0.2,
+    }
+    assert options_that_matter(parse("query:0.1;plain"), server) == bare
+    half = parse("query:0.1;plain;correction=0.5")
+    assert options_that_matter(half, server) == bare | {"correction": 0.5}
+    assert half.custom() == {
+        "blend_policy": "query",
+        "blend_ratio": 0.1,
+        **{f"blend_{name}": 0 for name in PLAIN if f"blend_{name}" in KEYS},
+        "blend_correction": 0.5,
+    }
+    assert parse("random;plain~query:0.1;plain").cost_of == "query:0.1;plain"
+    with pytest.raises(ConfigError, match=r"no request can state query_layers; \+query_layers=0.5"):
+        parse("query:0.1;query_layers=0.5")
 
 
 def test_every_option_has_a_place_in_a_fingerprint():
