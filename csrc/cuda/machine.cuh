@@ -57,7 +57,10 @@ void launch(void (*kernel)(P...), Extent grid, Extent threads, size_t shared, St
     cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   }
-  kernel<<<grid, threads, shared, stream> > >(static_cast<P>(arguments)...);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = threads;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
 inline const char* launch_error() {

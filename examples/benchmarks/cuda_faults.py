@@ -1,0 +1,170 @@
+"""Faults for ``cuda_mutants.py``: in which file of ``csrc/cuda`` what becomes what."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Planted(NamedTuple):
+    file: str
+    old: str
+    new: str
+
+
+def _of(file: str, **faults: tuple[str, str]) -> dict[str, Planted]:
+    return {name.replace("_", " "): Planted(file, *change) for name, change in faults.items()}
+
+
+ROTATE_SCATTER = {
+    **_of(
+        "rotate_scatter.cuh",
+        tokens_that_run_are_overwritten=(
+            "if (i >= n || (dst.runs && dst.runs[i])) return;",
+            "if (i >= n) return;",
+        ),
+        no_bound_on_tokens=(
+            "if (i >= n || (dst.runs && dst.runs[i])) return;",
+            "if (dst.runs && dst.runs[i]) return;",
+        ),
+        angles_of_another_token=(
+            "read_floats(angles.cos + i * half + N * part, cos);",
+            "read_floats(angles.cos + i / 2 * half + N * part, cos);",
+        ),
+        a_token_without_group_gets_the_first=("group = BIASED ? bias.group[i]", "group = 0"),
+        the_bias_is_not_turned=("turn<HALVES>(a, b, cos, sin);", ""),
+        V_gets_no_bias=(
+            "if (BIASED && group >= 0) {\n        float x[N], a[N];",
+            "if (BIASED && key && group >= 0) {\n        float x[N], a[N];",
+        ),
+        steps_of_V_for_K=("src.places[2 * n + i]", "src.places[3 * n + i]"),
+        the_layer_is_ignored=("src.layer * src.places[3 * n + i]", "src.places[3 * n + i]"),
+        the_unturned_rest_is_left_out=(
+            "rest = (h.dim - h.rotary_dim) / N;",
+            "rest = (h.dim - h.rotary_dim) / N / 2;",
+        ),
+        V_in_the_stride_of_K=("dst.slots[i] * dst.v_stride", "dst.slots[i] * dst.k_stride"),
+    ),
+    **_of(
+        "rotation.cuh",
+        misaligned_vector=("HALVES ? N * part :", "HALVES ? N * part + (part == 1) :"),
+        turned_the_other_way=(
+            "a = __fsub_rn(__fmul_rn(x, cos), __fmul_rn(y, sin));",
+            "a = __fadd_rn(__fmul_rn(x, cos), __fmul_rn(y, sin));",
+        ),
+        products_contracted_into_sums=(
+            "a = __fsub_rn(__fmul_rn(x, cos), __fmul_rn(y, sin));",
+            "a = fmaf(x, cos, -__fmul_rn(y, sin));",
+        ),
+        pairs_take_the_angles_before=("sin[N / 2 + i]", "sin[i]"),
+    ),
+    **_of(
+        "elements.cuh",
+        fp8_does_not_saturate=("__NV_SATFINITE", "__NV_NOSAT"),
+        two_floats_change_places=("pair.x = x[2 * i], pair.y = x[2 * i + 1]", "pair.y = x[2 * i], pair.x = x[2 * i + 1]"),
+    ),
+}  # fmt: skip
+
+SELECT = {
+    **_of(
+        "select.cuh",
+        no_barrier_behind_clearing_the_bins=(
+            "s.bins[i] = 0;\n    __syncthreads();",
+            "s.bins[i] = 0;",
+        ),
+        no_barrier_before_the_bins_are_read=(
+            "__syncthreads();\n    if (warp == 0) find_bin(s, wanted);",
+            "if (warp == 0) find_bin(s, wanted);",
+        ),
+        no_barrier_before_the_bin_is_read=(
+            "find_bin(s, wanted);\n    __syncthreads();",
+            "find_bin(s, wanted);",
+        ),
+        no_barrier_before_counts_of_other_warps=(
+            "s.equal[half][warp] = __popc(equals);\n    __syncthreads();",
+            "s.equal[half][warp] = __popc(equals);",
+        ),
+        one_half_for_all_tiles=("tile / SELECT_THREADS % 2;", "0;"),
+        one_tie_too_many=("equal_before < wanted)", "equal_before <= wanted)"),
+        NaN_is_a_large_number=(
+            "if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;",
+            "",
+        ),
+        minus_zero_is_below_zero=("if ((bits & 0x7fffffffu) == 0) return 0x80000000u;", ""),
+        bins_count_all_keys=("if (shift == 24 || mine >> (shift + 8) == key >> (shift + 8)) bin", "bin"),
+        each_lane_counts_its_peers=("if (bin >= 0 && !(peers & lower))", "if (bin >= 0)"),
+        lanes_without_a_key_do_not_come=(
+            "count_in(s.bins, bin);",
+            "if (bin >= 0) count_in(s.bins, bin);",
+        ),
+        ends_before_the_last_tile=("if (i >= n) continue;", "if (i >= n - 1) continue;"),
+        rest_begins_at_the_segment=("p.rest[first - chosen_before + i - rank]", "p.rest[first + i - rank]"),
+    ),
+    **_of(
+        "deviation.cuh",
+        half_a_warp_is_summed=("for (int by = 16; by > 0; by /= 2)", "for (int by = 8; by > 0; by /= 2)"),
+        lanes_leave_before_the_sum=(
+            "#pragma unroll\n  for (int by = 16;",
+            "if (threadIdx.x > 29) return;\n  for (int by = 16;",
+        ),
+        cached_K_is_not_turned=("turn<HALVES>(x, y, cos, sin);", ""),
+        the_second_half_is_left_out=("sum += (a[j] - y[j]) * (a[j] - y[j]);", ""),
+        K_beyond_the_rotation_is_left_out=(
+            "sum += apart<T>(a, b, head * p.dim + p.rotary_dim + N * (part - turned));",
+            "",
+        ),
+    ),
+}  # fmt: skip
+
+ATTENTION_MASS = {
+    **_of(
+        "attention_mass.cuh",
+        keys_are_not_waited_for=(
+            "copy_wait<1>();\n  __syncthreads();\n\n  // The warp's",
+            "copy_wait<2>();\n  __syncthreads();\n\n  // The warp's",
+        ),
+        no_barrier_before_the_keys=(
+            "copy_wait<1>();\n  __syncthreads();\n\n  // The warp's",
+            "copy_wait<1>();\n\n  // The warp's",
+        ),
+        queries_are_not_waited_for=(
+            "copy_wait<1>();\n    __syncthreads();\n    const T* q",
+            "copy_wait<2>();\n    __syncthreads();\n    const T* q",
+        ),
+        no_barrier_before_the_queries=(
+            "copy_wait<1>();\n    __syncthreads();\n    const T* q",
+            "copy_wait<1>();\n    const T* q",
+        ),
+        no_barrier_behind_a_step=("__syncthreads();  // before this stage is filled again", ""),
+        one_stage_for_all_steps=(
+            "queries + (step + 1) % 2 * MASS_ROWS * D, step + 1, head",
+            "queries + step % 2 * MASS_ROWS * D, step + 1, head",
+        ),
+        no_group_behind_the_last_step=("copy_commit();  // as many groups in flight as before", ""),
+        wrong_address_of_a_fragment=(
+            "warp * 16 + lane % 16, 2 * d + lane / 16)",
+            "warp * 16 + lane % 16, 2 * d + lane % 2)",
+        ),
+        pieces_lie_where_they_are_not_looked_for=(
+            "copy16_async(to + place<D>(row, piece), static_cast<const T*>(p.q) + at, there);",
+            "copy16_async(to + row * D + 8 * piece, static_cast<const T*>(p.q) + at, there);",
+        ),
+        no_bound_on_rows=("if (r >= count) continue;", ""),
+        no_bound_on_keys=("if (t == 0 && key[half] < p.n)", "if (t == 0)"),
+        shuffle_of_half_the_lanes=(
+            "sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 1);",
+            "if (t < 2) sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 1);",
+        ),
+        two_of_four_lanes_are_summed=("sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 2);", ""),
+        log_sum_exp_of_another_head=("head * p.group + r % p.group];", "r % p.group];"),
+        queries_of_another_head=("(head * p.group + r % p.group) * p.q_head", "r % p.group * p.q_head"),
+        row_weights_are_left_out=("sum[half] += weight * power2", "sum[half] += power2"),
+        the_window_is_one_too_short=("pos[half] >= at - p.window);", "pos[half] > at - p.window);"),
+        a_row_does_not_see_its_own_place=("pos[half] <= at &&", "pos[half] < at &&"),
+        no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
+        fp8_pieces_change_places=("low[i] = x[i], high[i] = x[8 + i]", "high[i] = x[i], low[i] = x[8 + i]"),
+        a_head_that_fills_no_tile_reads_on=("r < count && 8 * piece < p.dim", "r < count"),
+        every_fp8_is_e4m3=("if (p.key_type == KeyType::E4M3)", "if (true)"),
+    ),
+}  # fmt: skip
+
+FAULTS = {"rotate_scatter": ROTATE_SCATTER, "select": SELECT, "attention_mass": ATTENTION_MASS}
