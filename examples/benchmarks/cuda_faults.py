@@ -60,9 +60,12 @@ ROTATE_SCATTER = {
     **_of(
         "elements.cuh",
         fp8_does_not_saturate=("__NV_SATFINITE", "__NV_NOSAT"),
-        two_floats_change_places=("pair.x = x[2 * i], pair.y = x[2 * i + 1]", "pair.y = x[2 * i], pair.x = x[2 * i + 1]"),
+        two_floats_change_places=(
+            "pair.x = x[2 * i], pair.y = x[2 * i + 1]",
+            "pair.y = x[2 * i], pair.x = x[2 * i + 1]",
+        ),
     ),
-}  # fmt: skip
+}
 
 SELECT = {
     **_of(
@@ -90,18 +93,27 @@ SELECT = {
             "",
         ),
         minus_zero_is_below_zero=("if ((bits & 0x7fffffffu) == 0) return 0x80000000u;", ""),
-        bins_count_all_keys=("if (shift == 24 || mine >> (shift + 8) == key >> (shift + 8)) bin", "bin"),
+        bins_count_all_keys=(
+            "if (shift == 24 || mine >> (shift + 8) == key >> (shift + 8)) bin",
+            "bin",
+        ),
         each_lane_counts_its_peers=("if (bin >= 0 && !(peers & lower))", "if (bin >= 0)"),
         lanes_without_a_key_do_not_come=(
             "count_in(s.bins, bin);",
             "if (bin >= 0) count_in(s.bins, bin);",
         ),
         ends_before_the_last_tile=("if (i >= n) continue;", "if (i >= n - 1) continue;"),
-        rest_begins_at_the_segment=("p.rest[first - chosen_before + i - rank]", "p.rest[first + i - rank]"),
+        rest_begins_at_the_segment=(
+            "p.rest[first - chosen_before + i - rank]",
+            "p.rest[first + i - rank]",
+        ),
     ),
     **_of(
         "deviation.cuh",
-        half_a_warp_is_summed=("for (int by = 16; by > 0; by /= 2)", "for (int by = 8; by > 0; by /= 2)"),
+        half_a_warp_is_summed=(
+            "for (int by = 16; by > 0; by /= 2)",
+            "for (int by = 8; by > 0; by /= 2)",
+        ),
         lanes_leave_before_the_sum=(
             "#pragma unroll\n  for (int by = 16;",
             "if (threadIdx.x > 29) return;\n  for (int by = 16;",
@@ -113,7 +125,7 @@ SELECT = {
             "",
         ),
     ),
-}  # fmt: skip
+}
 
 ATTENTION_MASS = {
     **_of(
@@ -156,15 +168,21 @@ ATTENTION_MASS = {
         ),
         two_of_four_lanes_are_summed=("sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 2);", ""),
         log_sum_exp_of_another_head=("head * p.group + r % p.group];", "r % p.group];"),
-        queries_of_another_head=("(head * p.group + r % p.group) * p.q_head", "r % p.group * p.q_head"),
+        queries_of_another_head=(
+            "(head * p.group + r % p.group) * p.q_head",
+            "r % p.group * p.q_head",
+        ),
         row_weights_are_left_out=("sum[half] += weight * power2", "sum[half] += power2"),
         the_window_is_one_too_short=("pos[half] >= at - p.window);", "pos[half] > at - p.window);"),
         a_row_does_not_see_its_own_place=("pos[half] <= at &&", "pos[half] < at &&"),
         no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
-        fp8_pieces_change_places=("low[i] = x[i], high[i] = x[8 + i]", "high[i] = x[i], low[i] = x[8 + i]"),
+        fp8_pieces_change_places=(
+            "low[i] = x[i], high[i] = x[8 + i]",
+            "high[i] = x[i], low[i] = x[8 + i]",
+        ),
         a_head_that_fills_no_tile_reads_on=("r < count && 8 * piece < p.dim", "r < count"),
         every_fp8_is_e4m3=("if (p.key_type == KeyType::E4M3)", "if (true)"),
     ),
-}  # fmt: skip
+}
 
 FAULTS = {"rotate_scatter": ROTATE_SCATTER, "select": SELECT, "attention_mass": ATTENTION_MASS}

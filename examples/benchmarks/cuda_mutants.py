@@ -2,10 +2,10 @@
 
     python examples/benchmarks/cuda_mutants.py [KERNEL ...]
 
-A copy of ``csrc`` gets the fault, g++ compiles it for the emulator, and the kernel's tests run until
-one fails. Writes ``results/cuda_mutants.json`` and a table of it beside this script. Faults that are
-in it are not tried again but for those of the KERNELs that are named (``rotate_scatter``,
-``select``, ``attention_mass``). A quarter of a minute a fault.
+A copy of ``csrc`` gets the fault, g++ compiles it for the emulator, and the kernel's tests run
+until one fails. Writes ``results/cuda_mutants.json`` and a table of it beside this script. Faults
+that are in it are not tried again but for those of the KERNELs that are named
+(``rotate_scatter``, ``select``, ``attention_mass``). A quarter of a minute a fault.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _table(rows: dict[str, dict[str, str | None]]) -> str:
     lines = [
         "# Planted faults in the CUDA kernels",
         "",
-        f"{found} of {len(every)} were noticed by `tests/cuda` through the emulator, on a CPU. Written",
-        "by `examples/benchmarks/cuda_mutants.py`; the faults are in `cuda_faults.py` beside it.",
+        f"{found} of {len(every)} were noticed by `tests/cuda` through the emulator, on a CPU.",
+        "Written by `examples/benchmarks/cuda_mutants.py`; the faults: `cuda_faults.py` beside it.",
         "",
         "| kernel | fault | first sign |",
         "|---|---|---|",

@@ -1,20 +1,25 @@
 """The compute primitives of the blend prefill. Knows tensors; no SGLang, no plans, no policies.
 
 ====================  =========================================================
-``rotation.py``       copies of KV, K rotated to new positions
 ``attention.py``      attention of gapped rows by true position; attention mass
+``mass.py``           attention mass alone, where the softmax's log-sum-exp is known
 ``outward.py``        share of attention that leaves the row's document
-``deviation.py``      squared distance of cached from fresh V, per token
+``deviation.py``      squared distance of cached from fresh KV, per token
+``rotation.py``       copies of KV, K rotated to new positions
 ``ropes.py``          ``Rope``, ``FrequencyRope``: rotations between positions
 ``rows.py``           scores to row indices
+``cuda_build.py``     finds nvcc, compiles ``csrc/cuda`` for a device and compares it with torch
+``cuda_check.py``     that comparison
+``cuda.py``           faces of the CUDA kernels: what they serve, their arguments
 ``checks.py``         what launchers check; the kernels check values (slots, order) themselves
 ``build.py``          finds and compiles ``csrc/`` at first use
 ``reference.py``      the same functions in plain torch
 ====================  =========================================================
 
 Imports run downward in this table (``attention.py`` may import ``build.py``, never the other
-way round). Dispatch is by ``tensor.device``: CPU tensors go to the C++ kernels, or to the torch
-reference where no compiler is installed; all other devices go to the reference.
+way round). Dispatch is by ``tensor.device``: CPU tensors go to the C++ kernels, CUDA tensors to the
+kernels of ``csrc/cuda`` (docs/cuda.md), and either to the torch reference where a kernel does not
+serve a shape, where no compiler is installed, or on other devices.
 
 A KV pool is, per layer, ``k_cache [num_slots, Hk, D]`` and ``v_cache [num_slots, Hk, Dv]`` in
 float32, bfloat16, float16 or fp8 (e4m3fn, e5m2). fp8 holds values over a scale of the layer's,
@@ -28,25 +33,30 @@ from sgl_blend.ops.attention import (
     row_attention,
     row_attention_with_mass,
 )
-from sgl_blend.ops.deviation import v_deviation
+from sgl_blend.ops.cuda import Chosen
+from sgl_blend.ops.deviation import kv_deviation, v_deviation
+from sgl_blend.ops.mass import attention_mass
 from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
 from sgl_blend.ops.ropes import AnyRope, FrequencyRope, Rope, Rotation, Turns
 from sgl_blend.ops.rotation import Parts, rotate_copy, rotate_from
-from sgl_blend.ops.rows import covering_rows, top_rows
+from sgl_blend.ops.rows import covering_rows, select_rows, top_rows
 
 __all__ = [
     "AnyRope",
     "AttentionWithMass",
     "Bias",
+    "Chosen",
     "FrequencyRope",
     "Parts",
     "Rope",
     "Rotation",
     "Turns",
+    "attention_mass",
     "biased",
     "cast",
     "covering_rows",
+    "kv_deviation",
     "outward_share",
     "put",
     "rotate",
@@ -54,6 +64,7 @@ __all__ = [
     "rotate_from",
     "row_attention",
     "row_attention_with_mass",
+    "select_rows",
     "top_rows",
     "v_deviation",
 ]

@@ -40,10 +40,17 @@ def in_rows(pool: torch.Tensor) -> bool:
     )
 
 
-def rotates(k_cache: torch.Tensor, v_cache: torch.Tensor, rotary_dim: int) -> bool:
-    """Do the kernels that turn K serve this pool?"""
+def rotates(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    rotary_dim: int,
+    turn: Turn,
+    bias: Bias | None = None,
+) -> bool:
+    """Do the kernels that turn K serve this pool, and where its angles and biases lie?"""
     whole = rotary_dim * k_cache.element_size() % (2 * VECTOR) == 0
-    return whole and in_rows(k_cache) and in_rows(v_cache)
+    beside = all(x.data_ptr() % VECTOR == 0 for x in (*turn, *(bias or ())))
+    return whole and beside and in_rows(k_cache) and in_rows(v_cache)
 
 
 #: cos and sin (``rotation.Rotation``)
@@ -95,9 +102,15 @@ def rotate_from(
 
 def places_of(
     k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], device: torch.device
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """int64 [4, n] on ``device``: where each token of the parts [layers, n_i, heads, dim] lies, K's
-    and V's address in layer 0, and K's and V's step in bytes from layer to layer."""
+    and V's address in layer 0, and K's and V's step in bytes from layer to layer. ``None`` where
+    the kernel does not serve a part's layout."""
+    for part in (*k, *v):
+        if part.numel() and not (
+            in_rows(part[0]) and part.stride(0) * part.element_size() % VECTOR == 0
+        ):
+            return None
 
     def of(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         at, step = [], []
@@ -148,7 +161,7 @@ def kv_deviation(
 def select_rows(
     module: Any, scores: torch.Tensor, counts: Sequence[int], ks: Sequence[int]
 ) -> Chosen:
-    """``rows.select_rows``, one launch for all segments."""
+    """``rows.select_rows``, one launch for all segments; the scores are dense."""
     rows, first, before = [], 0, 0
     for n, k in zip(counts, ks, strict=True):
         rows.append((first, n, k, before))
@@ -192,7 +205,7 @@ def attention_mass(
     kv_pos0: int,
     key_pos: torch.Tensor | None,
 ) -> torch.Tensor:
-    """fp32 [S]: ``mass.attention_mass``, of which ``lse`` is to base e."""
+    """``mass.attention_mass``."""
     by_head = torch.empty((k_cache.shape[1], slots.shape[0]), dtype=torch.float32, device=q.device)
     launch(
         module.attention_mass,

@@ -20,8 +20,12 @@ def differing(module: Any, device: torch.device) -> list[str]:
     src, dst = order[:TOKENS].contiguous(), order[TOKENS:].contiguous()
     angle = torch.randn(TOKENS, DIM // 2, generator=gen).to(device)
     turn = (angle.cos(), angle.sin())
+    add_k, add_v = (torch.randn(2, HEADS, DIM, generator=gen).to(device) for _ in "kv")
+    group = (torch.arange(TOKENS) % 3 - 1).int().to(device)
+    bias = reference.Bias(add_k, add_v, group, *turn)
     found = {
-        "rotate_copy": _moves(module, k, v, src, dst, turn),
+        "rotate_copy": _moves(module, k, v, src, dst, turn, None),
+        "rotate_copy with a bias": _moves(module, k, v, src, dst, turn, bias),
         "v_deviation": torch.allclose(
             cuda.v_deviation(module, v, dst, src),
             reference.squared_distance(v[dst], v[src]),
@@ -40,10 +44,11 @@ def _moves(
     src: torch.Tensor,
     dst: torch.Tensor,
     turn: cuda.Turn,
+    bias: reference.Bias | None,
 ) -> bool:
     ours, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
-    cuda.rotate_copy(module, *ours, src, dst, turn, DIM, True)
-    reference.rotate_from(k[src], v[src], *theirs, dst, *turn, DIM, True)
+    cuda.rotate_copy(module, *ours, src, dst, turn, DIM, True, bias)
+    reference.rotate_from(k[src], v[src], *theirs, dst, *turn, DIM, True, bias)
     return all(map(torch.equal, ours, theirs))
 
 

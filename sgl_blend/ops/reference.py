@@ -192,3 +192,30 @@ def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """fp32 [n]: sum of (a - b)^2 over all but the first dimension."""
     return (a.float() - b.float()).square().flatten(1).sum(dim=1)
+
+
+def attention_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_pos: torch.Tensor,
+    q_pos: torch.Tensor,
+    lse: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    logit_cap: float,
+) -> torch.Tensor:
+    """fp32 [S]: exp(score - ``lse`` [R, Hq]) of the keys ``k`` [S, Hk, D], summed over heads and,
+    by ``weights`` [R], over rows."""
+    group = q.shape[1] // k.shape[1]
+    mass = torch.zeros(k.shape[0], dtype=torch.float32, device=q.device)
+    hidden = ~visible(q_pos, key_pos, window)[:, None]
+    for head in range(k.shape[1]):
+        part = slice(head * group, (head + 1) * group)
+        scores = q[:, part].float() @ k[:, head].float().T * scale
+        if logit_cap > 0:
+            scores = logit_cap * torch.tanh(scores / logit_cap)
+        probs = torch.exp(scores - lse[:, part, None]).masked_fill_(hidden, 0.0)
+        mass += (probs.sum(dim=1) * weights[:, None]).sum(dim=0)
+    return mass

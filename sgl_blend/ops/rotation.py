@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from sgl_blend.ops import checks, reference
+from sgl_blend.ops import checks, cuda, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
+from sgl_blend.ops.cuda_build import kernels
 from sgl_blend.ops.reference import Bias
 from sgl_blend.ops.ropes import Rotation
 
@@ -45,6 +46,10 @@ def rotate_copy(
     cos, sin = checked_rotation(k_cache, dst.shape[0], cos, sin, rotary_dim)
     bias = None if bias is None else checked_bias(k_cache, v_cache, dst.shape[0], bias, rotary_dim)
     if dst.shape[0] == 0:
+        return
+    on_device = kernels(k_cache.device)
+    if on_device is not None and cuda.rotates(k_cache, v_cache, rotary_dim, (cos, sin), bias):
+        cuda.rotate_copy(on_device, k_cache, v_cache, src, dst, (cos, sin), rotary_dim, neox, bias)
         return
     module = cpu_module(k_cache.device)
     if module is None:
@@ -123,6 +128,11 @@ class Parts:
 
         return convert(self.k), convert(self.v)
 
+    @functools.cached_property
+    def places(self) -> torch.Tensor | None:
+        """What the CUDA kernel takes: addresses. ``None`` where it does not serve their layout."""
+        return cuda.places_of(self.k, self.v, self.k[0].device)
+
 
 def rotate_from(
     parts: Parts,
@@ -157,6 +167,14 @@ def rotate_from(
     bias = None if bias is None else checked_bias(k_cache, v_cache, tokens, bias, rotary_dim)
     if tokens == 0:
         return
+    on_device = kernels(k_cache.device)
+    if on_device is not None and cuda.rotates(k_cache, v_cache, rotary_dim, (cos, sin), bias):
+        places = parts.places
+        if places is not None:
+            cuda.rotate_from(
+                on_device, places, layer, k_cache, v_cache, dst, (cos, sin), rotary_dim, neox, bias
+            )
+            return
     module = cpu_module(k_cache.device)
     if module is None:
         checks.in_range("dst_slots", dst, k_cache.shape[0])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from sgl_blend.ops import cuda
 from sgl_blend.ops.checks import require
+from sgl_blend.ops.cuda import Chosen
+from sgl_blend.ops.cuda_build import kernels
 
 
 def top_rows(scores: torch.Tensor, k: int, before: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,8 +30,48 @@ def top_rows(scores: torch.Tensor, k: int, before: torch.Tensor | None = None) -
     n = scores.shape[0]
     if k >= n:
         return torch.arange(n, dtype=torch.int64, device=scores.device)
-    order = torch.sort(_ahead(scores, before), descending=True, stable=True).indices
+    scores = _ahead(scores, before)
+    on_device = kernels(scores.device)
+    if on_device is not None and scores.dtype == torch.float32:
+        return cuda.select_rows(on_device, scores.contiguous(), [n], [k]).chosen
+    order = torch.sort(scores, descending=True, stable=True).indices
     return torch.sort(order[:k]).values
+
+
+def select_rows(scores: torch.Tensor, counts: Sequence[int], ks: Sequence[int]) -> Chosen:
+    """``top_rows`` of each of the segments of ``counts`` scores that fp32 ``scores`` [sum of
+    counts] falls into, with what is not chosen and a flag a score; on CUDA in one launch, without
+    the host. Each k lies in 0..count.
+
+    Raises:
+        KernelError: arguments that do not fit.
+    """
+    _check(scores, None)
+    require(scores.dtype == torch.float32, f"scores are {scores.dtype}; expected float32")
+    require(
+        len(counts) == len(ks) and sum(counts) == scores.shape[0],
+        f"{len(ks)} numbers of rows for segments of {list(counts)} of {scores.shape[0]} scores",
+    )
+    require(
+        all(0 <= k <= n for n, k in zip(counts, ks, strict=True)),
+        f"{list(ks)} of {list(counts)} rows; expected 0..count of each",
+    )
+    on_device = kernels(scores.device)
+    if on_device is not None and counts:
+        return cuda.select_rows(on_device, scores.contiguous(), counts, ks)
+    chosen, rest, runs = (
+        [],
+        [],
+        torch.zeros(scores.shape[0], dtype=torch.uint8, device=scores.device),
+    )
+    for part, flags, k in zip(
+        scores.split(list(counts)), runs.split(list(counts)), ks, strict=True
+    ):
+        chosen.append(top_rows(part, k))
+        flags[chosen[-1]] = 1
+        rest.append(torch.sort(flags, stable=True).indices[: len(part) - k])
+    none = torch.empty(0, dtype=torch.int64, device=scores.device)
+    return Chosen(torch.cat([none, *chosen]), torch.cat([none, *rest]), runs)
 
 
 def covering_rows(

@@ -30,7 +30,8 @@ def test_right_kernels_pass():
 
 @pytest.mark.parametrize("name", ["rotate_copy", "v_deviation", "select_rows", "attention_mass"])
 def test_wrong_kernels_are_named(name):
-    assert cuda_check.differing(Wrong(name), CPU) == [name]
+    found = cuda_check.differing(Wrong(name), CPU)
+    assert found and all(text.startswith(name) for text in found)
 
 
 @pytest.fixture

@@ -42,22 +42,19 @@ class Case:
         """Three documents and tokens of none, in no order."""
         k, v = (torch.randn(groups, *x.shape[1:], generator=self.gen) for x in (self.k, self.v))
         group = torch.randint(-1, groups, (self.n,), generator=self.gen).int()
-        return k, v, group, *self.rope.delta(torch.zeros_like(self.new), self.new)
+        turn = self.rope.delta(torch.zeros_like(self.new), self.new)
+        return reference.Bias(k, v, group, *turn)
 
     def wanted(self, bias=None, runs=None):
         """K and V of the pool after the move, by the reference."""
         k, v = self.k.clone(), self.v.clone()
-        stay = torch.zeros(self.n, dtype=torch.bool) if runs is None else runs.bool()
-        src, dst, turn = self.src[~stay], self.dst[~stay], [x[~stay] for x in self.turn]
-        new_k = reference.rotate(self.k[src], *turn, self.rotary_dim, self.neox)
-        new_v = self.v[src]
+        moved = torch.ones(self.n, dtype=torch.bool) if runs is None else runs == 0
+        src, dst, turn = self.src[moved], self.dst[moved], [x[moved] for x in self.turn]
         if bias is not None:
-            more = biased(self, [x[~stay] for x in bias[2:]], bias[:2], src, turn)
-            for whole, part in zip((new_k, new_v), more, strict=True):
-                grouped = bias[2][~stay] >= 0
-                reference.put(whole, grouped.nonzero().flatten(), part[grouped])
-        reference.put(k, dst, new_k)
-        reference.put(v, dst, new_v)
+            bias = reference.Bias(*bias[:2], *(x[moved] for x in bias[2:]))
+        reference.rotate_from(
+            self.k[src], self.v[src], k, v, dst, *turn, self.rotary_dim, self.neox, bias
+        )
         return k, v
 
     def check(self, run, want, say):
@@ -65,16 +62,6 @@ class Case:
         run(k, v)
         assert same_or_nan(k, want[0]), f"K, {say}"
         assert same(v, want[1]), f"V, {say}"
-
-
-def biased(case, of_tokens, of_groups, src, turn):
-    """K and V of ``src`` turned, plus their group's turned bias: fp32, rounded once."""
-    group, cos, sin = of_tokens
-    add_k, add_v = (x[group.long().clamp(min=0)] for x in of_groups)
-    moved = reference.rotate(case.k[src].float(), *turn, case.rotary_dim, case.neox)
-    add_k = reference.rotate(add_k, cos, sin, case.rotary_dim, case.neox)
-    sums = moved + add_k, case.v[src].float() + add_v
-    return [reference.cast(x, case.dtype) for x in sums]
 
 
 def same_or_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -110,7 +97,7 @@ def test_moved_tokens_are_the_references(module, dtype, neox):
 )
 def test_shapes(module, n, heads, dim, v_dim, rotary_dim):
     case = Case(n, heads, dim, v_dim, rotary_dim, True, BF16)
-    assert cuda.rotates(case.k, case.v, rotary_dim)
+    assert cuda.rotates(case.k, case.v, rotary_dim, case.turn, case.bias())
     case.check(
         lambda k, v: cuda.rotate_copy(
             module, k, v, case.src, case.dst, case.turn, rotary_dim, True

@@ -1,0 +1,67 @@
+"""How much a few rows attend to each of many keys, where the softmax's log-sum-exp is known."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_blend.ops import checks, cuda, reference
+from sgl_blend.ops.checks import require
+from sgl_blend.ops.cuda_build import kernels
+
+
+def attention_mass(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    kv_slots: torch.Tensor,
+    q_pos: torch.Tensor,
+    lse: torch.Tensor,
+    row_weights: torch.Tensor,
+    *,
+    scale: float,
+    window: int = -1,
+    logit_cap: float = 0.0,
+    kv_pos0: int = 0,
+    key_pos: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """fp32 [S]: softmax probability of each pool key, summed over heads and, by ``row_weights``
+    (fp32 [R]), over rows; ``row_attention_with_mass``'s, in a pass of its own over K.
+
+    q [R, Hq, D], k_cache [num_slots, Hk, D], kv_slots and q_pos as in ``row_attention``. lse: fp32
+    [R, Hq], natural logarithm of the sum of exp(score) over all that a row sees, keys outside the
+    pool and sinks included. key_pos: int64 [S], the keys' positions; None: ``kv_pos0 + j``. Plain
+    torch on the CPU.
+
+    Raises:
+        KernelError: arguments that do not fit.
+    """
+    checks.floats("q", q, 3)
+    checks.cached("k_cache", k_cache, 3, q.device)
+    slots = checks.index("kv_slots", kv_slots, q.device)
+    pos = checks.index("q_pos", q_pos, q.device)
+    rows, heads, head = q.shape
+    require(head == k_cache.shape[2], f"q has head size {head}, k_cache {k_cache.shape[2]}")
+    require(
+        k_cache.shape[1] > 0 and heads % k_cache.shape[1] == 0,
+        f"{heads} query heads are no multiple of {k_cache.shape[1]} key heads",
+    )
+    require(pos.shape[0] == rows, f"q has {rows} rows, q_pos {pos.shape[0]}")
+    for name, tensor, shape in (("lse", lse, (rows, heads)), ("row_weights", row_weights, (rows,))):
+        checks.floats(name, tensor, len(shape), q.device)
+        require(tensor.shape == shape, f"{name} is {list(tensor.shape)}; expected {list(shape)}")
+    if key_pos is not None:
+        key_pos = checks.index("key_pos", key_pos, q.device)
+        require(key_pos.shape == slots.shape, f"{key_pos.shape[0]} key_pos, {slots.shape[0]} slots")
+    lse, weights = lse.float().contiguous(), row_weights.float().contiguous()
+    on_device = kernels(q.device)
+    if on_device is not None and slots.shape[0] and cuda.sums_mass(q, k_cache):
+        return cuda.attention_mass(
+            on_device, q, k_cache, slots, pos, lse, weights,
+            scale=scale, window=window, logit_cap=logit_cap, kv_pos0=kv_pos0, key_pos=key_pos,
+        )  # fmt: skip
+    checks.in_range("kv_slots", slots, k_cache.shape[0])
+    if key_pos is None:
+        key_pos = torch.arange(kv_pos0, kv_pos0 + slots.shape[0], device=q.device)
+    return reference.attention_mass(
+        q, k_cache[slots], key_pos, pos, lse, weights,
+        scale=scale, window=window, logit_cap=logit_cap,
+    )  # fmt: skip
