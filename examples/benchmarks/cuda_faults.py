@@ -30,7 +30,10 @@ ROTATE_SCATTER = {
             "read_floats(angles.cos + i * half + N * part, cos);",
             "read_floats(angles.cos + i / 2 * half + N * part, cos);",
         ),
-        a_token_without_group_gets_the_first=("group = BIASED ? bias.group[i]", "group = 0"),
+        a_token_without_group_gets_the_first=(
+            "group = BIASED ? bias.group[i] : -1",
+            "group = BIASED ? max(bias.group[i], 0) : -1",
+        ),
         the_bias_is_not_turned=("turn<HALVES>(a, b, cos, sin);", ""),
         V_gets_no_bias=(
             "if (BIASED && group >= 0) {\n        float x[N], a[N];",
