@@ -175,7 +175,10 @@ def _choose(
     """Each piece keeps the tokens that its policy selects by ``scores``, summed over ranks."""
     total = ranks.sum(torch.cat(scores))
     for s, score in zip(passes, total.split([x.numel() for x in scores]), strict=True):
-        s.keep(_agree(ranks, s.blend.tokens, s.blend.policy.select(s.blend.tokens, score, config)))
+        policy, tokens = s.blend.policy, s.blend.tokens
+        kept = _agree(ranks, tokens, policy.select(tokens, score, config))
+        every = torch.arange(tokens.count, device=s.device)
+        s.choose(every, kept, policy.ranking(tokens, score, config))
 
 
 def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Tensor:
@@ -234,7 +237,8 @@ def _check(
     if tokens.anchors is not None:
         anchors = tokens.anchors.to(s.device, non_blocking=True)
         tokens = replace(tokens, anchors=anchors[alive])
-    s.keep(alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))])
+    kept = alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))]
+    s.choose(alive, kept, b.policy.ranking(tokens, score, config))
 
 
 def _pass(

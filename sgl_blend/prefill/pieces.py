@@ -5,7 +5,8 @@ The planner makes them, the blend prefill runs them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -48,7 +49,8 @@ class PieceBlend:
     among them whose source lies in the pool: all, unless ``host`` is given.
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
     piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
-    ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it.
+    ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it. told:
+    what its choice looked like; None: nobody asked.
     document: int64 [n], which of ``documents`` each reused token is of, where those that are not
     recomputed are corrected (``correction.py``); None: they are not. correction: how much, 0 to 1.
     """
@@ -68,6 +70,7 @@ class PieceBlend:
     document: torch.Tensor | None = None
     documents: int = 0
     correction: float = 0.0
+    told: Told | None = None
 
     @property
     def given(self) -> int:
@@ -80,6 +83,31 @@ class PieceBlend:
         if self.fixed is not None:
             return int(self.fixed.numel())
         return self.tokens.budget if self.chosen is None else self.chosen
+
+
+@dataclass
+class Told:
+    """What a piece's passes saw of the ``n`` reused tokens, for a request that asks for it. Reading
+    it waits for the device.
+
+    scores: fp32 [n] on the CPU, what the policy ranked them by, as last measured (a token that an
+    early check layer has dropped keeps the score it was dropped by); None: it went by place alone.
+    chosen: int64, ascending, those that are recomputed. planned, chosen_at: seconds of
+    ``time.perf_counter``.
+    """
+
+    scores: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    planned: float = field(default_factory=time.perf_counter)
+    chosen_at: float | None = None
+
+    def note(self, n: int, alive: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor) -> None:
+        """``scores`` of the tokens ``alive`` (indices), of which ``kept`` stay."""
+        if self.scores is None:
+            self.scores = torch.zeros(n)
+        self.scores[alive.cpu()] = scores.detach().float().cpu()
+        self.chosen = kept.cpu()
+        self.chosen_at = time.perf_counter()
 
 
 class HostTokens(Protocol):

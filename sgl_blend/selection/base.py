@@ -87,6 +87,12 @@ class Policy(ABC):
         always among them, and count. :func:`highest` and :func:`first` keep all of this.
         """
 
+    def ranking(
+        self, reused: ReusedTokens, score: torch.Tensor, config: BlendConfig
+    ) -> torch.Tensor:
+        """fp32 [n]: what ``select`` goes by, where that is not ``score`` itself."""
+        return score
+
 
 def scored(policy: Policy, score: torch.Tensor | None) -> torch.Tensor:
     """``score``, of a policy that needs one. Raises :class:`ConfigError` where there is none."""

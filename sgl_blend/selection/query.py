@@ -30,9 +30,12 @@ class Query(Policy):
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
     ) -> torch.Tensor:
-        return highest(
-            reused, spread(scored(self, score), reused.positions, config.query_smoothing)
-        )
+        return highest(reused, self.ranking(reused, scored(self, score), config))
+
+    def ranking(
+        self, reused: ReusedTokens, score: torch.Tensor, config: BlendConfig
+    ) -> torch.Tensor:
+        return spread(score, reused.positions, config.query_smoothing)
 
 
 def spread(score: torch.Tensor, positions: torch.Tensor, radius: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.plan import EXACT, BlendPlan, ReuseSpan, exact_head, ranges
-from sgl_blend.prefill.pieces import PieceBlend
+from sgl_blend.prefill.pieces import PieceBlend, Told
 from sgl_blend.selection import POLICIES, Need, Policy, ReusedTokens, anchors
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def blend_of(
             device, non_blocking=True
         ),
     )
+    if state.detail is not None:
+        blend.told = Told()
     if state.correction and scored:
         blend.correction, blend.documents = state.correction, len(scored)
         of = np.repeat(np.arange(len(scored)), [s.length for s in scored])

@@ -1,8 +1,9 @@
 """What a request may say about blending, in ``sampling_params.custom_params``.
 
-``blend`` (bool), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and
-``blend_anchor_share`` (numbers, 0 to 1), ``blend_policy`` (a policy's name), ``blend_boundaries``
-(flat ascending list of token offsets into the prompt).
+``blend`` and ``blend_explain`` (bool; the latter asks for spans and scores of single tokens in the
+report), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and ``blend_anchor_share``
+(numbers, 0 to 1), ``blend_policy`` (a policy's name), ``blend_boundaries`` (flat ascending list of
+token offsets into the prompt).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ KEYS = (
     "blend_boundaries",
     "blend_correction",
     "blend_anchor_share",
+    "blend_explain",
 )
 
 
@@ -37,6 +39,7 @@ class RequestOptions:
     coverage: float | None = None
     correction: float | None = None
     anchor_share: float | None = None
+    explain: bool = False
 
 
 def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptions:
@@ -73,8 +76,14 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
                 + unknown_name("policy", str(policy), POLICIES.names())
             )
 
+    explain = custom_params.get("blend_explain", False)
+    if not isinstance(explain, bool):
+        raise RequestError(f"custom_params.blend_explain is {explain!r}: expected true or false")
+
     boundaries = _boundaries(custom_params, prompt_tokens)
-    return RequestOptions(enabled, ratio, policy, boundaries, coverage, correction, anchor_share)
+    return RequestOptions(
+        enabled, ratio, policy, boundaries, coverage, correction, anchor_share, explain
+    )
 
 
 def check_options(options: RequestOptions, config: BlendConfig) -> None:

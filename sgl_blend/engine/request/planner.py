@@ -21,12 +21,7 @@ from sgl_blend.engine.forward.company import capture_nothing
 from sgl_blend.engine.request.blending import blend_of, seed_of
 from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.engine.request.report import put_report
-from sgl_blend.engine.request.state import (
-    RequestState,
-    StateMark,
-    namespace_of,
-    state_of,
-)
+from sgl_blend.engine.request.state import RequestState, StateMark, namespace_of, state_of
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import (
     BLENDED,
@@ -305,7 +300,7 @@ class Planner:
                 self.c.metrics.store("loaded", hosted)
         self.c.metrics.piece(piece.rows - n, n - again, again)
         if self.c.config.report:
-            put_report(req, state)
+            put_report(req, state, piece)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
     from sgl_blend.engine.request.state import RequestState
+    from sgl_blend.prefill.pieces import Piece
 
 KEY = "blend"
 
 
-def put_report(req: Req, state: RequestState) -> None:
-    """Put the counts so far on the request; the response carries the last ones."""
+def put_report(req: Req, state: RequestState, piece: Piece) -> None:
+    """Put the counts so far on the request, ``piece`` being the last that they hold; the response
+    carries the last ones."""
     c = state.counts
     record = state.record
     n = c.prefix + c.reused + c.recomputed + c.computed
@@ -44,6 +46,9 @@ def put_report(req: Req, state: RequestState) -> None:
         "cost": round(c.token_layers / c.full_token_layers, 4) if c.full_token_layers else 0.0,
         "fallback": state.fallback,
     }
+    if state.detail is not None:
+        state.detail.add(piece)
+        report["explain"] = state.detail.told(state.suffix_start)
     if req.customized_info is None:
         req.customized_info = {}
     req.customized_info[KEY] = [report]

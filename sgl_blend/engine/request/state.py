@@ -11,6 +11,7 @@ import numpy as np
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.detail import Detail
 from sgl_blend.engine.request.options import RequestOptions, check_options, parse_options
 from sgl_blend.errors import RequestError
 from sgl_blend.gate.state import GateState
@@ -90,11 +91,15 @@ class RequestState:
     used_ratio: float = -1.0
     #: how much may be recomputed while chunks are loading without taking longer
     free_ratio: float = 0.0
+    #: what is told of single tokens; None: nobody asked (``blend_explain``)
+    detail: Detail | None = None
     #: position of its first image (or sound); None: the prompt is text
     media_start: int | None = None
 
     def __post_init__(self) -> None:
         self.used_ratio = self.ratio
+        if self.options.explain:
+            self.detail = Detail()
 
     @property
     def wants_blend(self) -> bool:
