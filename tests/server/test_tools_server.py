@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 from polling import eventually
 from talk import Docs, ask
@@ -45,6 +46,38 @@ def test_top_counts_what_the_requests_reported(packed, capsys):
     assert main(["top", "--url", packed.url, "--once"]) == 0
     out = capsys.readouterr().out
     assert packed.url in out and "store, memory" in out and "note:" not in out
+
+
+def test_explain_tells_of_every_token(packed, tmp_path, capsys):
+    """A prompt of several prefill pieces: kinds add up to the report's counts, what is recomputed
+    is what ranks highest in its piece, and the page holds every token."""
+    packed.flush()
+    docs = [f"Page {i}. " + "".join(f"{a} is {a * i + 7}; " for a in range(9)) for i in range(6)]
+    params = {"temperature": 0, "max_new_tokens": 1, "custom_params": {"blend": False}}
+    packed.generate(text=[f"{d}\n\n" for d in docs], sampling_params=params)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("\n\n".join(docs[i] for i in (3, 0, 4, 1)) + "\n\nWhat is on page 3?")
+    words = ["explain", str(prompt), "--url", packed.url, "--tokens", "4"]
+    code, page = _json(capsys, *words)
+    assert code == 0
+    report, kinds = page["report"], Counter(t["kind"] for t in page["tokens"])
+    assert report["recomputed"] > 0 and len(page["tokens"]) > 2 * 128  # the piece's size
+    for kind in ("prefix", "reused", "recomputed", "computed"):
+        assert kinds[kind] == report[kind], (kinds, report)
+    text = "".join(t["text"] for t in page["tokens"])
+    assert prompt.read_text() in text
+    for span in page["spans"]:
+        inside = page["tokens"][span["start"] : span["end"]]
+        assert all(t["span"] == span["number"] and t["score"] is not None for t in inside)
+    best = min((t for t in page["tokens"] if t["rank"]), key=lambda t: t["rank"])
+    assert best["kind"] == "recomputed" and best["rank"] == 1
+    assert len(page["steps"]) == 4 and page["steps"][0]["kl"] is not None
+    # A request that does not ask is told nothing of single tokens.
+    assert "explain" not in ask(packed, prompt.read_text()).blend
+    # The exact KV is there now: a prefix.
+    out = tmp_path / "page.html"
+    assert main([*words, "--out", str(out)]) == 0
+    assert "prefix" in out.read_text() and capsys.readouterr().out.strip() == str(out)
 
 
 def test_doctor(packed, model, capsys):
