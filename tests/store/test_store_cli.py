@@ -50,7 +50,9 @@ def test_operations_from_the_command_line(tmp_path, capsys):
         assert _run("store", "clear", *at) == 0
         assert "cleared: 2 chunks" in capsys.readouterr().out
         assert _run("store", "unpin", *at, keys[0]) == 0
-        assert _run("store", "drain", *at, "--stop") == 0
+        capsys.readouterr()
+        assert _run("store", "drain", *at, "--stop", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == {"verb": "drain", "undone": 0}
         assert store.process.wait(10) == 0
 
 
