@@ -175,10 +175,25 @@ def _choose(
     """Each piece keeps the tokens that its policy selects by ``scores``, summed over ranks."""
     total = ranks.sum(torch.cat(scores))
     for s, score in zip(passes, total.split([x.numel() for x in scores]), strict=True):
-        policy, tokens = s.blend.policy, s.blend.tokens
-        kept = _agree(ranks, tokens, policy.select(tokens, score, config))
-        every = torch.arange(tokens.count, device=s.device)
-        s.choose(every, kept, policy.ranking(tokens, score, config))
+        tokens = s.blend.tokens
+        kept = _agree(ranks, tokens, s.blend.policy.select(tokens, score, config))
+        _note(s, tokens, score, config, None, kept)
+        s.keep(kept)
+
+
+def _note(
+    s: BlendPass,
+    tokens: ReusedTokens,
+    score: torch.Tensor,
+    config: BlendConfig,
+    alive: torch.Tensor | None,
+    kept: torch.Tensor,
+) -> None:
+    """Write down how ``kept`` was chosen among ``alive`` (None: all), where a request asks."""
+    if s.blend.told is not None:
+        if alive is None:
+            alive = torch.arange(tokens.count)
+        s.blend.told.note(tokens.count, alive, s.blend.policy.ranking(tokens, score, config), kept)
 
 
 def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Tensor:
@@ -238,7 +253,8 @@ def _check(
         anchors = tokens.anchors.to(s.device, non_blocking=True)
         tokens = replace(tokens, anchors=anchors[alive])
     kept = alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))]
-    s.choose(alive, kept, b.policy.ranking(tokens, score, config))
+    _note(s, tokens, score, config, alive, kept)
+    s.keep(kept)
 
 
 def _pass(

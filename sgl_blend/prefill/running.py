@@ -80,12 +80,6 @@ class BlendPass(PiecePass):
             and (0 < self.alive.numel() < b.tokens.count)
         )
 
-    def choose(self, alive: torch.Tensor, kept: torch.Tensor, ranking: torch.Tensor) -> None:
-        """Keep ``kept`` of the tokens ``alive``, which were chosen by ``ranking``."""
-        if self.blend.told is not None:
-            self.blend.told.note(self.blend.tokens.count, alive, ranking, kept)
-        self.keep(kept)
-
     def copy_all(self) -> list[Incoming]:
         """Every reused token, from its source into the request's own slots."""
         b = self.blend
