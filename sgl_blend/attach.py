@@ -59,3 +59,7 @@ EAGER = Attachment("_blend_eager")
 # On ``ReqState``, in the HTTP process.
 #: dict: the report of ``engine.request.report``
 REPORT = Attachment("_blend_report")
+
+# On ``GenerateReqInput``, in the HTTP process.
+#: str: the id of the request whose prompt was checked; its copies for several answers share it
+PROMPT = Attachment("_blend_prompt")

@@ -18,6 +18,7 @@ from sgl_blend.options import OptionSet, check_bounds, option
 
 ENV_ENABLE = "SGL_BLEND_ENABLE"
 
+DEFAULTS = ("on", "off")
 CONTINUATIONS = ("same", "extend")
 TIERS = ("device", "store")
 PREFETCH = ("best_effort", "timeout", "wait")
@@ -30,6 +31,12 @@ MAX_GENERATION = 100
 class BlendConfig:
     """All options of blending. Raises :class:`ConfigError` when a value is out of range."""
 
+    default: str = option(
+        "on",
+        "requests that say nothing: 'on' are blended, 'off' are computed exactly (one opts in by "
+        "x-blend: on, or by naming a policy, a ratio or a coverage)",
+        choices=DEFAULTS,
+    )
     policy: str = option(
         "query",
         "which reused tokens are recomputed: query, hkvd, stored, leading, random, all, none",
@@ -193,7 +200,9 @@ class BlendConfig:
         "recompute more while slow tiers are loading, as long as it takes no longer; "
         "tensor-parallel ranks do not",
     )
-    report: bool = option(True, "put blend counts into each response's meta_info")
+    report: bool = option(
+        True, "put blend counts into each response: meta_info, usage and the header x-blend"
+    )
     gate: str = option(
         "disable",
         "correctness gate at launch; where it fails: 'disable' blending, 'fail' the launch; "
@@ -333,6 +342,11 @@ READ_BESIDE = {
     "not the CPU platform of this package",
     "XDG_RUNTIME_DIR": "folder of the usual address of a chunk store "
     "(default: /tmp/sgl-blend-<user id>)",
+    "SGLANG_HTTP_SERVER_APP_PATH": "application of several tokenizer workers; "
+    "unset, it is set to sgl_blend.engine.launch.worker_app:app",
+    "SGLANG_OLLAMA_CHAT_ROUTE": "path of SGLang's route for Ollama's chat (default: /api/chat)",
+    "SGLANG_OLLAMA_GENERATE_ROUTE": "path of SGLang's route for Ollama's completions "
+    "(default: /api/generate)",
     "OMP_NUM_THREADS": "CPU server: threads a process "
     "(default: the usable CPUs, divided by the ranks)",
     "OMP_WAIT_POLICY": "CPU server: how threads wait; where it is set, GOMP_SPINCOUNT "

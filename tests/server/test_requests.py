@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 
 import pytest
 import requests
@@ -269,12 +268,7 @@ def test_malformed_options_are_a_400_on_every_endpoint(blend, custom, said):
     ids = list(range(300, 340))
     check("/generate", body_of(ids, custom=custom))
     check("/generate", body_of("some text of a prompt", custom=custom))
-    # A stream has begun with status 200; SGLang says the code in its first event.
-    r = requests.post(
-        blend.url + "/generate", json=body_of(ids, custom=custom, stream=True), timeout=120
-    )
-    event = json.loads(r.text.split("data: ")[1])
-    assert event["error"]["code"] == 400 and said in event["error"]["message"]
+    check("/generate", body_of(ids, custom=custom, stream=True))
     openai = {"model": "default", "max_tokens": 2, "custom_params": custom}
     check("/v1/completions", {**openai, "prompt": "some text of a prompt"})
     check("/v1/completions", {**openai, "prompt": "some text of a prompt", "stream": True})

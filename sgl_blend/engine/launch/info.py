@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 PATH = "/blend_info"
 
 
-def add_info(server_args: ServerArgs) -> None:
-    """Add the route to SGLang's FastAPI application, once."""
+def add_info() -> None:
+    """Add the route to SGLang's FastAPI application, once, before it starts."""
     from sglang.srt.entrypoints import http_server
 
     app = http_server.app
@@ -27,7 +27,7 @@ def add_info(server_args: ServerArgs) -> None:
         return
 
     async def blend_info() -> dict[str, Any]:
-        return about(server_args)
+        return about(http_server.get_global_state().tokenizer_manager.server_args)
 
     app.get(PATH)(blend_info)
 

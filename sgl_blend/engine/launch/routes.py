@@ -1,4 +1,5 @@
-"""HTTP routes that SGLang's frontend language expects and no server implements.
+"""What is added to SGLang's HTTP application: the middleware that is every route's way in and out
+(``middleware.py``), and a route that SGLang's frontend language expects and no server implements.
 
 ``forks.join("concate_and_append")`` in an ``sgl.function`` prefills each fork's text on its own,
 joins the texts on the client, and tells the server so (``lang/backend/runtime_endpoint.py:317``,
@@ -14,14 +15,19 @@ PATH = "/concate_and_append_request"
 
 
 def add_routes() -> None:
-    """Add the routes to SGLang's FastAPI application, once."""
+    """Add them to SGLang's FastAPI application, once, before it starts."""
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from sglang.srt.entrypoints import http_server
+    from starlette.middleware import Middleware
+
+    from sgl_blend.engine.launch.middleware import BlendMiddleware
 
     app = http_server.app
     if any(getattr(r, "path", None) == PATH for r in app.routes):
         return
+    # Innermost: behind SGLang's API keys and decompression, under its metrics.
+    app.user_middleware.append(Middleware(BlendMiddleware))
 
     async def concatenate_and_append(request: Request) -> Any:
         try:

@@ -56,8 +56,6 @@ def switch_on(server_args: ServerArgs, config: BlendConfig) -> None:
     Raises :class:`SeamError` or :class:`ConfigError`.
     """
     from sgl_blend.engine import seams
-    from sgl_blend.engine.request.options import validate_request
-    from sgl_blend.engine.request.report import show_report, take_report
     from sgl_blend.gate.prompts import read_prompts
     from sgl_blend.selection import POLICIES, Need
 
@@ -73,10 +71,19 @@ def switch_on(server_args: ServerArgs, config: BlendConfig) -> None:
         say(PREFILL, server_args)
     attach.CONFIG.set(server_args, config)
     hook_resolution()
+    hook_requests()
+
+
+def hook_requests() -> None:
+    """The hooks of a process that takes requests and answers them. Without ``report`` no scheduler
+    sends one."""
+    from sgl_blend.engine import seams
+    from sgl_blend.engine.request.options import validate_request
+    from sgl_blend.engine.request.report import show_report, take_report
+
     _install_once(seams.VALIDATE_REQUEST, validate_request, "around")
-    if config.report:
-        _install_once(seams.UPDATE_META_INFO, take_report, "around")
-        _install_once(seams.WAIT_ONE_RESPONSE, show_report, "around")
+    _install_once(seams.UPDATE_META_INFO, take_report, "around")
+    _install_once(seams.WAIT_ONE_RESPONSE, show_report, "around")
 
 
 def hook_resolution() -> None:
@@ -135,9 +142,11 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
         check_port,
     )
     from sgl_blend.engine.launch.families import check_family
+    from sgl_blend.engine.launch.frontends import prepare
     from sgl_blend.engine.launch.own_store import start_store
 
     unset = False
+    first = attach.LAUNCH.get(server_args) is None
     try:
         if not getattr(server_args, "_resolution_finished", False):
             check_model_path(server_args.model_path)
@@ -151,16 +160,11 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
         _resolve(original, server_args)
         one_pool.settle(server_args, unset)
         check_arguments(server_args)
-        if attach.LAUNCH.get(server_args) is None:
+        if first:
             attach.LAUNCH.set(server_args, secrets.token_hex(16))
         start_store(server_args)
     except BlendError as e:
         if attach.COMMAND_LINE.get(server_args):
             refuse(e)
         raise
-    if attach.COMMAND_LINE.get(server_args):
-        from sgl_blend.engine.launch.info import add_info
-        from sgl_blend.engine.launch.routes import add_routes
-
-        add_routes()
-        add_info(server_args)
+    prepare(server_args, first)

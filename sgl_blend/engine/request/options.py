@@ -3,7 +3,7 @@
 ``blend`` and ``blend_explain`` (bool; the latter asks for spans and scores of single tokens in the
 report), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and ``blend_anchor_share``
 (numbers, 0 to 1), ``blend_policy`` (a policy's name), ``blend_boundaries`` (flat ascending list of
-token offsets into the prompt).
+token offsets into the prompt). An HTTP header says the same (``header.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request import exchange
 from sgl_blend.engine.request.token_ids import check_token_ids
 from sgl_blend.errors import RequestError, unknown_name
 
@@ -26,6 +27,8 @@ KEYS = (
     "blend_anchor_share",
     "blend_explain",
 )
+#: keys that a request may state without a wish to be blended
+NO_WISH = ("blend", "blend_boundaries", "blend_explain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +43,22 @@ class RequestOptions:
     correction: float | None = None
     anchor_share: float | None = None
     explain: bool = False
+    #: not enabled because it says nothing and the server is set so
+    off_by_default: bool = False
 
 
-def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptions:
+def parse_options(
+    custom_params: Any, prompt_tokens: int | None, *, default: bool = True
+) -> RequestOptions:
     """Read the blend keys of ``custom_params``; other keys belong to others and are ignored,
     but a misspelt ``blend...`` key is refused.
 
-    ``prompt_tokens``: length of the prompt, to check the boundaries against; None skips that.
-    Raises :class:`RequestError`.
+    prompt_tokens: length of the prompt, to check the boundaries against; None skips that.
+    default: are requests blended that say nothing? One that states a policy, or how much is
+    recomputed, wants to be. Raises :class:`RequestError`.
     """
     if custom_params is None:
-        return RequestOptions()
+        custom_params = {}
     if not isinstance(custom_params, dict):
         raise RequestError(f"custom_params is a {type(custom_params).__name__}: expected a mapping")
     for key in custom_params:
@@ -81,8 +89,18 @@ def parse_options(custom_params: Any, prompt_tokens: int | None) -> RequestOptio
         raise RequestError(f"custom_params.blend_explain is {explain!r}: expected true or false")
 
     boundaries = _boundaries(custom_params, prompt_tokens)
+    wishes = [k for k in KEYS if k not in NO_WISH and custom_params.get(k) is not None]
+    off_by_default = not default and "blend" not in custom_params and not wishes
     return RequestOptions(
-        enabled, ratio, policy, boundaries, coverage, correction, anchor_share, explain
+        enabled and not off_by_default,
+        ratio,
+        policy,
+        boundaries,
+        coverage,
+        correction,
+        anchor_share,
+        explain,
+        off_by_default,
     )
 
 
@@ -157,11 +175,50 @@ def _boundaries(custom_params: dict, prompt_tokens: int | None) -> tuple[int, ..
 
 def validate_request(original: Any, manager: Any, obj: Any, input_ids: Any) -> None:
     """AROUND ``TokenizerManager._validate_one_request`` (SGLang 0.5.23): a malformed request is
-    refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one)."""
+    refused in the HTTP process, as a 400 (SGLang turns ``ValueError`` into one). What the header
+    and the server's preferred sampling parameters say is put beside the request's own."""
     check_token_ids(input_ids, manager.model_config.vocab_size)
     original(manager, obj, input_ids)
     params = getattr(obj, "sampling_params", None)
-    if isinstance(params, dict):
-        n = None if input_ids is None else len(input_ids)
-        options = parse_options(params.get("custom_params"), n)
+    if not isinstance(params, dict):
+        return
+    attach.PROMPT.set(obj, getattr(obj, "rid", None))
+    current = exchange.CURRENT.get()
+    try:
+        said = _all_said(params, getattr(manager, "preferred_sampling_params", None), current)
+        _check_said(said, None if input_ids is None else len(input_ids), manager, current)
+    except RequestError as e:
+        if current is not None:
+            current.refused = e
+        raise
+    if said != params.get("custom_params"):
+        # The mapping may be shared by the prompts of a batch, and by a program's later requests.
+        obj.sampling_params = {**params, "custom_params": said}
+
+
+def _check_said(
+    said: Any, prompt_tokens: int | None, manager: Any, current: exchange.Exchange | None
+) -> None:
+    try:
+        options = parse_options(said, prompt_tokens)
         check_options(options, attach.CONFIG.get(manager.server_args))
+    except RequestError as e:
+        raise (e if current is None else current.renamed(e)) from None
+
+
+def _all_said(
+    params: dict, preferred: dict | None, current: exchange.Exchange | None
+) -> dict[str, Any] | None:
+    """``custom_params`` of a request with sampling parameters ``params``: its own; beside them what
+    the exchange says; below them those of ``--preferred-sampling-params``. Where a request's class
+    writes ``custom_params: null`` (chat), SGLang ignores the latter: their blend keys hold all the
+    same. Raises :class:`RequestError` for own ones that are malformed."""
+    said = params.get("custom_params")
+    parse_options(said, None)
+    if current is not None:
+        said = exchange.beside(said, current)
+    usual = (preferred or {}).get("custom_params")
+    if isinstance(usual, dict):
+        base = exchange.blend_keys(usual) if "custom_params" in params else usual
+        said = {**base, **(said or {})} if base else said
+    return said

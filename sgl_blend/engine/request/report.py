@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from sgl_blend import attach
+from sgl_blend.engine.request.exchange import CURRENT
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GenerateReqInput
@@ -89,11 +90,14 @@ async def show_report(
     **kw: Any,
 ) -> AsyncIterator[Any]:
     """AROUND ``TokenizerManager._wait_one_response`` (an asynchronous generator): the report, one
-    mapping, in every chunk."""
+    mapping, in every chunk, and for the HTTP answer as a whole."""
     state = manager.rid_to_state.get(obj.rid)
+    exchange = CURRENT.get()
     async with contextlib.aclosing(original(manager, obj, *args, **kw)) as chunks:
         async for out in chunks:
             report = attach.REPORT.get(state)
             if report is not None and "meta_info" in out:
                 out["meta_info"][KEY] = report
+                if exchange is not None:
+                    exchange.add(attach.PROMPT.get(obj) or obj.rid, obj.rid, report)
             yield out

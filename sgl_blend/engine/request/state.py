@@ -135,7 +135,11 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
     if state is None:
         fallback = None
         try:
-            options = parse_options(req.sampling_params.custom_params, len(req.origin_input_ids))
+            options = parse_options(
+                req.sampling_params.custom_params,
+                len(req.origin_input_ids),
+                default=config.default == "on",
+            )
             check_options(options, config)
         except RequestError:
             options, fallback = RequestOptions(enabled=False), "malformed blend options"
@@ -160,6 +164,8 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
         attach.STATE.set(req, state)
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
+            if options.off_by_default:
+                state.fallback = "off by default"
     if state.media_start is None and req.multimodal_inputs is not None:
         # SGLang adds them after the request was made, and takes them away when it has finished.
         state.media_start = _media_start(req.multimodal_inputs)
