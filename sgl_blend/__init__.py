@@ -17,6 +17,7 @@ Imports run downward only (``.ci/imports.py`` checks it). From the top floor to 
 ``plan.py``             a prompt as spans: the data that all of the above pass on
 ``chunking.py``         token ids to content-hash chunks
 ``config.py``           one frozen configuration
+``lang.py``             prompts of parts, whose boundaries a server is told (for programs)
 ``attach.py``           the attributes that are put on SGLang's objects
 ``errors.py``           one family of errors
 ======================  =======================================================

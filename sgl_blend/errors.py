@@ -26,6 +26,10 @@ class RequestError(BlendError, ValueError):
     """A request's blend options are malformed. Becomes an HTTP 400; the server goes on."""
 
 
+class PromptError(BlendError, ValueError):
+    """The parts of a prompt cannot be put together (``sgl_blend.lang``)."""
+
+
 class SeamError(BlendError):
     """SGLang is not the version this package was built for, or a hooked symbol is missing."""
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
+import pytest
 import requests
 import sglang as sgl
+from talk import answer_of, counts, words
+from transformers import AutoTokenizer
+
+from sgl_blend.lang import Chunk, chat
 
 STATEMENTS = [
     f"{name} is the father of {child}. They live by the river. " * 6
@@ -43,3 +51,40 @@ def test_the_join_route_refuses_what_is_malformed(blend):
         r = requests.post(url, json=bad, timeout=30)
         assert r.status_code == 400 and "src_rids" in r.text
     assert requests.post(url, data="{", timeout=30).status_code == 400
+
+
+@pytest.mark.parametrize("client", ["generate", "openai"])
+def test_chunks_of_a_chat_are_found_whole_wherever_they_stand(blend, model, client):
+    """Short ones, side by side, in every role, behind other texts than when they were seen."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    docs = [Chunk(words(900 + i, 6)) for i in range(6)]
+
+    def report(*contents, **options):
+        roles = ["system", "user", "tool", "user"]
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        p = chat(tokenizer, messages)
+        if client == "generate":
+            return answer_of(blend.generate(**p.generate({"max_new_tokens": 2}, **options))).blend
+        said = p.openai(**options)
+        body = {"model": "default", "prompt": said["prompt"], "max_tokens": 2}
+        body |= said["extra_body"]
+        r = requests.post(blend.url + "/v1/completions", json=body, timeout=120)
+        assert r.status_code == 200, r.text
+        return r.json()["blend"]
+
+    for i, doc in enumerate(docs):
+        report(f"You are {i}.", [doc, f"What is said, and by whom, in number {i}?"], blend=False)
+    got = report(["Read.", docs[4]], [docs[2], docs[0], "And?"], [docs[5]], "Which word is next?")
+    assert got["fallback"] is None
+    assert got["reused"] + got["recomputed"] == sum(len(docs[i]) for i in (4, 2, 0, 5))
+    assert counts(got) > got["reused"] + got["recomputed"]
+
+
+def test_the_examples_reuse_what_moved(blend, model):
+    example = Path(__file__).resolve().parents[2] / "examples" / "prompts.py"
+    run = runpy.run_path(str(example))["run"]
+    reports = run(blend.url, AutoTokenizer.from_pretrained(model))
+    assert set(reports) == {"rag", "few-shot", "conversation", "agent"}
+    for kind, each in reports.items():
+        for later in each[1:]:
+            assert later["fallback"] is None and later["reused"] > 60, (kind, later)
