@@ -76,8 +76,9 @@ def test_chunks_of_a_chat_are_found_whole_wherever_they_stand(blend, model, clie
         report(f"You are {i}.", [doc, f"What is said, and by whom, in number {i}?"], blend=False)
     got = report(["Read.", docs[4]], [docs[2], docs[0], "And?"], [docs[5]], "Which word is next?")
     assert got["fallback"] is None
-    assert got["reused"] + got["recomputed"] == sum(len(docs[i]) for i in (4, 2, 0, 5))
-    assert counts(got) > got["reused"] + got["recomputed"]
+    # Some of what the template puts between them, too.
+    assert got["reused"] + got["recomputed"] >= sum(len(docs[i]) for i in (4, 2, 0, 5))
+    assert got["computed"] > 0 and counts(got) > got["reused"] + got["recomputed"]
 
 
 def test_the_examples_reuse_what_moved(blend, model):
