@@ -128,10 +128,17 @@ def _corrected(world: World, ours: Any, piece: Any, picked: torch.Tensor) -> tup
                 seen |= mine
         for got, want in ((new_k, want_k), (new_v, want_v)):
             limit = torch.finfo(got.dtype).max
-            rounded = want.float().clamp(-limit, limit).to(got.dtype)
-            steps = steps_apart(got[at[~again]], rounded[~again])
-            share = float((steps > 0).float().mean())
-            assert share <= 3e-3, f"layer {layer}: {share:.2e} of the elements are others"
+            # Means of fp8's numbers lie on a step's middle often: either side will do.
+            low, rounded, high = (
+                x[~again].float().clamp(-limit, limit).to(got.dtype)
+                for x in (want - 1e-5 * want.abs(), want, want + 1e-5 * want.abs())
+            )
+            clear = steps_apart(low, high) == 0
+            assert float(clear.float().mean()) > 0.9
+            steps = steps_apart(got[at[~again]], rounded)
+            share = float((steps[clear] > 0).float().mean())
+            assert share <= 2e-3, f"layer {layer}: {share:.2e} of the elements are others"
+            assert int(steps.max()) <= 1, f"layer {layer}: {int(steps.max())} steps off"
             worst = max(worst, share)
     return worst, int((seen & ~again).sum())
 
