@@ -93,6 +93,12 @@ class BlendConfig:
         least=0.0,
         most=1.0,
     )
+    head_tokens: int = option(
+        0,
+        "first tokens of each reused document that are recomputed whatever the policy chooses, as "
+        "long as they take no more than half of what is; the correction does not go by them",
+        least=0,
+    )
     anchor_share: float = option(
         0.0,
         "share of the recomputed tokens (with coverage: of min_ratio's) that is spaced evenly over "

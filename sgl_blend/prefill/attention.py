@@ -183,7 +183,8 @@ class Scratch:
     rows; the leading ones begin where the prefix ends. key_slots / key_pos (int64 [S]): the cached
     keys, first the prefix's, then the reused tokens'. weights: fp32, of each question row in the
     mass. reused: slice of the keys that are reused tokens; mass: fp32, one per reused token,
-    filled by the pass.
+    filled by the pass. by_value: attention counts in it as much as the norm of the V that it takes
+    (InfoFlow KV, arXiv:2603.05353).
     """
 
     first: int
@@ -195,14 +196,11 @@ class Scratch:
     weights: torch.Tensor
     reused: slice
     mass: torch.Tensor
+    by_value: bool = False
 
 
 class QuestionAttention:
-    """Scratch rows over cached keys and over themselves; sums attention mass per reused token.
-
-    by_value: attention counts as much as the norm of the V that it takes (InfoFlow KV,
-    arXiv:2603.05353).
-    """
+    """Scratch rows over cached keys and over themselves; sums attention mass per reused token."""
 
     scratch = True
 
@@ -211,12 +209,10 @@ class QuestionAttention:
         pool: PoolView,
         rows: list[Scratch],
         copies: list[Incoming],
-        by_value: bool = False,
     ) -> None:
         self.pool = pool
         self.rows = rows
         self.copies = copies
-        self.by_value = by_value
 
     def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
         for copy in self.copies:
@@ -280,10 +276,10 @@ class QuestionAttention:
             v_extra=v,
             extra_pos=turn,
             row_weights=s.weights,
-            by_value=self.by_value,
+            by_value=s.by_value,
         )
         mass = out.mass[s.reused]
-        s.mass += mass * spec.v_scale if self.by_value else mass
+        s.mass += mass * spec.v_scale if s.by_value else mass
         return out.out
 
     def _windowed(
@@ -316,7 +312,7 @@ class QuestionAttention:
             probs = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
             out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
             summed = (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
-            if self.by_value:
+            if s.by_value:
                 summed = summed * values[: slots.numel()].norm(dim=1) * spec.v_scale
             mass[near] += summed
         s.mass += mass[s.reused]

@@ -154,13 +154,14 @@ def _question_pass(
                 question_weights(m - b.lead).to(s.device),
                 slice(head, head + b.tokens.count),
                 torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
+                b.query_values,
             )
         )
         ids.append(b.question_ids)
         positions.append(b.question_pos)
         row += m
     copies = Arriving.together([Arriving(c, 0) for s in asking for c in s.copy_all()])
-    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies], config.query_values)
+    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies])
     counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
     model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
     _choose(asking, [q.mass for q in scratch], ranks, config)

@@ -51,8 +51,10 @@ class PieceBlend:
     piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
     ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it. told:
     what its choice looked like; None: nobody asked.
-    document: int64 [n], which of ``documents`` each reused token is of, where those that are not
-    recomputed are corrected (``correction.py``); None: they are not. correction: how much, 0 to 1.
+    query_values: attention counts as much as the norm of the V that it takes, for ``Need.QUERY``.
+    correction: how much of the recomputed tokens' mean error the others are corrected by
+    (``correction.py``). Where it is not 0: document int64 [n], which of ``documents`` each reused
+    token is of; heads bool [n], which tokens the mean leaves out.
     """
 
     plan: BlendPlan
@@ -69,7 +71,9 @@ class PieceBlend:
     host: HostSources | None = None
     document: torch.Tensor | None = None
     documents: int = 0
+    heads: torch.Tensor | None = None
     correction: float = 0.0
+    query_values: bool = False
     told: Told | None = None
 
     @property

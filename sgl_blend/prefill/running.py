@@ -138,9 +138,11 @@ class BlendPass(PiecePass):
     def recomputed(self) -> Recomputed:
         """The reused tokens that run, for the correction of the others."""
         b, alive = self.blend, self.alive
-        assert b.document is not None and alive is not None
+        assert b.document is not None and b.heads is not None and alive is not None
         positions = b.reused[alive] + self.piece.begin
-        slots, document = self.piece.kv_slots[positions], b.document[alive]
+        slots = self.piece.kv_slots[positions]
+        # A head's tokens tell nothing: they count as of no document.
+        document = torch.where(b.heads[alive], -1, b.document[alive])
         if b.host is None:
             source: Source = PoolSource(b.src_slots[alive])
             src_pos = b.src_pos[alive]

@@ -5,7 +5,7 @@ a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 """
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.selection.anchors import anchors
+from sgl_blend.selection.anchors import anchors, head_tokens
 from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
@@ -30,6 +30,7 @@ __all__ = [
     "ReusedTokens",
     "anchors",
     "budget_of",
+    "head_tokens",
     "highest",
     "keeps_scores",
 ]

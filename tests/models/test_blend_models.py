@@ -56,7 +56,7 @@ def _cases() -> list:
     ]
     table += [("llama", {"page_size": 1}, REUSE + CORRECTED)]
     table += [("qwen3-moe", {"page_size": 1}, (*FUSED, "corrected_over_fused_writes"))]
-    correcting = {"correction": 0.7, "anchor_share": 0.2, "query_values": True}
+    correcting = {"correction": 0.7, "anchor_share": 0.2, "head_tokens": 4, "query_values": True}
     for dtype, names in (("bfloat16", ()), ("float32", ("as_reference", "as_reference_in_pieces"))):
         options = {"dtype": dtype, "page_size": 16, "options": correcting}
         table += [("qwen3", options, (*GATE, *names))]

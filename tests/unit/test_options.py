@@ -42,9 +42,21 @@ def test_all_options_are_read():
         "blend_boundaries": [0, 4, 10],
         "blend_correction": 0.7,
         "blend_anchor_share": 0.1,
+        "blend_head_tokens": 4,
+        "blend_query_values": False,
         "someone_elses": {"a": 1},
     }
-    assert parse_options(said, 10) == RequestOptions(True, 0.2, "hkvd", (0, 4, 10), 0.9, 0.7, 0.1)
+    assert parse_options(said, 10) == RequestOptions(
+        True,
+        0.2,
+        "hkvd",
+        (0, 4, 10),
+        0.9,
+        correction=0.7,
+        head_tokens=4,
+        anchor_share=0.1,
+        query_values=False,
+    )
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 0.0, 1.0])
@@ -72,6 +84,14 @@ def test_a_policy_without_a_score_may_be_told_that_coverage_is_off():
         ({"blend_ratio": float("nan")}, r"custom_params\.blend_ratio is nan"),
         ({"blend_coverage": 1.5}, r"custom_params\.blend_coverage is 1\.5: expected a number"),
         ({"blend_coverage": False}, r"custom_params\.blend_coverage is False"),
+        ({"blend_correction": 1.5}, r"custom_params\.blend_correction is 1\.5: expected a number"),
+        (
+            {"blend_head_tokens": -1},
+            r"custom_params\.blend_head_tokens is -1: expected a number of",
+        ),
+        ({"blend_head_tokens": 2.5}, r"blend_head_tokens is 2\.5"),
+        ({"blend_head_tokens": True}, r"blend_head_tokens is True"),
+        ({"blend_query_values": 1}, r"blend_query_values is 1: expected true or false"),
         ({"blend_policy": "hkvdd"}, r"blend_policy: unknown policy 'hkvdd'; did you mean 'hkvd'"),
         ({"blend_policy": 3}, r"blend_policy: unknown policy '3'"),
         ({"blend_polcy": "hkvd"}, r"unknown key 'blend_polcy'; did you mean 'blend_policy'"),
@@ -135,6 +155,8 @@ def test_validation_sees_sampling_params_of_the_request():
         ({"policy": "random"}, {"blend_coverage": 0.5}, "policy 'random' has no score to cover"),
         ({"policy": "none"}, {"blend_correction": 0.7}, "blend_correction is 0.7: policy 'none'"),
         ({}, {"blend_policy": "all", "blend_correction": 1}, "blend_correction is 1.0: .* 'all'"),
+        ({"policy": "none"}, {"blend_head_tokens": 4}, "blend_head_tokens is 4: .* 'none'"),
+        ({"policy": "hkvd"}, {"blend_query_values": True}, "blend_query_values is true: .* 'hkvd'"),
         ({"policy": "none"}, {"blend_anchor_share": 0.2}, "blend_anchor_share is 0.2: .* 'none'"),
         (
             {"leading_tokens": 8},

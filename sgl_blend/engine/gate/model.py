@@ -19,6 +19,7 @@ from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.gate.prefills import Prefills
 from sgl_blend.engine.request.options import RequestOptions
 from sgl_blend.engine.request.state import Probe, RequestState, recomputes_all
+from sgl_blend.engine.request.ways import Ways
 from sgl_blend.gate.model import Ask, Ran, Sizes
 from sgl_blend.gate.rotation import SelfAttention
 from sgl_blend.gate.state import GateState
@@ -197,8 +198,7 @@ class SglangModel:
             ask.ratio,
             exact,
             self._gate,
-            correction=self.config.correction,
-            anchor_share=self.config.anchor_share,
+            ways=Ways.of(self.config),
             fallback=None if enabled else "disabled by the request",
             probe=Probe(spans),
         )

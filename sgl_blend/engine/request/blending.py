@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.plan import EXACT, BlendPlan, ReuseSpan, exact_head, ranges
+from sgl_blend.plan import BLENDED, EXACT, BlendPlan, ReuseSpan, exact_head, ranges
 from sgl_blend.prefill.pieces import PieceBlend, Told
-from sgl_blend.selection import POLICIES, Need, Policy, ReusedTokens, anchors
+from sgl_blend.selection import POLICIES, Need, Policy, ReusedTokens, anchors, head_tokens
 
 if TYPE_CHECKING:
     from sgl_blend.engine.request.state import RequestState
@@ -32,7 +32,10 @@ def blend_of(
     scored = [s for s in spans if not s.exact]
     # Where all that is reused is exact, nothing is left to choose.
     policy = state.policy if scored else POLICIES.get("none")
-    reused = _to_choose_from(scored, policy, ratio, state, config, tokens)
+    # A span that goes on where the piece before ended has no head here.
+    headless = bool(scored) and scored[0].start == begin and _reused_before(state, begin)
+    heads = head_tokens([s.length for s in scored], state.ways.head_tokens, headless)
+    reused = _to_choose_from(scored, policy, ratio, state, config, tokens, heads)
     pooled = [s for s in scored if s.slots is not None]
     no_slots = torch.zeros(0, dtype=torch.int64, device=device)
     blend = PieceBlend(
@@ -49,10 +52,14 @@ def blend_of(
     )
     if state.detail is not None:
         blend.told = Told()
-    if state.correction and scored:
-        blend.correction, blend.documents = state.correction, len(scored)
+    ways = state.ways
+    blend.query_values = ways.query_values
+    if ways.correction and scored:
+        blend.correction = ways.correction
+        blend.documents = len(scored)
         of = np.repeat(np.arange(len(scored)), [s.length for s in scored])
         blend.document = torch.from_numpy(of).to(device, non_blocking=True)
+        blend.heads = heads.to(device, non_blocking=True)
     if policy.need is Need.NOTHING:
         blend.fixed = policy.select(reused, None, config)
     elif policy.need is Need.QUERY:
@@ -80,13 +87,15 @@ def _to_choose_from(
     state: RequestState,
     config: BlendConfig,
     tokens: np.ndarray,
+    heads: torch.Tensor,
 ) -> ReusedTokens:
     lengths = [s.length for s in scored]
     count = sum(lengths)
     budget = policy.budget(count, ratio)
     floor = min(budget, policy.budget(count, config.min_ratio))
     certain = floor if state.coverage else budget
-    share = state.anchor_share
+    share = state.ways.anchor_share
+    ahead = anchors(lengths, certain, share, heads) if share or heads.any() else None
     return ReusedTokens(
         torch.from_numpy(ranges([(s.start, s.length) for s in scored])),
         torch.from_numpy(ranges([(0, n) for n in lengths])),
@@ -95,7 +104,17 @@ def _to_choose_from(
         seed=seed_of(tokens, state.prompt_tokens) if policy.seeded else 0,
         coverage=state.coverage,
         floor=floor,
-        anchors=anchors(lengths, certain, share) if share else None,
+        anchors=ahead,
+    )
+
+
+def _reused_before(state: RequestState, begin: int) -> bool:
+    """Has an earlier piece reused the token before ``begin``?"""
+    record = state.record
+    return (
+        record is not None
+        and 0 < begin <= len(record.labels)
+        and (int(record.labels[begin - 1]) == BLENDED)
     )
 
 

@@ -1,9 +1,10 @@
 """What a request may say about blending, in ``sampling_params.custom_params``.
 
-``blend`` and ``blend_explain`` (bool; the latter asks for spans and scores of single tokens in the
-report), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and ``blend_anchor_share``
-(numbers, 0 to 1), ``blend_policy`` (a policy's name), ``blend_boundaries`` (flat ascending list of
-token offsets into the prompt). An HTTP header says the same (``header.py``).
+``blend``, ``blend_query_values`` and ``blend_explain`` (bool; the last asks for spans and scores of
+single tokens in the report), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and
+``blend_anchor_share`` (numbers, 0 to 1), ``blend_head_tokens`` (a count), ``blend_policy`` (a
+policy's name), ``blend_boundaries`` (flat ascending list of token offsets into the prompt). An HTTP
+header says the same (``header.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ KEYS = (
     "blend_policy",
     "blend_boundaries",
     "blend_correction",
+    "blend_head_tokens",
     "blend_anchor_share",
+    "blend_query_values",
     "blend_explain",
 )
 #: keys that a request may state without a wish to be blended
@@ -41,7 +44,9 @@ class RequestOptions:
     boundaries: tuple[int, ...] | None = None
     coverage: float | None = None
     correction: float | None = None
+    head_tokens: int | None = None
     anchor_share: float | None = None
+    query_values: bool | None = None
     explain: bool = False
     #: not enabled because it says nothing and the server is set so
     off_by_default: bool = False
@@ -71,9 +76,6 @@ def parse_options(
 
     ratio = _share(custom_params, "blend_ratio")
     coverage = _share(custom_params, "blend_coverage")
-    correction = _share(custom_params, "blend_correction")
-    anchor_share = _share(custom_params, "blend_anchor_share")
-
     policy = custom_params.get("blend_policy")
     if policy is not None:
         from sgl_blend.selection import POLICIES
@@ -97,17 +99,18 @@ def parse_options(
         policy,
         boundaries,
         coverage,
-        correction,
-        anchor_share,
-        explain,
-        off_by_default,
+        correction=_share(custom_params, "blend_correction"),
+        head_tokens=_count(custom_params, "blend_head_tokens"),
+        anchor_share=_share(custom_params, "blend_anchor_share"),
+        query_values=_switch(custom_params, "blend_query_values"),
+        explain=explain,
+        off_by_default=off_by_default,
     )
 
 
 def check_options(options: RequestOptions, config: BlendConfig) -> None:
-    """Raise :class:`RequestError` for a ratio, a coverage, a correction or an anchor share that the
-    policy, the request's or else the server's, makes nothing of, and for a policy whose scores this
-    server does not keep."""
+    """Raise :class:`RequestError` for what the policy, the request's or else the server's, makes
+    nothing of, and for a policy whose scores this server does not keep."""
     from sgl_blend.selection import POLICIES, Need, keeps_scores
 
     name = options.policy or config.policy
@@ -122,15 +125,20 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
             f"custom_params.blend_coverage is {options.coverage}: policy {name!r} has no score to "
             "cover"
         )
-    if options.anchor_share and not policy.takes_ratio(config):
-        raise RequestError(
-            f"custom_params.blend_anchor_share is {options.anchor_share}: what policy {name!r} "
-            "recomputes here is no share that anchors could have a part of"
-        )
+    for key in ("anchor_share", "head_tokens"):
+        if getattr(options, key) and not policy.takes_ratio(config):
+            raise RequestError(
+                f"custom_params.blend_{key} is {getattr(options, key)}: what policy {name!r} "
+                "recomputes here is no share that they could have a part of"
+            )
     if options.correction and not 0 < policy.budget(1000, 0.1) < 1000:
         raise RequestError(
             f"custom_params.blend_correction is {options.correction}: policy {name!r} leaves "
             "nothing to correct, or recomputes nothing to go by"
+        )
+    if options.query_values and policy.need is not Need.QUERY:
+        raise RequestError(
+            f"custom_params.blend_query_values is true: policy {name!r} does not ask the question"
         )
     if options.policy is None or policy.need is not Need.STORED:
         return
@@ -139,6 +147,22 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
             f"custom_params.blend_policy is {options.policy!r}: this server keeps no scores; "
             "launch it with --blend-stored-scores true"
         )
+
+
+def _switch(custom_params: dict, key: str) -> bool | None:
+    value = custom_params.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"custom_params.{key} is {value!r}: expected true or false")
+    return value
+
+
+def _count(custom_params: dict, key: str) -> int | None:
+    value = custom_params.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(f"custom_params.{key} is {value!r}: expected a number of tokens")
+    return value
 
 
 def _share(custom_params: dict, key: str) -> float | None:

@@ -42,8 +42,7 @@ def put_report(req: Req, state: RequestState, piece: Piece) -> None:
         "policy": state.policy.name if c.reused + c.recomputed else None,
         "ratio": state.used_ratio if c.reused + c.recomputed else None,
         "coverage": (state.coverage or None) if c.reused + c.recomputed else None,
-        "correction": (state.correction or None) if c.reused and c.recomputed else None,
-        "anchor_share": (state.anchor_share or None) if c.reused + c.recomputed else None,
+        "correction": (state.ways.correction or None) if c.reused and c.recomputed else None,
         "cost": round(c.token_layers / c.full_token_layers, 4) if c.full_token_layers else 0.0,
         "fallback": state.fallback,
     }

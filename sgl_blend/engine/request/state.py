@@ -13,6 +13,7 @@ from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.detail import Detail
 from sgl_blend.engine.request.options import RequestOptions, check_options, parse_options
+from sgl_blend.engine.request.ways import Ways
 from sgl_blend.errors import RequestError
 from sgl_blend.gate.state import GateState
 from sgl_blend.plan import BlendRecord, ReuseSpan
@@ -65,10 +66,8 @@ class RequestState:
     gate: GateState
     #: share of the summed score to cover (0: a fixed number of tokens)
     coverage: float = 0.0
-    #: strength of the correction of what is not recomputed (``prefill/correction.py``)
-    correction: float = 0.0
-    #: share of the recomputed tokens that is evenly spaced
-    anchor_share: float = 0.0
+    #: how it is blended beside that
+    ways: Ways = Ways()  # noqa: RUF009 - immutable
     fallback: str | None = None
     next_begin: int | None = None
     #: how often the request had been retracted when its prefill began
@@ -109,8 +108,8 @@ class RequestState:
     def by_default(self) -> bool:
         """Blended as the server is set: the request says nothing of how."""
         o = self.options
-        said = (o.policy, o.ratio, o.coverage, o.correction, o.anchor_share)
-        return all(wish is None for wish in said)
+        said = (o.policy, o.ratio, o.coverage)
+        return all(wish is None for wish in said) and not Ways.stated(o)
 
     def mark(self) -> StateMark:
         record = self.record
@@ -149,7 +148,6 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
         if policy.need is Need.NOTHING:
             coverage = 0.0  # there is no score to cover
         exact = recomputes_all(policy, min(ratio, config.min_ratio) if coverage else ratio, config)
-        correction, anchors = options.correction, options.anchor_share
         state = RequestState(
             options,
             policy,
@@ -157,8 +155,7 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
             exact,
             gate,
             coverage,
-            config.correction if correction is None else correction,
-            config.anchor_share if anchors is None else anchors,
+            Ways.of(config, options),
             fallback,
         )
         attach.STATE.set(req, state)
@@ -210,8 +207,7 @@ def namespace_of(req: Req, upto: int, config: BlendConfig, gate: GateState) -> s
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
     h = hashlib.blake2b(digest_size=16)
-    shares = (state.ratio, state.coverage, state.correction, state.anchor_share)
-    how = (state.policy.name, *(round(x, 9) for x in shares))
+    how = (state.policy.name, *(round(x, 9) for x in (state.ratio, state.coverage, *state.ways)))
     head = (req.extra_key, req.cache_salt, *how, upto)
     h.update(repr(head).encode())
     h.update(tokens.tobytes())

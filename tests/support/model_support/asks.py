@@ -25,6 +25,8 @@ class Ask:
     coverage: float | None = None
     correction: float | None = None
     anchor_share: float | None = None
+    head_tokens: int | None = None
+    query_values: bool | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 

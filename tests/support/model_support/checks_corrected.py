@@ -38,13 +38,20 @@ def corrected_as_reference(world: World) -> dict[str, Any]:
         for order, share in zip(range(len(ORDERS)), SHARES, strict=True):
             ask = _corrected(world, order, policy, ratio=0.2, anchor_share=share)
             parts.append(_against_reference(world, ask))
-        pieces = {"ratio": 0.2, "anchor_share": 0.3, "chunks": (83, 1, 120)}
+        for heads, share in ((4, 0.2), (3, None)):
+            ask = _corrected(world, 0, policy, anchor_share=share, head_tokens=heads)
+            parts.append(_against_reference(world, ask))
+        pieces = {"ratio": 0.2, "anchor_share": 0.3, "chunks": (83, 1, 120), "head_tokens": 2}
         parts.append(_against_reference(world, _corrected(world, 0, policy, **pieces)))
         behind = _corrected(world, 0, policy, correction=0.7)
         parts.append(_against_reference(world, behind, prefix=130))
     for policy in ("query", "hkvd"):
         covering = {"ratio": 0.9, "coverage": 0.4, "anchor_share": 0.5}
         parts.append(_against_reference(world, _corrected(world, 0, policy, **covering)))
+    for order in range(len(ORDERS)):
+        parts.append(
+            _against_reference(world, _corrected(world, order, "query", query_values=True))
+        )
     return _worst(parts)
 
 

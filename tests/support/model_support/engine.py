@@ -196,10 +196,9 @@ class Engine:
             custom["blend_ratio"] = ask.ratio
         if ask.coverage is not None:
             custom["blend_coverage"] = ask.coverage
-        if ask.correction is not None:
-            custom["blend_correction"] = ask.correction
-        if ask.anchor_share is not None:
-            custom["blend_anchor_share"] = ask.anchor_share
+        for name in ("correction", "anchor_share", "head_tokens", "query_values"):
+            if getattr(ask, name) is not None:
+                custom[f"blend_{name}"] = getattr(ask, name)
         if ask.boundaries is not None:
             custom["blend_boundaries"] = ask.boundaries
         params = SamplingParams(

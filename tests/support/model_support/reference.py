@@ -34,7 +34,7 @@ class RefPiece:
     for the last of them. question: positions; smoothing: how many positions away a token's
     attention still counts (query). anchors: positions that are taken before any other. documents:
     of the reused tokens, by which those that are not recomputed are corrected; strength: how much.
-    by_value: attention counts as much as V is long.
+    by_value: attention counts as much as V is long. heads: positions that the mean leaves out.
     """
 
     begin: int
@@ -52,6 +52,7 @@ class RefPiece:
     documents: Sequence[torch.Tensor] = ()
     strength: float = 0.0
     by_value: bool = False
+    heads: Sequence[int] = ()
 
 
 class Blended(NamedTuple):
@@ -309,7 +310,7 @@ def corrected(
     fresh = {int(pos): i for i, pos in enumerate(rows)}
     for document in p.documents:
         tokens = [int(pos) for pos in document]
-        seen = [pos for pos in tokens if pos in fresh]
+        seen = [pos for pos in tokens if pos in fresh and pos not in p.heads]
         if not seen:
             continue
         for new, old, out in ((raw, p.raw[layer], out_raw), (v, p.v[layer], out_v)):

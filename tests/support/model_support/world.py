@@ -130,8 +130,10 @@ class World:
         by their tokens in the library; choices are the reference's own (``random``: ours)."""
         plans = []
         at = ours.prefix
+        self._reused: set[int] = set()
         for piece, end in zip(ours.pieces, ours.ends, strict=True):
             plans.append(self._ref_piece(ask, piece, at, end, chosen))
+            self._reused |= set(plans[-1].reused.tolist())
             at = end
         head = None
         if ours.prefix:
@@ -159,9 +161,17 @@ class World:
         reused = torch.cat([torch.arange(s.start, s.end) for s in plan.spans])
         n, name = reused.numel(), plan.policy
         config = self.engine.config
+
+        def way(name: str) -> Any:
+            said = getattr(ask, name)
+            return getattr(config, name) if said is None else said
+
         least = budget(n, config.min_ratio)
-        share = config.anchor_share if ask.anchor_share is None else ask.anchor_share
-        evenly = anchors(plan.spans, least if ask.coverage else budget(n, plan.ratio), share)
+        certain = least if ask.coverage else budget(n, plan.ratio)
+        # A document that an earlier piece has begun has no head here.
+        begun = plan.spans[0].start == begin and begin - 1 in self._reused
+        tops = heads(plan.spans, way("head_tokens"), begun)
+        evenly = anchors(plan.spans, certain, way("anchor_share"), tops)
         documents = [torch.arange(s.start, s.end) for s in plan.spans]
         fixed = None
         if name == "random":
@@ -189,8 +199,9 @@ class World:
             (ask.coverage, least) if ask.coverage else None,
             evenly,
             documents,
-            config.correction if ask.correction is None else ask.correction,
-            config.query_values,
+            way("correction"),
+            way("query_values"),
+            tops,
         )
 
     def _stored(self, tokens: list[int], span: Any) -> torch.Tensor:
@@ -234,12 +245,20 @@ def leading(spans: Any, total: int, before: torch.Tensor | None = None) -> torch
     return torch.tensor(sorted(order[:total]), dtype=torch.int64)
 
 
-def anchors(spans: Any, total: int, share: float) -> torch.Tensor | None:
-    """Evenly spaced positions: ``share`` of ``total``, one a span where that is no more than half
-    of them; the rest by length."""
+def heads(spans: Any, first: int, begun: bool) -> list[int]:
+    """The positions of each span's ``first`` tokens, the heads' first ones first; without the first
+    span's where it was ``begun`` before."""
+    mine = spans[1:] if begun else spans
+    return [s.start + i for i in range(first) for s in mine if i < s.length]
+
+
+def anchors(spans: Any, total: int, share: float, tops: list[int]) -> torch.Tensor:
+    """``tops``, up to half of ``total``, and evenly spaced positions: ``share`` of ``total``, one a
+    span where that is no more than half of them; the rest by length."""
+    tops = tops[: total // 2]
     if not share:
-        return None
-    count = min(total, max(round(share * total), min(len(spans), total // 2)))
+        return torch.tensor(tops, dtype=torch.int64)
+    count = min(total, max(round(share * total), min(len(spans), total // 2)), total - len(tops))
     least = 1 if count >= len(spans) else 0
     left = count - least * len(spans)
     shares = [left * s.length / sum(t.length for t in spans) for s in spans]
@@ -249,11 +268,11 @@ def anchors(spans: Any, total: int, share: float) -> torch.Tensor | None:
     )
     for i in by_rest[: count - sum(each)]:
         each[i] += 1
-    out = []
+    out = set(tops)
     for s, k in zip(spans, each, strict=True):
         k = min(k, s.length)
-        out += [s.start + (2 * i + 1) * s.length // (2 * k) for i in range(k)]
-    return torch.tensor(out, dtype=torch.int64)
+        out |= {s.start + (2 * i + 1) * s.length // (2 * k) for i in range(k)}
+    return torch.tensor(sorted(out), dtype=torch.int64)
 
 
 class Chosen:
