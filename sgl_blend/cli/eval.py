@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 EPILOG = """
 rows that are always there: full prefill (exact, from empty caches: the reference) and full reuse
-(nothing recomputed); random tokens at the same true cost for each setting that is named, or for the
-first of the usual ones of data files; for the synthetic task the prefix cache alone (exact), too.
+(nothing recomputed); random tokens at the same true cost for each setting that --settings names;
+for the synthetic task the prefix cache alone (exact), too.
 A setting is policy:ratio, policy (the server's ratio) or default; behind it @0.9 asks for coverage,
 ;option=value states another blend option with its requests (;plain: the policy as published,
 without the correction), +option=value takes a server with another one (lists with /).

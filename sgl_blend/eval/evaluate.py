@@ -35,10 +35,15 @@ from sgl_blend.eval.telling import Risk, risks
 #: seconds that a server of our own may take to come up: real weights load slowly
 START_TIMEOUT = 1800.0
 SYNTHETIC_SETTINGS = ("query:0.05", "query:0.15", "hkvd:0.15", "leading:0.15")
-#: the server's own, CacheBlend's choice as published, and the heads of spans at the cost of the
-#: first, which alone has a row of random tokens
-DATA_SETTINGS = ("default", "hkvd:0.15", "leading~default")
-DATA_TWINS = ("default",)
+#: the server's own; as published, without the correction: the question's choice, CacheBlend's, and
+#: heads of spans and random tokens at the cost of the first
+DATA_SETTINGS = (
+    "default",
+    "query:0.10;plain",
+    "hkvd:0.15;plain",
+    "leading;plain~default",
+    "random;plain~default",
+)
 DATA_SEEN: tuple[Seen, ...] = ("alone", "other", "prompts", "system")
 #: settings of a data file's prompt that are asked at a time: decoding them together is cheaper
 AT_ONCE = 8
@@ -72,7 +77,7 @@ class EvalOptions:
     ``cases`` cases from ``seed`` on (``shape``, ``asking``, ``per_prompt``). limit: records of
     each file, of those in ``split``. settings: see ``settings.py``; each set of server options
     among them takes a server of its own. twins: settings that get a row of random tokens at their
-    cost; None: all, of a data file's usual ones the first. seen: the first way meets all settings,
+    cost; None: all, of a data file's usual ones none. seen: the first way meets all settings,
     the others those in ``elsewhere`` and full reuse. chat: None: where the tokenizer has a
     template, for data files. near_tie: nats; see
     ``fidelity.Agreement.clear``. tokenizer: a folder; by default the server's. out: a folder; what
@@ -139,7 +144,7 @@ class EvalOptions:
         texts = usual if self.settings is None else self.settings
         twins = self.twins
         if self.data and self.settings is None and twins is None:
-            twins = DATA_TWINS
+            twins = ()  # random tokens are among them
         return plan(texts, twins, prefix=not self.data)
 
     def planned_elsewhere(self, settings: Sequence[Setting]) -> tuple[Setting, ...]:

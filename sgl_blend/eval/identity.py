@@ -23,6 +23,7 @@ from sgl_blend.eval.settings import Role, Setting
 
 #: options without influence on which KV a blended prompt of a fresh state is made of
 ASIDE = (
+    "default",
     "max_generation",
     "max_copies",
     "tiers",

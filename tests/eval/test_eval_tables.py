@@ -297,13 +297,14 @@ def test_a_data_file_sets_what_suits_it():
     assert given.launch_args()[-2] == "--blend-max-generation"
     assert o.ways() == DATA_SEEN and o.chat is None
     names = [s.name for s in o.planned()]
-    assert "prefix cache only" not in names and "random = default" in names
-    assert "random = hkvd:0.15" not in names and "leading = default" in names
+    assert "prefix cache only" not in names and "leading;plain = default" in names
+    assert "random;plain = default" in names and not any(n.startswith("random = ") for n in names)
     assert [s.name for s in o.planned_elsewhere(o.planned())] == [
         "full prefill",
         "full reuse",
         "default",
-        "hkvd:0.15",
+        "query:0.10;plain",
+        "hkvd:0.15;plain",
     ]
     given = ["--seen", "system,alone", "--elsewhere", "default", "--split", "tuning", "--no-chat"]
     o = cli.options_of(arguments("--model", "m", "--data", "x", "--at-once", "1", *given))
