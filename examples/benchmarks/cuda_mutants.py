@@ -103,9 +103,9 @@ def _table(rows: dict[str, dict[str, str | None]]) -> str:
     lines = [
         "# Planted faults in the CUDA kernels",
         "",
-        f"{found} of {len(every)} that were tried were noticed by `tests/cuda` through the emulator,",
-        f"on a CPU; {left} are still to be tried. Written by `examples/benchmarks/cuda_mutants.py`;",
-        "the faults are in `cuda_faults.py` beside it.",
+        f"{found} of {len(every)} were noticed by `tests/cuda` through the emulator, on a CPU;",
+        f"{left} are still to be tried. Written by `examples/benchmarks/cuda_mutants.py`; the faults",
+        "are in `cuda_faults.py` beside it.",
         "",
         "| kernel | fault | first sign |",
         "|---|---|---|",
