@@ -7,6 +7,7 @@
 ``deviation.py``      squared distance of cached from fresh KV, per token
 ``rotation.py``       copies of KV, K rotated to new positions
 ``ropes.py``          ``Rope``, ``FrequencyRope``: rotations between positions
+``deltas.py``         difference of fresh from cached KV, K at one position
 ``rows.py``           scores to row indices
 ``cuda_build.py``     finds nvcc, compiles ``csrc/cuda`` for a device and compares it with torch
 ``cuda_check.py``     that comparison
@@ -34,6 +35,7 @@ from sgl_blend.ops.attention import (
     row_attention_with_mass,
 )
 from sgl_blend.ops.cuda import Chosen
+from sgl_blend.ops.deltas import At, kv_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
 from sgl_blend.ops.mass import attention_mass
 from sgl_blend.ops.outward import outward_share
@@ -44,6 +46,7 @@ from sgl_blend.ops.rows import covering_rows, select_rows, top_rows
 
 __all__ = [
     "AnyRope",
+    "At",
     "AttentionWithMass",
     "Bias",
     "Chosen",
@@ -56,6 +59,7 @@ __all__ = [
     "biased",
     "cast",
     "covering_rows",
+    "kv_deltas",
     "kv_deviation",
     "outward_share",
     "put",

@@ -33,11 +33,19 @@ from sgl_blend.prefill.rows import PoolView
 FIRST_LAYER = 1
 
 
+class Cached(NamedTuple):
+    """k [m, Hk, Dr], v [m, Hk, Dc]: KV of some tokens. tokens: int64 [c], which of them."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    tokens: torch.Tensor
+
+
 class Source(Protocol):
     """Where cached KV of recomputed tokens lies."""
 
-    def read(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``layer``'s ``moved`` parts [c, Hk, Dr] and [c, Hk, Dc], as they were computed."""
+    def read(self, pool: PoolView, layer: int) -> Cached:
+        """``layer``'s ``moved`` parts, as they were computed."""
 
 
 @dataclass
@@ -46,9 +54,8 @@ class PoolSource:
 
     slots: torch.Tensor
 
-    def read(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = pool.moved(layer)
-        return k[self.slots], v[self.slots]
+    def read(self, pool: PoolView, layer: int) -> Cached:
+        return Cached(*pool.moved(layer), self.slots)
 
 
 @dataclass
@@ -68,13 +75,10 @@ class Recomputed:
 
 class Deltas(NamedTuple):
     """What recomputed tokens differ by from their cached KV in one layer: k [c, Hk, Dr] and v
-    [c, Hk, Dc], fp32, in the pool's unit, k as at position 0. cached_k, cached_v: fp32, what they
-    differ from, as it was computed."""
+    [c, Hk, Dc], fp32, in the pool's unit, k as at position 0."""
 
     k: torch.Tensor
     v: torch.Tensor
-    cached_k: torch.Tensor
-    cached_v: torch.Tensor
 
 
 class Shifts(NamedTuple):
@@ -101,12 +105,9 @@ class Correction:
     """
 
     def __init__(self, pieces: list[Recomputed]) -> None:
-        self.slots = torch.cat([p.slots for p in pieces])
-        self.sources = [p.source for p in pieces]
-        old = torch.cat([p.src_pos for p in pieces])
-        new = torch.cat([p.positions for p in pieces])
-        zero = torch.zeros_like(new)
-        self._fresh, self._cached = ops.Turns(new, zero), ops.Turns(old, zero)
+        self.pieces = [
+            (p.slots, p.source, _to_zero(p.positions), _to_zero(p.src_pos)) for p in pieces
+        ]
         self.weights: torch.Tensor = torch.block_diag(*map(weights_of, pieces))
         self.watch: Callable[[int, Deltas], None] | None = None
 
@@ -127,14 +128,20 @@ class Correction:
         return shift.view(-1, *delta.shape[1:])
 
     def deltas(self, pool: PoolView, layer: int) -> Deltas:
-        k, v = (part[self.slots].float() for part in pool.moved(layer))
-        cached = [source.read(pool, layer) for source in self.sources]
-        old_k, old_v = (
-            torch.cat([part.float() for part in parts]) for parts in zip(*cached, strict=True)
-        )
-        rope, turned = pool.rope(layer), old_k
-        if rope is not None:
-            how = (rope.rotary_dim, rope.neox)
-            k = ops.rotate(k, *self._fresh.move(rope), *how)
-            turned = ops.rotate(old_k, *self._cached.move(rope), *how)
-        return Deltas(k - turned, v - old_v, old_k, old_v)
+        rope = pool.rope(layer)
+        parts = []
+        for slots, source, new, old in self.pieces:
+            turn = back = None
+            if rope is not None:
+                turn, back = new.move(rope), old.move(rope)
+            fresh = ops.At(*pool.moved(layer), slots, turn)
+            cached = ops.At(*source.read(pool, layer), back)
+            dims, neox = (0, False) if rope is None else (rope.rotary_dim, rope.neox)
+            parts.append(ops.kv_deltas(fresh, cached, dims, neox))
+        if len(parts) == 1:
+            return Deltas(*parts[0])
+        return Deltas(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _to_zero(positions: torch.Tensor) -> ops.Turns:
+    return ops.Turns(positions, torch.zeros_like(positions))

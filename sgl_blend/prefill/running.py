@@ -9,7 +9,7 @@ import torch
 
 from sgl_blend import ops
 from sgl_blend.prefill.attention import Arriving, KvCopy
-from sgl_blend.prefill.correction import PoolSource, Recomputed, Source
+from sgl_blend.prefill.correction import Cached, PoolSource, Recomputed, Source
 from sgl_blend.prefill.pieces import HostSources, Piece, PieceBlend
 from sgl_blend.prefill.rows import Incoming, PoolView
 from sgl_blend.prefill.scores import ScoreTable
@@ -205,11 +205,12 @@ class MixedSource:
             return chosen
         return torch.where(self.in_host, chosen, of_pool[self.pool_index])
 
-    def read(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, pool: PoolView, layer: int) -> Cached:
+        here = torch.arange(self.host_index.numel(), device=self.host_index.device)
         parts = self.host.kv.take(pool, layer, self.host_index)
         if self.slots is None:
-            return parts
-        inside = PoolSource(self.slots).read(pool, layer)
+            return Cached(*parts, here)
+        inside = (part[self.slots] for part in pool.moved(layer))
         pick = self.in_host[:, None, None]
         k, v = (torch.where(pick, a.float(), b.float()) for a, b in zip(parts, inside, strict=True))
-        return k, v
+        return Cached(k, v, here)

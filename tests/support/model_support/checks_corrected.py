@@ -14,7 +14,7 @@ from model_support.compare import apart, kv_apart, require_equal, require_layer0
 from model_support.world import World, check, must_fail
 from sgl_blend.ops import Turns
 from sgl_blend.prefill import attention, correction
-from sgl_blend.prefill.correction import PoolSource
+from sgl_blend.prefill.correction import Cached, PoolSource
 
 POLICIES = ("leading", "random", "query", "hkvd")
 #: one anchor a document is more than this share gives; none; half of what is recomputed
@@ -137,5 +137,5 @@ def corrected_bites(world: World) -> dict[str, Any]:
     return {}
 
 
-def _backwards(self: PoolSource, pool: Any, layer: int) -> tuple[torch.Tensor, ...]:
-    return tuple(part[self.slots.flip(0)] for part in pool.moved(layer))
+def _backwards(self: PoolSource, pool: Any, layer: int) -> Cached:
+    return Cached(*pool.moved(layer), self.slots.flip(0))
