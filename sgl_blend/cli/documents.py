@@ -79,6 +79,13 @@ def _of_line(source: str, line: str, field: str) -> Document:
     return Document(source, text)
 
 
+def head_of(text: str, most: int) -> str:
+    """The text's first ``most`` characters, up to where a paragraph, line, sentence or word ends;
+    without white space around."""
+    text = text.strip()
+    return text if len(text) <= most else text[: _cut_near(text[: most + 1], most)].strip()
+
+
 def split_to_fit(text: str, limit: int, count: Callable[[str], int]) -> list[str]:
     """Parts of at most ``limit`` tokens whose concatenation is ``text``.
 

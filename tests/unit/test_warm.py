@@ -90,9 +90,43 @@ def fake():
 
 
 def _warm(capsys, *words: str) -> tuple[int, dict, str]:
-    code = main(["warm", "--json", *words])
+    how = [] if {"--behind", "--company"} & {*words} else ["--alone"]
+    code = main(["warm", "--json", *how, *(w for w in words if w != "--company")])
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else {}, err
+
+
+def test_each_document_stands_behind_another_ones_head(fake, tmp_path, capsys):
+    """The first one's head is a prefix that all others share; one alone has nothing before it."""
+    fake.info = {"max_req_input_len": 1000}
+    first = "Once. " * 300
+    texts = [first, "two words", "and three words"]
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    code, summary, _ = _warm(capsys, str(path), "--url", fake.url, "--company")
+    head = ("Once. " * 166).strip()
+    assert code == 0 and summary["documents"] == summary["prompts"] == 3
+    assert {b["text"] for b in fake.prompts} == {
+        f"two words\n\n{first}", f"{head}\n\ntwo words", f"{head}\n\nand three words",
+    }  # fmt: skip
+    fake.prompts.clear()
+    path.write_text(json.dumps({"text": "the only one"}))
+    assert _warm(capsys, str(path), "--url", fake.url, "--company")[0] == 0
+    assert [b["text"] for b in fake.prompts] == ["the only one"]
+
+
+def test_documents_behind_a_text_of_ones_own(fake, tmp_path, capsys):
+    fake.info = {"max_req_input_len": 9}
+    (tmp_path / "head").write_text("Be brief.\n\n")
+    (tmp_path / "doc.txt").write_text("one two three four five six seven eight nine ten")
+    words = str(tmp_path / "doc.txt"), "--url", fake.url, "--behind", str(tmp_path / "head")
+    code, summary, _ = _warm(capsys, *words)
+    assert code == 0 and summary["prompts"] == 2
+    assert all(b["text"].startswith("Be brief.\n\n") for b in fake.prompts)
+    assert all(len(b["text"].split()) < 9 for b in fake.prompts)
+    (tmp_path / "head").write_text(" ")
+    assert main(["warm", *words]) == 2
+    assert "--alone" in capsys.readouterr().err
 
 
 def test_all_kinds_of_sources(fake, tmp_path, capsys, monkeypatch):
@@ -178,7 +212,7 @@ def test_failures_are_told_and_do_not_stop_the_rest(fake, tmp_path, capsys):
     }.items():
         assert part in reasons.pop(source)
     assert not reasons
-    assert main(["warm", str(tmp_path / "f.jsonl"), "--url", fake.url]) == 1
+    assert main(["warm", "--alone", str(tmp_path / "f.jsonl"), "--url", fake.url]) == 1
     out, err = capsys.readouterr()
     assert out.split()[-1] == "6" and err.count("failed: ") == 6
 
