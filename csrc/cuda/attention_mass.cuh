@@ -91,7 +91,7 @@ __device__ __forceinline__ void stage_keys(const Mass& p, T* to, int64_t first, 
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(128) attention_mass_kernel(Mass p) {
+__global__ void __launch_bounds__(128, 4) attention_mass_kernel(Mass p) {
   BLEND_SHARED(raw);
   T* keys = reinterpret_cast<T*>(raw);
   T* queries = keys + MASS_KEYS * D;  // two stages

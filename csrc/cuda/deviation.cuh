@@ -53,7 +53,7 @@ __device__ __forceinline__ float turned_apart(const Deviation& p, const char* fr
 }
 
 template <typename T, bool HALVES>
-__global__ void __launch_bounds__(256) deviation_kernel(Deviation p) {
+__global__ void __launch_bounds__(256, 2) deviation_kernel(Deviation p) {
   constexpr int N = VECTOR<T>;
   const int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (i >= p.n) return;  // the whole warp

@@ -42,7 +42,7 @@ struct Heads {
 
 // Of a block, row y copies token blockIdx.x * blockDim.y + y; its threads share the token's units.
 template <typename T, bool HALVES, bool BIASED>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, BIASED && sizeof(T) == 1 ? 1 : 2)
     rotate_scatter_kernel(Source src, Target dst, Angles angles, Bias bias, Heads h, int64_t n) {
   constexpr int N = VECTOR<T>;
   const int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
