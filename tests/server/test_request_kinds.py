@@ -241,47 +241,6 @@ def running(server: Server) -> int:
     return sum(x["num_running_reqs"] for x in loads)
 
 
-# -- routes whose requests have no options of ours ---------------------------------------------
-
-MESSAGES = "/v1/messages", "/invocations", "/v1/responses", "/api/chat"
-
-
-@pytest.mark.parametrize("path", MESSAGES)
-def test_routes_without_options_are_blended_as_the_server_is_set(blend, path):
-    docs = texts(14, blend)
-    text = "\n\n".join(["Read.", docs[2], docs[0], docs[1], "Which word is next?"])
-    messages = [{"role": "user", "content": text}]
-    body: dict[str, Any] = {"model": "default", "messages": messages, "max_tokens": 4}
-    if path == "/v1/responses":
-        name = requests.get(blend.url + "/v1/models", timeout=60).json()["data"][0]["id"]
-        body = {"model": name, "input": text, "max_output_tokens": 4, "store": False}
-    if path == "/api/chat":
-        body = {"model": "x", "messages": messages, "options": {"num_predict": 4}, "stream": False}
-    post(blend, path, body)
-    chat = {"model": "default", "messages": messages, "max_tokens": 1, "return_meta_info": True}
-    b = post(blend, "/v1/chat/completions", chat)["choices"][0]["meta_info"]["blend"]
-    assert b["computed"] == 1 and b["exact"] < b["prefix"], b
-
-
-def test_prompts_of_the_other_routes(blend):
-    docs = texts(15, blend)
-    for i, (path, body) in enumerate(
-        [
-            ("/vertex_generate", {"instances": [{"text": "TEXT"}], "parameters": {}}),
-            ("/api/generate", {"model": "x", "prompt": "TEXT", "stream": False, "raw": True}),
-        ]
-    ):
-        text = "\n\n".join([f"Read {i}.", docs[i], docs[3], docs[i + 1], "Which word is next?"])
-        if "instances" in body:
-            body["instances"][0]["text"] = text
-            body["parameters"] = {"sampling_params": {"max_new_tokens": 2}}
-        else:
-            body["prompt"] = text
-            body["options"] = {"num_predict": 2}
-        post(blend, path, body)
-        blended_before(blend, text)
-
-
 # -- what a server may be told to serve: one server with all of it ---------------------------
 
 

@@ -30,9 +30,9 @@ class Shelf:
         return "\n\n".join([f"Read number {n}.", *docs, "Which word is next?"])
 
 
-def check_route(server: Server, route: Route, shelf: Shelf, on: str | None = None) -> None:
-    """Opt out and options by header and by body, malformed ones of both, and the report. on: the
-    header of a request that only wants to be blended."""
+def check_route(server: Server, route: Route, shelf: Shelf, bodies: bool) -> None:
+    """Opt out, options, malformed ones and the report, all by header. bodies: by custom_params
+    too, and a request that says nothing."""
 
     def told(said=None, **more):
         answer = route.send(server, shelf.prompt(), said, **more)
@@ -45,22 +45,24 @@ def check_route(server: Server, route: Route, shelf: Shelf, on: str | None = Non
             check_details(details, report)
         return report
 
-    plain = told(on)
-    assert plain["policy"] == "query" and plain["reused"] > 150, (route.path, plain)
     some = told("policy=leading; ratio=0.5")
     assert (some["policy"], some["ratio"]) == ("leading", 0.5) and some["reused"] > 50
-    some = told(custom={"blend_policy": "random", "blend_ratio": 0.25})
-    assert (some["policy"], some["ratio"]) == ("random", 0.25)
-    for exact in (told("off"), told(custom={"blend": False})):
+    exacts = [told("off")]
+    malformed = [("ratio=2", None, "x-blend: ratio is 2")]
+    malformed += [("boundaries=0 100000", None, "boundaries[1] is 100000, past the prompt's end")]
+    if bodies:
+        plain = told()
+        assert plain["policy"] == "query" and plain["reused"] > 150, (route.path, plain)
+        some = told(custom={"blend_policy": "random", "blend_ratio": 0.25})
+        assert (some["policy"], some["ratio"]) == ("random", 0.25)
+        exacts += [told(custom={"blend": False})]
+        malformed += [(None, {"blend_ratio": 2}, "custom_params.blend_ratio is 2")]
+        malformed += [("of", None, "x-blend: 'of': expected off, on")]
+    for exact in exacts:
         assert exact["fallback"] == "disabled by the request", (route.path, exact)
         assert exact["reused"] == exact["recomputed"] == 0
         assert exact["exact"] == counts(exact)
-    for said, custom, message in (
-        ("ratio=2", None, "x-blend: ratio is 2"),
-        ("of", None, "x-blend: 'of': expected off, on"),
-        (None, {"blend_ratio": 2}, "custom_params.blend_ratio is 2"),
-        ("boundaries=0 100000", None, "x-blend: boundaries[1] is 100000, past the prompt's end"),
-    ):
+    for said, custom, message in malformed:
         answer = route.send(server, shelf.prompt(), said, custom=custom)
         assert answer.status_code == 400, (route.path, said, custom, answer.text[:300])
         assert message in answer.text, (route.path, answer.text)
@@ -93,7 +95,7 @@ def check_details(details: dict[str, int], report: dict) -> None:
 @by_path
 def test_each_route_obeys_refuses_and_reports(blend, route):
     shelf = Shelf(blend, 31)
-    check_route(blend, route, shelf)
+    check_route(blend, route, shelf, bodies=True)
     if route.streams:
         check_stream(blend, route, shelf)
 
@@ -160,7 +162,7 @@ def asked(model, start) -> Server:
 def test_every_route_with_two_tokenizer_workers_and_the_default_off(asked):
     shelf = Shelf(asked, 35)
     for route in ROUTES:
-        check_route(asked, route, shelf, on="on")
+        check_route(asked, route, shelf, bodies=False)
         if route.streams:
             check_stream(asked, route, shelf)
         nothing = report_of(route.send(asked, shelf.prompt()).json())
