@@ -8,7 +8,13 @@ import pytest
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.exchange import Exchange, beside
 from sgl_blend.engine.request.header import NAMES, header_options, parse, short
-from sgl_blend.engine.request.options import RequestOptions, check_options, parse_options
+from sgl_blend.engine.request.options import (
+    KEYS,
+    NO_WISH,
+    RequestOptions,
+    check_options,
+    parse_options,
+)
 from sgl_blend.errors import RequestError
 
 
@@ -45,16 +51,16 @@ def test_what_the_header_says(text, said):
         ("ratio=0.1; ratio=0.2", "x-blend: ratio is given twice"),
         ("on; off", "x-blend: on or off is given twice"),
         ("off; ratio=0.2", "x-blend: off together with ratio: say one of them"),
-        ("ratio=2", r"x-blend: ratio is 2\.0: expected a number from 0 to 1"),
+        ("ratio=2", "x-blend: ratio is 2: expected a number from 0 to 1"),
         ("ratio=much", "x-blend: ratio is 'much': expected a number from 0 to 1"),
         ("ratio=nan", "x-blend: ratio is nan"),
         ("ratio=", "x-blend: ratio is ''"),
-        ("coverage=-1", r"x-blend: coverage is -1\.0"),
+        ("coverage=-1", "x-blend: coverage is -1"),
         ("policy=qery", "x-blend: policy: unknown policy 'qery'; did you mean 'query'"),
         ("policy=", "x-blend: policy: unknown policy ''"),
         ("boundaries=5 3", r"x-blend: boundaries\[1\] is 3 after 5"),
         ("boundaries=-2", r"x-blend: boundaries\[0\] is -2: offsets start at 0"),
-        ("boundaries=1.5", r"x-blend: boundaries\[0\] is '1.5': expected an integer"),
+        ("boundaries=1.5", r"x-blend: boundaries\[0\] is 1\.5: expected an integer"),
         ("ratio=true", "x-blend: ratio is True"),
         ("correction=true", "x-blend: correction is True: expected a number"),
         ("policy=none; ratio=0.2", r"x-blend: ratio is 0\.2: how many tokens policy 'none'"),
@@ -69,6 +75,20 @@ def test_what_is_malformed_is_refused_with_what_and_where(text, message):
             check_options(parse_options(said, None), BlendConfig())
         except RequestError as e:
             raise Exchange(header=said).renamed(e) from None
+
+
+TEXTS = {"policy": "hkvd", "boundaries": "1 2", "head_tokens": "4"}
+TEXTS |= dict.fromkeys(("explain", "query_values"), "true")
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "blend"])
+def test_every_option_of_a_request_can_be_stated(key):
+    name = key.removeprefix("blend_")
+    said = parse(f"{name}={TEXTS.get(name, '0.5')}")
+    assert list(said) == [key]
+    options = parse_options(said, None, default=False)
+    assert options != parse_options(None, None, default=False)
+    assert options.enabled is (key not in NO_WISH)
 
 
 def test_names_that_routers_pass_on_are_read_too():

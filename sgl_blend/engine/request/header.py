@@ -69,11 +69,18 @@ def parse(text: str) -> dict[str, Any]:
 
 def _typed(name: str, text: str) -> Any:
     if name == "boundaries":
-        return [int(word) if re.fullmatch(r"-?[0-9]+", word) else word for word in text.split()]
+        return [_number(word) for word in text.split()]
     if name == "policy":
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
+    return _number(text)
+
+
+def _number(text: str) -> Any:
+    """An int or a float; what is neither stays a text."""
+    if re.fullmatch(r"-?[0-9]+", text):
+        return int(text)
     try:
         return float(text)
     except ValueError:
