@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("selection", "store"),
     ("plan", "ops", "chunking"),
     ("config", "attach", "options", "option_kinds", "lang"),
-    ("errors", "host_memory", "folders"),
+    ("errors", "host_memory", "folders", "variables"),
 )
 
 

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reference.md"
 sys.path.insert(0, str(ROOT))
 
-from sgl_blend.config import BLEND, READ_BESIDE  # noqa: E402
+from sgl_blend.config import BLEND  # noqa: E402
 from sgl_blend.options import OptionSet, markdown_table  # noqa: E402
 from sgl_blend.store.config import STORE  # noqa: E402
+from sgl_blend.variables import READ_BESIDE  # noqa: E402
 
 
 def variables() -> str:

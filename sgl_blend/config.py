@@ -15,6 +15,7 @@ from typing import Any
 from sgl_blend.errors import ConfigError
 from sgl_blend.option_kinds import EscapedTexts
 from sgl_blend.options import OptionSet, check_bounds, option
+from sgl_blend.variables import VARIABLES
 
 ENV_ENABLE = "SGL_BLEND_ENABLE"
 
@@ -22,6 +23,7 @@ DEFAULTS = ("on", "off")
 CONTINUATIONS = ("same", "extend")
 TIERS = ("device", "store")
 PREFETCH = ("best_effort", "timeout", "wait")
+RISKS = ("auto", "always", "bounded")
 GATES = ("disable", "fail", "off")
 #: the highest label that a token may carry
 MAX_GENERATION = 100
@@ -206,6 +208,15 @@ class BlendConfig:
         "recompute more while slow tiers are loading, as long as it takes no longer; "
         "tensor-parallel ranks do not",
     )
+    risk: str = option(
+        "auto",
+        "whose risk is estimated and reported: 'always' every blended prompt's, 'auto' where that "
+        "takes no pass and no waiting (policy query, on a CPU), 'bounded' of those with a bound",
+        choices=RISKS,
+    )
+    max_risk: float = option(
+        0.0, "a prompt of a higher risk is computed exactly instead; 0: no bound", least=0.0
+    )
     report: bool = option(
         True, "put blend counts into each response: meta_info, usage and the header x-blend"
     )
@@ -230,6 +241,9 @@ class BlendConfig:
         0.5,
         "gate: highest mean KL(exact || blended) of the next token's distribution, in nats",
         above=0.0,
+    )
+    gate_warn_kl: float = option(
+        0.1, "gate: mean KL in nats above which it warns that answers differ", above=0.0
     )
     gate_min_top1: float = option(
         0.8,
@@ -292,6 +306,8 @@ class BlendConfig:
             "chunk_max_tokens",
             f"must be at least chunk_mean_tokens ({self.chunk_mean_tokens})",
         )
+        ok = not self.max_risk or self.policy != "none"
+        check(ok, "max_risk", "policy 'none' recomputes nothing that would tell the risk")
         check(all(self.separators), "separators", "must not contain an empty text")
         check(self.tiers[:1] == ("device",), "tiers", "must begin with 'device'")
         check(
@@ -331,42 +347,6 @@ class BlendConfig:
         """One line with every option, for the log at start."""
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
 
-
-#: Every variable that the environment may hold beside the options, by what follows the prefix
-VARIABLES = {
-    "ENABLE": "1 switches blending on, as --enable-blend does; "
-    "for sglang.Engine, which takes no flags",
-    "CONFIG": "path of a YAML file with options, as --blend-config",
-    "CACHE_DIR": "folder of the compiled CPU kernels and of the demo's model "
-    "(default: ~/.cache/sgl_blend)",
-}
-
-#: Variables of others that this package reads: what they change here
-READ_BESIDE = {
-    "CXX": "C++ compiler of the CPU kernels (default: c++, then g++)",
-    "SGLANG_USE_CPU_ENGINE": "1: SGLang's own CPU engine runs the model, "
-    "not the CPU platform of this package",
-    "XDG_RUNTIME_DIR": "folder of the usual address of a chunk store "
-    "(default: /tmp/sgl-blend-<user id>)",
-    "SGLANG_HTTP_SERVER_APP_PATH": "application of several tokenizer workers; "
-    "unset, it is set to sgl_blend.engine.launch.worker_app:app",
-    "SGLANG_OLLAMA_CHAT_ROUTE": "path of SGLang's route for Ollama's chat (default: /api/chat)",
-    "SGLANG_OLLAMA_GENERATE_ROUTE": "path of SGLang's route for Ollama's completions "
-    "(default: /api/generate)",
-    "OMP_NUM_THREADS": "CPU server: threads a process "
-    "(default: the usable CPUs, divided by the ranks)",
-    "OMP_WAIT_POLICY": "CPU server: how threads wait; where it is set, GOMP_SPINCOUNT "
-    "is left alone",
-    "GOMP_SPINCOUNT": "CPU server: turns that a thread waits awake (default: 2000)",
-    "SGLANG_CPU_OMP_THREADS_BIND": "CPU server with several ranks: the CPUs of each "
-    "(default: even shares of the usable ones)",
-    "PYTHONPATH": "a store or server that is started as a child finds this package by it",
-    "PATH": "where compiler and ninja are searched",
-    "SGLANG_PLUGINS": "SGLang's list of the plugins that it loads; where it is set it must name "
-    "sgl_blend",
-    "SGLANG_PLATFORM": "SGLang's choice of a platform plugin; where it is set, packages with "
-    "another one, and so this one, are left out",
-}
 
 BLEND: OptionSet[BlendConfig] = OptionSet(
     BlendConfig,

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry, Gauge
+    from prometheus_client import CollectorRegistry, Gauge, Histogram
     from prometheus_client import Counter as PromCounter
 
     from sgl_blend.gate.fidelity import Mean
@@ -69,6 +69,8 @@ _GAUGES: dict[str, tuple[str, str]] = {
         "Share of equal most likely tokens, where last measured.",
     ),
 }
+_RISK = ("sgl_blend:risk", "Estimated risk of blended prompts (meta_info).")
+_RISK_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class Metrics:
@@ -88,9 +90,10 @@ class Metrics:
         self._labels = labels or {}
         self._counters: dict[str, PromCounter] = {}
         self._gauges: dict[str, Gauge] = {}
+        self._risk: Histogram | None = None
         if labels is None:
             return
-        from prometheus_client import REGISTRY, Gauge
+        from prometheus_client import REGISTRY, Gauge, Histogram
         from prometheus_client import Counter as PromCounter
 
         into = registry or REGISTRY
@@ -99,6 +102,8 @@ class Metrics:
         for key, (name, text) in _GAUGES.items():
             gauge = Gauge(name, text, list(labels), registry=into, multiprocess_mode="mostrecent")
             self._gauges[key] = gauge.labels(**labels)
+        risk = Histogram(*_RISK, list(labels), registry=into, buckets=_RISK_BUCKETS)
+        self._risk = risk.labels(**labels)
 
     def _count(self, key: str, n: int = 1, **labels: str) -> None:
         if key in self._counters:
@@ -118,6 +123,11 @@ class Metrics:
             if n:
                 self.tokens[kind] += n
                 self._count("tokens", n, kind=kind)
+
+    def risk(self, estimate: float) -> None:
+        """Of one prompt that was blended, or was about to be."""
+        if self._risk is not None:
+            self._risk.observe(estimate)
 
     def store(self, kind: str, tokens: int) -> None:
         """``tokens`` of a request were ``loaded`` from the store, or came too ``late``."""

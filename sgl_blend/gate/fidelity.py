@@ -26,6 +26,13 @@ from sgl_blend.gate.state import ladder
 
 #: prompts from which on top-1 agreement counts
 FEWEST = 10
+#: share of equal first tokens below which answers are said to differ
+WANTED_TOP1 = 0.95
+#: what an operator can do about answers that differ
+ADVICE = (
+    "blended answers will differ from exact ones. Raise recompute_ratio, bound the risk "
+    "(max_risk), or measure your own prompts (gate_prompts, sgl-blend eval)"
+)
 #: a token this much less likely than the best is another answer
 NEAR_TIE = math.log(2)
 
@@ -77,6 +84,14 @@ def within(measured: Mean, config: BlendConfig) -> bool:
     """Is this in the budget (``gate_max_kl``, ``gate_min_top1``)?"""
     agree = measured.count < FEWEST or measured.top1 >= config.gate_min_top1
     return measured.kl <= config.gate_max_kl and agree
+
+
+def noticeable(measured: Mean, config: BlendConfig) -> bool:
+    """In the budget or not: will users see other answers than exact ones? A mean KL above
+    ``gate_warn_kl``, or more than one first token in twenty another one (counted as in the
+    budget)."""
+    differ = measured.count >= FEWEST and measured.top1 < WANTED_TOP1
+    return measured.kl > config.gate_warn_kl or differ
 
 
 def climb(

@@ -44,17 +44,44 @@ _BRANDT = (
     "Tomas Brandt kept a small workshop on Mill Street, opposite the bakery. He taught his "
     "daughter Ingrid the trade, and she moved the workshop to Gothenburg in 1970.\n\n"
 )
+_SHIP = (
+    "Before she retired, Captain Lindqvist sailed the barque Halcyon between Bergen and Lisbon. "
+    "The ship carried salted cod to the south and came home with cork and oranges.\n\n"
+)
+_FLOOD = (
+    "In the flood of 1954 the river rose by four metres in one night. The bakery lost its oven, "
+    "and the town's mayor, Elin Storm, had a wall of granite built along the quay.\n\n"
+)
+_GUILD = (
+    "The guild of clockmakers in Gothenburg took in its first woman in 1972. Her masterpiece was "
+    "a tide clock with two dials, which the harbour museum bought ten years later.\n\n"
+)
 
-#: written for this purpose; each question needs two of the documents
-BUILT_IN = (
-    TextPrompt(
-        (_BRANDT, _CLOCK, _MUSEUM),
-        "Question: On which street was the museum's clock repaired?\nAnswer: It was repaired on",
-    ),
-    TextPrompt(
-        (_CLOCK, _MUSEUM, _BRANDT),
-        "Question: Whose clock did Ingrid's father repair?\nAnswer: He repaired the clock of",
-    ),
+#: written for this purpose; about half of the questions need two of the documents. Documents come
+#: in different orders and follow different ones: what was seen alone stands in company here
+_ORDERS = (
+    (_BRANDT, _CLOCK, _MUSEUM, _SHIP, _FLOOD, _GUILD),
+    (_GUILD, _FLOOD, _SHIP, _CLOCK, _MUSEUM, _BRANDT),
+    (_SHIP, _GUILD, _CLOCK, _BRANDT, _FLOOD, _MUSEUM),
+    (_FLOOD, _MUSEUM, _BRANDT, _GUILD, _SHIP, _CLOCK),
+)
+_QUESTIONS = (
+    ("On which street was the museum's clock repaired?", "It was repaired on"),
+    ("Whose clock did Ingrid's father repair?", "He repaired the clock of"),
+    ("What was the name of the ship that the museum's founder sailed?", "The ship's name was"),
+    ("Who was mayor when the brass clock stopped?", "The mayor was"),
+    ("What stands along the quay, and of what is it made?", "It is a wall of"),
+    ("What did Tomas Brandt ask for when he had repaired the clock?", "He asked only for"),
+    ("Which city did Ingrid Brandt move the workshop to?", "She moved it to"),
+    ("What did the ship carry to Lisbon?", "It carried"),
+    ("In which year was the harbour museum founded?", "It was founded in"),
+    ("What did the bakery opposite Brandt's workshop lose?", "It lost its"),
+    ("What was the masterpiece of the first woman in the guild?", "Her masterpiece was a"),
+    ("Where did the museum's charts come from?", "They were given by"),
+)
+BUILT_IN = tuple(
+    TextPrompt(_ORDERS[i % len(_ORDERS)], f"Question: {question}\nAnswer: {answer}")
+    for i, (question, answer) in enumerate(_QUESTIONS)
 )
 
 

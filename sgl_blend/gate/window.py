@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.gate.fidelity import Distance, Mean, mean, within
+from sgl_blend.gate.fidelity import ADVICE, Distance, Mean, mean, noticeable, within
 from sgl_blend.gate.state import GateState, ladder
 
 #: samples that a verdict looks at, and the fewest that one is given on
@@ -21,6 +21,17 @@ class LiveWindow:
         self.config = config
         self.ratio_matters = ratio_matters
         self._samples: deque[Distance] = deque(maxlen=WINDOW)
+        self._warned = False
+
+    def warning(self) -> str | None:
+        """Said once: within the budget, and answers differ all the same."""
+        measured = self.mean()
+        if self._warned or measured is None or measured.count < LEAST:
+            return None
+        if not noticeable(measured, self.config):
+            return None
+        self._warned = True
+        return f"sampled requests: {measured} at ratio {self.gate.ratio:g}: {ADVICE}"
 
     def mean(self) -> Mean | None:
         return mean(self._samples) if self._samples else None

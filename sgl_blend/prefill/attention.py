@@ -185,6 +185,7 @@ class Scratch:
     mass. reused: slice of the keys that are reused tokens; mass: fp32, one per reused token,
     filled by the pass. by_value: attention counts in it as much as the norm of the V that it takes
     (InfoFlow KV, arXiv:2603.05353).
+    filled by the pass; late: of the layers from ``QuestionAttention.late`` on, and never by value.
     """
 
     first: int
@@ -197,10 +198,15 @@ class Scratch:
     reused: slice
     mass: torch.Tensor
     by_value: bool = False
+    late: torch.Tensor | None = None
 
 
 class QuestionAttention:
-    """Scratch rows over cached keys and over themselves; sums attention mass per reused token."""
+    """Scratch rows over cached keys and over themselves; sums attention mass per reused token.
+
+    late: the layer from which on ``late_heads`` are counted, one for each head and layer: all
+    attention of a question there adds up to so much.
+    """
 
     scratch = True
 
@@ -209,10 +215,13 @@ class QuestionAttention:
         pool: PoolView,
         rows: list[Scratch],
         copies: list[Incoming],
+        late: int = 0,
     ) -> None:
         self.pool = pool
         self.rows = rows
         self.copies = copies
+        self.late = late
+        self.late_heads = 0
 
     def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
         for copy in self.copies:
@@ -228,6 +237,8 @@ class QuestionAttention:
             )
         k = _as_cached(k, self.pool.k(spec.layer), spec.k_scale)
         v = _as_cached(v, self.pool.v(spec.layer), spec.v_scale)
+        if spec.layer >= self.late:
+            self.late_heads += q.shape[1]
         parts = []
         for s in self.rows:
             mine = slice(s.first, s.last)
@@ -280,7 +291,16 @@ class QuestionAttention:
         )
         mass = out.mass[s.reused]
         s.mass += mass * spec.v_scale if s.by_value else mass
+        if spec.layer >= self.late:
+            if s.by_value:
+                # Of each head's norm the kernel has made use already: their mean undoes it nearly.
+                values = self.pool.v(spec.layer)[s.key_slots[s.reused]].float()
+                mass = mass / values.norm(dim=2).mean(dim=1).clamp(min=1e-9)
+            self._add_late(s, mass)
         return out.out
+
+    def _add_late(self, s: Scratch, mass: torch.Tensor) -> None:
+        s.late = mass.clone() if s.late is None else s.late + mass
 
     def _windowed(
         self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -300,7 +320,7 @@ class QuestionAttention:
         hidden = hidden.repeat_interleave(group, dim=0)
         weights = torch.cat([s.weights.new_zeros(s.lead), s.weights]).repeat_interleave(group)
         out = q.new_empty(rows, heads, v.shape[2])
-        mass = s.mass.new_zeros(s.key_slots.numel())
+        mass, plain = s.mass.new_zeros(2, s.key_slots.numel())
         for head in range(k.shape[1]):
             part = slice(head * group, (head + 1) * group)
             keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
@@ -312,10 +332,13 @@ class QuestionAttention:
             probs = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
             out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
             summed = (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
+            plain[near] += summed
             if s.by_value:
                 summed = summed * values[: slots.numel()].norm(dim=1) * spec.v_scale
             mass[near] += summed
         s.mass += mass[s.reused]
+        if spec.layer >= self.late:
+            self._add_late(s, plain[s.reused])
         return out
 
 

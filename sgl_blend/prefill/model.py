@@ -39,6 +39,9 @@ class Model(Protocol):
         """Run rows that are not the batch's and must leave no KV behind; ``counts``: how many are
         whose, piece by piece of those that have any, in the order of rows."""
 
+    def next_logits(self, result: Any) -> torch.Tensor:
+        """Of what ``run`` returned: the logits [pieces, vocab] of each one's last row."""
+
 
 class Ranks(Protocol):
     """Agreement among tensor-parallel ranks; each sees its own heads only."""

@@ -32,6 +32,7 @@ from sgl_blend.prefill.attention import Arriving, BatchAttention, QuestionAttent
 from sgl_blend.prefill.correction import FIRST_LAYER, Correction, Recomputed
 from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
+from sgl_blend.prefill.risk import estimate
 from sgl_blend.prefill.rows import PoolView, RowSegment
 from sgl_blend.prefill.running import BlendPass, PiecePass
 from sgl_blend.prefill.scores import ScoreTable
@@ -57,7 +58,8 @@ def question_weights(rows: int) -> torch.Tensor:
 
 
 def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
-    """Token-layers that prefilling ``piece`` computes, check passes and question pass included.
+    """Token-layers that prefilling ``piece`` computes: check passes, question pass, and what was
+    computed before the piece was given up included.
 
     Full prefill of the piece is ``piece.rows * num_layers``. The layer at which a pass is left
     counts whole.
@@ -67,12 +69,12 @@ def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
         return piece.rows * num_layers
     n = b.tokens.count
     must = piece.rows - n - b.given
+    total = piece.rows * num_layers if b.given_up else 0
+    if b.question_ids is not None:
+        total += int(b.question_ids.numel()) * query_depth(num_layers, config)
     if b.policy.need is not Need.DEVIATION:
-        asked = 0
-        if b.question_ids is not None:
-            asked = int(b.question_ids.numel()) * query_depth(num_layers, config)
-        return (must + b.recomputed()) * num_layers + asked
-    total, rows = 0, piece.rows - b.given
+        return total + (must + b.recomputed()) * num_layers
+    rows = piece.rows - b.given
     for layer, k in _filters(b, config):
         total += rows * (layer + 1)
         rows = must + k
@@ -101,7 +103,7 @@ def run(
     scores: of the pool's slots; needed for ``Need.STORED``. Rows that run are scored anew.
     """
     passes = [PiecePass(p) if p.blend is None else BlendPass(p, p.blend) for p in pieces]
-    asking = _of_need(passes, Need.QUERY)
+    asking = [s for s in passes if isinstance(s, BlendPass) and s.blend.question_ids is not None]
     if asking:
         _question_pass(asking, passes, model, pool, ranks, config)
     scored = _of_need(passes, Need.STORED)
@@ -112,7 +114,14 @@ def run(
     checking = _of_need(passes, Need.DEVIATION)
     if checking:
         _check_passes(checking, passes, model, pool, ranks, config)
-    return _pass(passes, passes, model, pool, scores)
+    result = _pass(passes, passes, model, pool, scores)
+    depth = query_depth(model.num_layers, config)
+    over = estimate(passes, result, depth, model, pool, ranks)
+    if over:
+        # The whole batch once more: all that SGLang reads of it by rows then comes of one pass.
+        passes = [PiecePass(s.piece) if s in over else s for s in passes]
+        result = _pass(passes, passes, model, pool, scores)
+    return result
 
 
 def _of_need(passes: Sequence[PiecePass], need: Need) -> list[BlendPass]:
@@ -161,13 +170,30 @@ def _question_pass(
         positions.append(b.question_pos)
         row += m
     copies = Arriving.together([Arriving(c, 0) for s in asking for c in s.copy_all()])
-    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies])
+    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies], depth // 2)
     counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
     model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
-    _choose(asking, [q.mass for q in scratch], ranks, config)
-    for s in asking:
+    if any(s.blend.estimates for s in asking):
+        _share_attention(asking, scratch, attention.late_heads, ranks)
+    choosing = _of_need(asking, Need.QUERY)
+    if choosing:
+        masses = [q.mass for s, q in zip(asking, scratch, strict=True) if s in choosing]
+        _choose(choosing, masses, ranks, config)
+    for s in choosing:
         # What is brought in lies there as it was cached: where it is corrected, it comes again.
         s.copy_from = FIRST_LAYER if s.corrects else depth
+
+
+def _share_attention(
+    asking: list[BlendPass], scratch: list[Scratch], heads: int, ranks: Ranks
+) -> None:
+    """Tell each piece what share of its question's late attention went to each reused token.
+    heads: of all late layers together, on this rank."""
+    late = [q.late for q in scratch if q.late is not None]
+    whole = torch.tensor([float(heads)], device=late[0].device)
+    *masses, whole = ranks.sum(torch.cat([*late, whole])).split([*(x.numel() for x in late), 1])
+    for s, mass in zip(asking, masses, strict=True):
+        s.attended = mass / whole
 
 
 def _choose(

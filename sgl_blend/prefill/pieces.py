@@ -5,6 +5,7 @@ The planner makes them, the blend prefill runs them.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -55,6 +56,11 @@ class PieceBlend:
     correction: how much of the recomputed tokens' mean error the others are corrected by
     (``correction.py``). Where it is not 0: document int64 [n], which of ``documents`` each reused
     token is of; heads bool [n], which tokens the mean leaves out.
+
+    estimates: the risk is estimated (``risk.py``), and the question is given whatever the policy
+    needs. answers: the piece ends with the prompt, so that its logits are the first token's.
+    max_risk: what the estimate may come to; risk: what it came to. given_up: it came to more, and
+    the piece was computed.
     """
 
     plan: BlendPlan
@@ -75,6 +81,11 @@ class PieceBlend:
     correction: float = 0.0
     query_values: bool = False
     told: Told | None = None
+    estimates: bool = False
+    answers: bool = False
+    max_risk: float = math.inf
+    risk: float | None = None
+    given_up: bool = False
 
     @property
     def given(self) -> int:
@@ -82,8 +93,8 @@ class PieceBlend:
         return 0 if self.host is None else int(self.host.given.numel())
 
     def recomputed(self) -> int:
-        """How many of the reused tokens are recomputed through all layers. With coverage this is
-        the upper bound until the pass is over."""
+        """How many of the reused tokens are recomputed through all layers, in a piece that is not
+        given up. With coverage this is the upper bound until the pass is over."""
         if self.fixed is not None:
             return int(self.fixed.numel())
         return self.tokens.budget if self.chosen is None else self.chosen

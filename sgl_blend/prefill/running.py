@@ -51,6 +51,8 @@ class BlendPass(PiecePass):
         self.blend = blend
         #: indices into ``reused`` that are (still) computed; None: all
         self.alive: torch.Tensor | None = None
+        #: fp32 [n], share of the question's late attention on each reused token; None: not asked
+        self.attended: torch.Tensor | None = None
         is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
         is_reused[blend.reused] = True
         if blend.host is not None:

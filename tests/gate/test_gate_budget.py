@@ -135,13 +135,26 @@ def launch(caplog, tmp_path):
 
 
 def test_where_there_is_time_all_is_done_and_nothing_said(launch):
-    got = launch(Machine(0.001, cold=100.0))
-    assert "passed 5 checks" in got.said and "(2 prompts)" in got.said
+    got = launch(Machine(0.0003, cold=100.0))
+    assert "passed 5 checks" in got.said and "(12 prompts)" in got.said
     assert "left out" not in got.said and not got.warned
 
 
+@pytest.mark.parametrize(("pace", "prompts"), [(0.001, 6), (0.0015, 3), (0.003, 2)])
+def test_fewer_built_in_prompts_are_no_loss(launch, pace, prompts):
+    """Two say no less than twelve, but for the top-1 agreement, which is not counted then."""
+    got = launch(Machine(pace))
+    assert "passed 5 checks" in got.said and f"({prompts} prompts)" in got.said
+    assert "left out" not in got.said and not got.warned and got.machine.took <= SECONDS
+
+
+def test_many_prompts_leave_time_for_every_ratio(launch):
+    got = launch(Machine(0.001, error=lambda r: 9.0))
+    assert "(6 prompts) at 0.5" in got.said and "ratios from" not in got.said
+
+
 def test_fidelity_prompts_go_first(launch):
-    for pace, said in ((0.0047, "1 of 2 built-in prompts"), (0.0056, "2 of 2 built-in prompts")):
+    for pace, said in ((0.0041, "11 of 12 built-in prompts"), (0.005, "12 of 12 built-in prompts")):
         got = launch(Machine(pace))
         assert (
             "passed 5 checks" in got.said
@@ -154,7 +167,7 @@ def test_fidelity_prompts_go_first(launch):
 def test_then_probes_grow_shorter_and_prove_as_much(launch, pace, documents):
     got = launch(Machine(pace))
     assert "passed 5 checks" in got.said
-    assert f"{documents} of the probes' 3 documents; 2 of 2 built-in prompts" in got.said
+    assert f"{documents} of the probes' 3 documents; 12 of 12 built-in prompts" in got.said
     assert got.machine.took <= SECONDS
 
 
@@ -202,7 +215,7 @@ def test_ranks_do_the_same_whatever_their_clocks_say(launch):
 
 
 def test_ratios_that_were_not_tried_make_the_default_the_highest(launch):
-    got = launch(Machine(0.0041, error=lambda r: 9.0))
+    got = launch(Machine(0.003, error=lambda r: 9.0))
     assert got.gate.on and got.gate.ratio == 0.5
     assert "ratios from 0.15 to 0.5" in got.said and "The default ratio is now 0.5" in got.said
 
@@ -222,7 +235,7 @@ def test_the_operators_prompts_turn_blending_off_only_when_all_ratios_were_tried
 
 def test_an_endless_limit_leaves_nothing_out(launch):
     got = launch(Machine(10.0), gate_seconds=math.inf)
-    assert "passed 5 checks" in got.said and "(2 prompts)" in got.said and not got.warned
+    assert "passed 5 checks" in got.said and "(12 prompts)" in got.said and not got.warned
 
 
 def test_the_default_goes_by_the_device():

@@ -38,6 +38,7 @@ CORRECTED = (
     "corrected_bites",
 )
 BRIEF = ("exact_briefly", "reference_is_sound", "layer0_right", "as_reference", "report_is_true")
+RISK = ("risk_as_defined", "risk_bounds", "risk_bites")
 REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
 GATE = ("rotations_are_measured", "gate_passes")
 STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")
@@ -54,7 +55,7 @@ def _cases() -> list:
         # Pages do not depend on the architecture: one dense model, one with experts.
         for a in ("llama", "qwen3-moe")
     ]
-    table += [("llama", {"page_size": 1}, REUSE + CORRECTED)]
+    table += [("llama", {"page_size": 1}, REUSE + CORRECTED + RISK)]
     table += [("qwen3-moe", {"page_size": 1}, (*FUSED, "corrected_over_fused_writes"))]
     correcting = {"correction": 0.7, "anchor_share": 0.2, "head_tokens": 4, "query_values": True}
     for dtype, names in (("bfloat16", ()), ("float32", ("as_reference", "as_reference_in_pieces"))):

@@ -17,7 +17,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("arch", "page"), [("llama", 1), ("qwen3", 16), ("mixtral", 1)])
 def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> None:
     """The same tokens on both ranks and with one rank; logits and each rank's heads of the KV
-    equal to one rank's within fp32 rounding."""
+    equal to one rank's within fp32 rounding, and so is the estimated risk."""
     [one] = jobs.run_all([(TRACE, (str(models), arch, page, 0, 1, free_port()), {})])
     port = free_port()
     ranks = jobs.run_all([(TRACE, (str(models), arch, page, r, 2, port), {}) for r in (0, 1)])
@@ -26,6 +26,9 @@ def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> N
         what = f"{single['policy']} (request {i})"
         assert first["chosen"] == second["chosen"], f"{what}: the ranks chose different tokens"
         assert first["chosen"] == single["chosen"], f"{what}: other tokens than with one rank"
+        assert first["risk"] == second["risk"], f"{what}: the ranks estimate different risks"
+        assert (single["risk"] is None) == (single["policy"] in ("all", "none"))
+        assert first["risk"] == pytest.approx(single["risk"], abs=1e-3), what
         for rank in (first, second):
             assert _apart(rank["logits"], single["logits"]) <= 1e-4, what
         for layer, whole in enumerate(single["kv"]):

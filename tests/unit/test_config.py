@@ -127,6 +127,8 @@ def test_wrong_text_in_the_environment_names_option_and_value(name, text):
         ({"recompute_ratio": float("nan")}, "recompute_ratio"),
         ({"coverage": 1.01}, "coverage"),
         ({"min_ratio": -0.1}, "min_ratio"),
+        ({"max_risk": -0.1}, "max_risk"),
+        ({"max_risk": 0.1, "policy": "none"}, "max_risk"),
         ({"query_smoothing": -1}, "query_smoothing"),
         ({"stored_depth": 0.0}, "stored_depth"),
         ({"check_layers": ()}, "check_layers"),

@@ -44,6 +44,7 @@ def test_all_options_are_read():
         "blend_anchor_share": 0.1,
         "blend_head_tokens": 4,
         "blend_query_values": False,
+        "blend_max_risk": 3,
         "someone_elses": {"a": 1},
     }
     assert parse_options(said, 10) == RequestOptions(
@@ -56,6 +57,7 @@ def test_all_options_are_read():
         head_tokens=4,
         anchor_share=0.1,
         query_values=False,
+        max_risk=3.0,
     )
 
 
@@ -83,6 +85,9 @@ def test_a_policy_without_a_score_may_be_told_that_coverage_is_off():
         ({"blend_ratio": "0.2"}, r"custom_params\.blend_ratio is '0\.2'"),
         ({"blend_ratio": float("nan")}, r"custom_params\.blend_ratio is nan"),
         ({"blend_coverage": 1.5}, r"custom_params\.blend_coverage is 1\.5: expected a number"),
+        ({"blend_max_risk": -0.1}, r"custom_params\.blend_max_risk is -0\.1: expected a number, 0"),
+        ({"blend_max_risk": True}, r"custom_params\.blend_max_risk is True"),
+        ({"blend_max_risk": float("nan")}, r"custom_params\.blend_max_risk is nan"),
         ({"blend_coverage": False}, r"custom_params\.blend_coverage is False"),
         ({"blend_correction": 1.5}, r"custom_params\.blend_correction is 1\.5: expected a number"),
         (
@@ -162,6 +167,11 @@ def test_validation_sees_sampling_params_of_the_request():
             {"leading_tokens": 8},
             {"blend_anchor_share": 0.2, "blend_policy": "leading"},
             "blend_anchor_share is 0.2: .* 'leading'",
+        ),
+        (
+            {},
+            {"blend_max_risk": 0.1, "blend_policy": "none"},
+            "blend_max_risk is 0.1: policy 'none' recomputes nothing",
         ),
     ],
 )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sgl_blend.config import BLEND, READ_BESIDE, BlendConfig
+from sgl_blend.config import BLEND, BlendConfig
 from sgl_blend.store.config import STORE
+from sgl_blend.variables import READ_BESIDE
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()

@@ -106,6 +106,10 @@ class ModelPasses:
         self._set_counts(list(counts.values()))
         self._pass(attention, stop)
 
+    def next_logits(self, result: LogitsProcessorOutput) -> torch.Tensor:
+        logits: torch.Tensor = result.next_token_logits
+        return logits
+
     def _pass(self, attention: RowAttention, stop: int | None) -> Any:
         fb = self.fb
         self._prepare_adapters()

@@ -15,8 +15,8 @@ from typing import Any
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.errors import BlendError, GateError
-from sgl_blend.gate.budget import Budget, Timed
-from sgl_blend.gate.fidelity import Calibrator, Rung, climb
+from sgl_blend.gate.budget import Budget, Timed, Work
+from sgl_blend.gate.fidelity import ADVICE, Calibrator, Rung, climb, noticeable
 from sgl_blend.gate.fidelity import work_of as fidelity_work
 from sgl_blend.gate.mechanics import (
     DOCUMENTS,
@@ -27,8 +27,14 @@ from sgl_blend.gate.mechanics import (
 )
 from sgl_blend.gate.mechanics import work_of as mechanics_work
 from sgl_blend.gate.model import GateModel
-from sgl_blend.gate.prompts import BUILT_IN_TOKENS, built_in, encode, read_prompts
-from sgl_blend.gate.state import GateState
+from sgl_blend.gate.prompts import (
+    BUILT_IN_TOKENS,
+    Calibration,
+    built_in,
+    encode,
+    read_prompts,
+)
+from sgl_blend.gate.state import GateState, ladder
 from sgl_blend.selection import POLICIES
 
 logger = logging.getLogger(__name__)
@@ -148,7 +154,8 @@ class LaunchGate:
         if not theirs:
             whole = Calibrator(self.model, built_in(self.tokenizer)).prompts
             short = Calibrator(self.model, built_in(self.tokenizer, BUILT_IN_TOKENS // 2)).prompts
-            choices = [whole, whole[:1], short[:1], []]
+            choices = [whole[: len(whole) // n] for n in (1, 2, 4, 6, 12) if len(whole) >= n]
+            choices += [short[:1], []]
         else:
             texts = read_prompts(self.config.gate_prompts)
             whole = Calibrator(self.model, [encode(t, self.tokenizer) for t in texts]).prompts
@@ -162,11 +169,23 @@ class LaunchGate:
             while choices[-1]:
                 choices.append(whole[: len(choices[-1]) // 2])
         budget = self._budget_for(theirs)
-        prompts = next(c for c in choices if not c or budget.allows(fidelity_work(c)))
-        if len(prompts) < len(whole):
+        prompts = next(c for c in choices if not c or budget.allows(self._work(c, theirs)))
+        # A few built-in ones less are no loss: more of them only make the figures steadier.
+        if len(prompts) < (len(whole) if theirs else min(2, len(whole))):
             whose = "gate_prompts" if theirs else "built-in prompts"
             self.budget.leave_out(f"{len(whole) - len(prompts)} of {len(whole)} {whose}")
         return Calibrator(self.model, prompts)
+
+    def _work(self, prompts: list[Calibration], theirs: bool) -> Work:
+        """More than two built-in prompts are measured only where there is time for them at every
+        ratio that might be tried."""
+        work = fidelity_work(prompts)
+        if theirs or len(prompts) <= 2:
+            return work
+        again, steps = fidelity_work(prompts, first=False), 0
+        if ratio_matters(self.config):
+            steps = len(ladder(self.gate.ratio, self.config.gate_max_ratio))
+        return Work(work.tokens + steps * again.tokens, work.passes + steps * again.passes)
 
     def _act(self, rungs: list[Rung], theirs: bool) -> None:
         first, last = rungs[0], rungs[-1]
@@ -174,7 +193,9 @@ class LaunchGate:
         what = f"{whose}: {first.mean} at ratio {first.ratio:g}"
         self.metrics.gate_sample(last.mean)
         if first.within:
-            self._say(logging.INFO, f"{what}: within the budget")
+            differ = noticeable(first.mean, self.config)
+            level = logging.WARNING if differ else logging.INFO
+            self._say(level, f"{what}: within the budget" + (f", and {ADVICE}" if differ else ""))
             return
         if len(rungs) > 1:
             what += f", {last.mean} at {last.ratio:g}"

@@ -151,6 +151,9 @@ class LiveGate:
         if measured is not None:
             self.metrics.gate_sample(measured)
         if decided is None:
+            differs = self.window.warning()
+            if differs is not None and self.speaks:
+                logger.warning("sgl-blend: the correctness gate: %s", differs)
             return
         self.metrics.gate_failure("live")
         self.metrics.gate_state(self.gate)

@@ -62,7 +62,9 @@ def blend_of(
         blend.heads = heads.to(device, non_blocking=True)
     if policy.need is Need.NOTHING:
         blend.fixed = policy.select(reused, None, config)
-    elif policy.need is Need.QUERY:
+    if scored:
+        _bound_risk(blend, state, config, device)
+    if policy.need is Need.QUERY or blend.estimates:
         # The question may lie in a later piece; its rows are scratch rows, so every piece
         # asks the same question. Output that a retraction put behind it does not belong to
         # it: the choice must be the one made before.
@@ -78,6 +80,20 @@ def blend_of(
         blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
         blend.question_pos = torch.from_numpy(ask).to(device)
     return blend
+
+
+def _bound_risk(
+    blend: PieceBlend, state: RequestState, config: BlendConfig, device: torch.device
+) -> None:
+    """Whether the piece's risk is estimated, and what it may come to: what the pieces before it
+    have left of the request's bound."""
+    if state.exact:
+        return
+    free = blend.policy.need is Need.QUERY and device.type == "cpu"
+    blend.estimates = bool(state.max_risk) or {"auto": free, "always": True}.get(config.risk, False)
+    blend.answers = blend.plan.end == state.prompt_tokens
+    if state.max_risk:
+        blend.max_risk = state.max_risk - (state.risk or 0.0)
 
 
 def _to_choose_from(

@@ -2,13 +2,14 @@
 
 ``blend``, ``blend_query_values`` and ``blend_explain`` (bool; the last asks for spans and scores of
 single tokens in the report), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and
-``blend_anchor_share`` (numbers, 0 to 1), ``blend_head_tokens`` (a count), ``blend_policy`` (a
-policy's name), ``blend_boundaries`` (flat ascending list of token offsets into the prompt). An HTTP
-header says the same (``header.py``).
+``blend_anchor_share`` (numbers, 0 to 1), ``blend_head_tokens`` (a count), ``blend_max_risk`` (0
+or more; 0: no bound), ``blend_policy`` (a policy's name), ``blend_boundaries`` (flat ascending list
+of token offsets into the prompt). An HTTP header says the same (``header.py``).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ KEYS = (
     "blend_anchor_share",
     "blend_query_values",
     "blend_explain",
+    "blend_max_risk",
 )
 #: keys that a request may state without a wish to be blended
 NO_WISH = ("blend", "blend_boundaries", "blend_explain")
@@ -50,6 +52,7 @@ class RequestOptions:
     explain: bool = False
     #: not enabled because it says nothing and the server is set so
     off_by_default: bool = False
+    max_risk: float | None = None
 
 
 def parse_options(
@@ -103,6 +106,7 @@ def parse_options(
         head_tokens=_count(custom_params, "blend_head_tokens"),
         anchor_share=_share(custom_params, "blend_anchor_share"),
         query_values=_switch(custom_params, "blend_query_values"),
+        max_risk=_bound(custom_params, "blend_max_risk"),
         explain=explain,
         off_by_default=off_by_default,
     )
@@ -140,6 +144,11 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
         raise RequestError(
             f"custom_params.blend_query_values is true: policy {name!r} does not ask the question"
         )
+    if options.max_risk and policy.name == "none":
+        raise RequestError(
+            f"custom_params.blend_max_risk is {options.max_risk}: policy 'none' recomputes "
+            "nothing, and the risk is estimated from what recomputing changes"
+        )
     if options.policy is None or policy.need is not Need.STORED:
         return
     if not keeps_scores(config):
@@ -171,6 +180,15 @@ def _share(custom_params: dict, key: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise RequestError(f"custom_params.{key} is {value!r}: expected a number from 0 to 1")
+    return float(value)
+
+
+def _bound(custom_params: dict, key: str) -> float | None:
+    value = custom_params.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise RequestError(f"custom_params.{key} is {value!r}: expected a number, 0 or more")
     return float(value)
 
 

@@ -130,9 +130,24 @@ class Planner:
     def finish(self, planned: list[_Planned]) -> None:
         """Count what has been prefilled, and let go of what was loaded for it."""
         for p in planned:
+            self._weigh(p)
             self._count(p.req, p.piece)
             if self.c.tiers is not None and p.piece.begin + p.piece.rows >= p.state.prompt_tokens:
                 self.c.tiers.release(p.req)
+
+    def _weigh(self, p: _Planned) -> None:
+        """Note a piece's risk; what was given up for it was computed, and nothing of it is
+        approximate."""
+        blend, state = p.piece.blend, p.state
+        if blend is None or not blend.estimates or state.probe is not None:
+            return
+        if blend.risk is not None:
+            state.risk = (state.risk or 0.0) + blend.risk
+            self.c.metrics.risk(blend.risk)
+        if blend.given_up:
+            state.reset_to(p.before, p.req)
+            self._label(p.req, state, p.piece.begin, p.piece.begin + p.piece.rows, [])
+            self._fall_back(state, "risk above max_risk")
 
     def without(self, planned: list[_Planned], chunks: list[Any]) -> None:
         """Plan again without ``chunks``, which did not arrive: their tokens are computed."""
@@ -182,7 +197,7 @@ class Planner:
         state.retractions = req.retraction_count
         state.decided = False
         state.generation = 0
-        state.record = None
+        state.record = state.risk = None
         attach.RECORD.set(req, None)
         state.suffix_start = self.c.tree.suffix_start(
             tokens[:n_prompt], n_prompt, state.options.boundaries
@@ -286,7 +301,7 @@ class Planner:
             return
         c, b = state.counts, piece.blend
         n = 0 if b is None else b.tokens.count + b.given
-        again = 0 if b is None else b.recomputed()
+        again = 0 if b is None else n if b.given_up else b.recomputed()
         c.reused += n - again
         c.recomputed += again
         c.computed += piece.rows - n

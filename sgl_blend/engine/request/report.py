@@ -44,6 +44,7 @@ def put_report(req: Req, state: RequestState, piece: Piece) -> None:
         "coverage": (state.coverage or None) if c.reused + c.recomputed else None,
         "correction": (state.ways.correction or None) if c.reused and c.recomputed else None,
         "cost": round(c.token_layers / c.full_token_layers, 4) if c.full_token_layers else 0.0,
+        "risk": None if state.risk is None else round(state.risk, 4),
         "fallback": state.fallback,
     }
     if state.detail is not None:

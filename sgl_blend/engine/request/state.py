@@ -92,6 +92,10 @@ class RequestState:
     free_ratio: float = 0.0
     #: what is told of single tokens; None: nobody asked (``blend_explain``)
     detail: Detail | None = None
+    #: highest estimated risk that it is answered with; 0: no bound
+    max_risk: float = 0.0
+    #: summed over its pieces so far; None before the first estimate
+    risk: float | None = None
     #: position of its first image (or sound); None: the prompt is text
     media_start: int | None = None
 
@@ -108,7 +112,7 @@ class RequestState:
     def by_default(self) -> bool:
         """Blended as the server is set: the request says nothing of how."""
         o = self.options
-        said = (o.policy, o.ratio, o.coverage)
+        said = (o.policy, o.ratio, o.coverage, o.max_risk)
         return all(wish is None for wish in said) and not Ways.stated(o)
 
     def mark(self) -> StateMark:
@@ -158,6 +162,7 @@ def state_of(req: Req, config: BlendConfig, gate: GateState) -> RequestState:
             Ways.of(config, options),
             fallback,
         )
+        state.max_risk = config.max_risk if options.max_risk is None else options.max_risk
         attach.STATE.set(req, state)
         if fallback is None and not options.enabled:
             state.fallback = "disabled by the request"
@@ -207,7 +212,8 @@ def namespace_of(req: Req, upto: int, config: BlendConfig, gate: GateState) -> s
         return None
     tokens = np.frombuffer(req.origin_input_ids, dtype=np.int64)[:upto]
     h = hashlib.blake2b(digest_size=16)
-    how = (state.policy.name, *(round(x, 9) for x in (state.ratio, state.coverage, *state.ways)))
+    numbers = (state.ratio, state.coverage, state.max_risk, *state.ways)
+    how = (state.policy.name, *(round(x, 9) for x in numbers))
     head = (req.extra_key, req.cache_salt, *how, upto)
     h.update(repr(head).encode())
     h.update(tokens.tobytes())

@@ -214,7 +214,7 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
     if size > 1:
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
     model = model_for(Path(models), arch)
-    keeping = {"stored_scores": True}
+    keeping = {"stored_scores": True, "risk": "always"}
     engine = Engine(
         model, page_size=page_size, tp_size=size, tp_rank=rank, port=port, options=keeping
     )
@@ -235,6 +235,7 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
         out.append(
             {
                 "policy": ask.policy,
+                "risk": ours.report["risk"],
                 "logits": ours.logits.numpy(),
                 "chosen": picks,
                 "kv": [torch.stack([k, v]).numpy() for k, v in zip(ours.k, ours.v, strict=True)],

@@ -196,7 +196,7 @@ class Engine:
             custom["blend_ratio"] = ask.ratio
         if ask.coverage is not None:
             custom["blend_coverage"] = ask.coverage
-        for name in ("correction", "anchor_share", "head_tokens", "query_values"):
+        for name in ("correction", "anchor_share", "head_tokens", "query_values", "max_risk"):
             if getattr(ask, name) is not None:
                 custom[f"blend_{name}"] = getattr(ask, name)
         if ask.boundaries is not None:

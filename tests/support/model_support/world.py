@@ -328,6 +328,7 @@ def run_checks(
         checks_latent,
         checks_random,
         checks_reuse,
+        checks_risk,
         checks_rotation,
         checks_size,
         checks_special,
