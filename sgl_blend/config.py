@@ -243,7 +243,7 @@ class BlendConfig:
         above=0.0,
     )
     gate_warn_kl: float = option(
-        0.1, "gate: mean KL in nats above which it warns that answers differ", above=0.0
+        0.05, "gate: mean KL in nats above which it warns that answers differ", above=0.0
     )
     gate_min_top1: float = option(
         0.8,

@@ -64,8 +64,8 @@ def test_answers_that_differ_are_noticed_within_the_budget():
     """The figures that SmolLM2 had at the first default: KL 0.14, top-1 agreement 60 to 80 %."""
     c = BlendConfig(gate_min_top1=0.5)
     assert within(Mean(0.14, 0.7, 12), c) and noticeable(Mean(0.14, 0.7, 12), c)
-    assert noticeable(Mean(0.14, 1.0, 2), c) and not noticeable(Mean(0.1, 0.0, 2), c)
-    assert noticeable(Mean(0.0, 0.94, 10), c) and not noticeable(Mean(0.1, 0.95, 20), c)
+    assert noticeable(Mean(0.14, 1.0, 2), c) and not noticeable(Mean(0.05, 0.0, 2), c)
+    assert noticeable(Mean(0.0, 0.94, 10), c) and not noticeable(Mean(0.05, 0.95, 20), c)
     assert not noticeable(Mean(0.14, 1.0, 20), BlendConfig(gate_warn_kl=0.2))
 
 
@@ -79,7 +79,7 @@ def test_window_warns_once_of_answers_that_differ():
     assert said.count(None) == len(said) - 1 and "KL 0.2 nats" in said[LEAST - 1]
     assert gate.on and gate.ratio == 0.1
     sound = LiveWindow(gate, BlendConfig(), True)
-    assert all(sound.add(Distance(0.05, 1.0), 0.1) or sound.warning() is None for _ in range(99))
+    assert all(sound.add(Distance(0.03, 1.0), 0.1) or sound.warning() is None for _ in range(99))
 
 
 def test_climb_stops_at_the_first_ratio_within_the_budget():
