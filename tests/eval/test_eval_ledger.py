@@ -36,6 +36,10 @@ from sgl_blend.eval.summary import summarise
 from sgl_blend.eval.telling import rank, risks
 
 SECRET = "zanzibar"
+#: a server that adds nothing to its policies, whatever the defaults are
+NOTHING = dict(correction=0.0, anchor_share=0.0, head_tokens=0, query_values=False)
+BARE = BlendConfig(**NOTHING)
+BARE_FLAGS = [f"--blend-{name.replace('_', '-')}={value}" for name, value in NOTHING.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +167,7 @@ def test_a_table_has_every_row_that_is_on_record(tmp_path):
 
 
 def test_a_setting_is_known_by_what_it_does_and_not_by_its_name():
-    plain = BlendConfig()
+    plain = BARE
     assert options_that_matter(FULL, plain) == {}
     assert options_that_matter(parse("default"), plain) == {"policy": "query", "ratio": 0.1}
     assert options_that_matter(parse("query:0.10"), plain) == {"policy": "query", "ratio": 0.1}
@@ -183,8 +187,8 @@ def test_a_setting_is_known_by_what_it_does_and_not_by_its_name():
 
 
 def test_a_policy_as_published_is_the_same_whatever_the_server_adds():
-    server = configured(["--blend-correction", "0.7", "--blend-anchor-share", "0.2"])
-    bare = options_that_matter(parse("query:0.1"), BlendConfig(correction=0.0, anchor_share=0.0))
+    server = configured([*BARE_FLAGS, "--blend-correction", "0.7", "--blend-anchor-share", "0.2"])
+    bare = options_that_matter(parse("query:0.1"), BARE)
     assert options_that_matter(parse("query:0.1"), server) == bare | {
         "correction": 0.7,
         "anchor_share": 0.2,
