@@ -85,24 +85,24 @@ class BlendConfig:
         least=0,
     )
     query_values: bool = option(
-        False,
+        True,
         "query: attention to a token counts as much as the norm of the V that it takes",
     )
     correction: float = option(
-        0.0,
+        0.7,
         "shift the KV of a document's tokens that are not recomputed by this share of the mean "
         "error of those that are, 0 to 1 (policies all, none have nothing to go by); 0: off",
         least=0.0,
         most=1.0,
     )
     head_tokens: int = option(
-        0,
+        4,
         "first tokens of each reused document that are recomputed whatever the policy chooses, as "
         "long as they take no more than half of what is; the correction does not go by them",
         least=0,
     )
     anchor_share: float = option(
-        0.0,
+        0.2,
         "share of the recomputed tokens (with coverage: of min_ratio's) that is spaced evenly over "
         "the documents instead of chosen by the policy, at least one a document; policies all, "
         "none, and leading with leading_tokens, ignore it; 0: none",

@@ -41,6 +41,10 @@ from sgl_blend.engine.request.state import state_of
 from sgl_blend.prefill.scores import ScoreTable
 from sgl_blend.tree.integrity import tree_nodes
 
+#: engines run policies by themselves unless an option says otherwise: what is added to them by
+#: default has checks of its own (``checks_corrected.py``)
+BARE = {"correction": 0.0, "anchor_share": 0.0, "head_tokens": 0, "query_values": False}
+
 
 class Engine:
     """One model in this process. ``options``: blend options by name; ``args``: server flags."""
@@ -72,7 +76,7 @@ class Engine:
         argv += ["--mem-fraction-static", "0.3", "--max-total-tokens", str(pool_tokens)]
         argv += ["--page-size", str(page_size), "--max-running-requests", "32"]
         argv += ["--tp-size", str(tp_size), "--enable-blend", *args]
-        for name, value in (options or {}).items():
+        for name, value in (BARE | (options or {})).items():
             text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
             argv += [f"--blend-{name.replace('_', '-')}", text]
         load_plugins()

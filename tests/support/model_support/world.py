@@ -183,7 +183,7 @@ class World:
         elif name == "stored":
             cover = (ask.coverage, least) if ask.coverage else None
             score = torch.cat([self._stored(ask.tokens, span) for span in plan.spans])
-            fixed = highest(reused, score, budget(n, plan.ratio), cover)
+            fixed = highest(reused, score, budget(n, plan.ratio), cover, evenly)
         multipliers = self.engine.config.multipliers() if name == "hkvd" else (1.0,)
         return RefPiece(
             begin,
