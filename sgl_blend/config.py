@@ -102,7 +102,7 @@ class BlendConfig:
         least=0,
     )
     anchor_share: float = option(
-        0.2,
+        0.0,
         "share of the recomputed tokens (with coverage: of min_ratio's) that is spaced evenly over "
         "the documents instead of chosen by the policy, at least one a document; policies all, "
         "none, and leading with leading_tokens, ignore it; 0: none",
