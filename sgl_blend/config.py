@@ -96,7 +96,7 @@ class BlendConfig:
         most=1.0,
     )
     head_tokens: int = option(
-        4,
+        2,
         "first tokens of each reused document that are recomputed whatever the policy chooses, as "
         "long as they take no more than half of what is; the correction does not go by them",
         least=0,
@@ -248,7 +248,7 @@ class BlendConfig:
     gate_min_top1: float = option(
         0.8,
         "gate: least share of prompts whose most likely next token stays the same, near ties aside "
-        "(counted from 10 prompts on)",
+        "(counted from 10 prompts on; of the built-in ones a warning is all it gives)",
         least=0.0,
         most=1.0,
     )

@@ -80,9 +80,9 @@ def mean(distances: Sequence[Distance]) -> Mean:
     return Mean(sum(d.kl for d in distances) / n, sum(d.top1 for d in distances) / n, n)
 
 
-def within(measured: Mean, config: BlendConfig) -> bool:
-    """Is this in the budget (``gate_max_kl``, ``gate_min_top1``)?"""
-    agree = measured.count < FEWEST or measured.top1 >= config.gate_min_top1
+def within(measured: Mean, config: BlendConfig, tops: bool = True) -> bool:
+    """Is this in the budget (``gate_max_kl``, and ``gate_min_top1`` where ``tops`` count)?"""
+    agree = not tops or measured.count < FEWEST or measured.top1 >= config.gate_min_top1
     return measured.kl <= config.gate_max_kl and agree
 
 
@@ -100,16 +100,17 @@ def climb(
     config: BlendConfig,
     ratio_matters: bool,
     another: Callable[[], bool] = lambda: True,
+    tops: bool = True,
 ) -> list[Rung]:
-    """Measure at ``ratio``, then at ever higher ones until the budget is kept, the ceiling is
-    reached, or there is no time for ``another``. At least one rung; the last one is where it
-    stopped."""
+    """Measure at ``ratio``, then at ever higher ones until the budget is kept (``within``), the
+    ceiling is reached, or there is no time for ``another``. At least one rung; the last one is
+    where it stopped."""
     rungs: list[Rung] = []
     for r in [ratio, *(ladder(ratio, config.gate_max_ratio) if ratio_matters else [])]:
         if rungs and not another():
             break
         measured = measure(r)
-        rungs.append(Rung(r, measured, within(measured, config)))
+        rungs.append(Rung(r, measured, within(measured, config, tops)))
         if rungs[-1].within:
             break
     return rungs

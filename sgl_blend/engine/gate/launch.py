@@ -139,6 +139,8 @@ class LaunchGate:
             self.config,
             ratio_matters(self.config),
             lambda: budget.allows(fidelity_work(prompts, first=False)),
+            # A few lines of English: first tokens that differ there are told, and prove nothing.
+            tops=theirs,
         )
         self._act(rungs, theirs)
 
