@@ -47,8 +47,10 @@ PREFIX = Attachment("_blend_prefix")
 LOAD = Attachment("_blend_load")
 
 # On ``PrefillAdder``.
-#: int: requests of the other kind that it has passed over (``engine.request.admission``)
+#: int: requests that it has looked at and passed over (``engine.request.admission``)
 PASSED = Attachment("_blend_passed")
+#: set of bytes: chunks that prefill is computing just now (``engine.request.underway``)
+UNDERWAY = Attachment("_blend_underway")
 
 # On ``ForwardBatch``.
 #: ``engine.request.planner.PlannedBatch``

@@ -202,6 +202,12 @@ class BlendConfig:
         "seconds that a request waits for its load to begin, and for each further step of it",
         above=0.0,
     )
+    wait_for_documents: int = option(
+        8,
+        "prefill batches that a request waits, at most, where an eighth of what it would compute "
+        "are documents that others compute just now; 0: it computes them once more",
+        least=0,
+    )
     offload: bool = option(True, "store new chunks, in the background")
     adaptive_ratio: bool = option(
         True,

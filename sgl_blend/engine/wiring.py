@@ -36,6 +36,7 @@ from sgl_blend.engine.request import admission, report
 from sgl_blend.engine.request.connect_store import connect_store
 from sgl_blend.engine.request.planner import Planner, PlannerContext
 from sgl_blend.engine.request.state import namespace_of, read_options, state_of
+from sgl_blend.engine.request.underway import Underway
 from sgl_blend.errors import ConfigError, SeamError, UnsupportedError
 from sgl_blend.gate.budget import seconds_for
 from sgl_blend.gate.state import GateState
@@ -315,7 +316,16 @@ def _install(
     seams.install(seams.REQUEST_CREATED, read_options(config, gate), "after")
     seams.install(
         seams.PREFILL_ADD_ONE,
-        admission.admit(config, gate, tiers, planner.lookup, apart=pool.latent),
+        admission.admit(
+            config,
+            gate,
+            tiers,
+            planner.lookup,
+            apart=pool.latent,
+            underway=Underway(planner.c.tree, planner.lookup, config)
+            if config.wait_for_documents
+            else None,
+        ),
         "around",
     )
     if tiers is not None:

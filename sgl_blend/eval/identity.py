@@ -27,6 +27,7 @@ ASIDE = (
     "max_generation",
     "max_copies",
     "tiers",
+    "wait_for_documents",
     "offload",
     "adaptive_ratio",
     "report",

@@ -216,7 +216,7 @@ class BlendRadixCache(ChunkRadixCache):
         else:
             raise IntegrityError(f"request {req.rid}: nothing says which of its KV is approximate")
         end = up_to // page * page
-        if req.finished() and extra_key is not None and end > node_end(node):
+        if extra_key is not None and end > node_end(node):
             node = self._insert_tail(
                 req, token_ids[:end], row, node, extra_key, namespace, record, exact
             )

@@ -188,6 +188,27 @@ class ChunkRadixCache(RadixCache):
             self.index, tokens, cuts, tenant, begin, min(end, len(tokens)), self.rules
         )
 
+    def chunk_digests(
+        self, token_ids: array, cuts: np.ndarray, extra_key: str | None, cache_salt: str | None
+    ) -> list[tuple[int, int, bytes]]:
+        """``(start, end, digest)`` of the chunks between ``cuts`` that would be indexed.
+
+        token_ids: ``array('q')``, the whole prompt.
+        """
+        chunking, raw = self.config.chunking, token_ids.tobytes()
+        fresh, ends = chunk_hasher(self.tenant(extra_key, cache_salt)).copy, cuts.tolist()
+        chunks = []
+        for a, b in zip(ends, ends[1:], strict=False):
+            if chunking.min_len <= b - a <= chunking.max_len:
+                hasher = fresh()
+                hasher.update(raw[8 * a : 8 * b])
+                chunks.append((a, b, hasher.digest()))
+        return chunks
+
+    def knows(self, digest: bytes) -> bool:
+        """Does the tree hold a copy of this chunk?"""
+        return self.index.first(digest) is not None
+
     # -- the tree's own operations -------------------------------------------------------
 
     def lifeline(self, node: TreeNode) -> Callable[[], bool]:

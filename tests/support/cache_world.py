@@ -197,6 +197,13 @@ class World:
 
     def prefill(self, run: Running, piece: int = 10**9) -> bool:
         """One piece of prefill; blends where the request wants it. False: no memory."""
+        if not self.compute(run, piece):
+            return False
+        self.publish(run)
+        return True
+
+    def compute(self, run: Running, piece: int = 10**9) -> bool:
+        """A piece's forward pass, of which the tree knows nothing yet."""
         req = run.req
         tokens = req.full_untruncated_fill_ids
         end = min(run.done + piece, len(tokens))
@@ -216,13 +223,14 @@ class World:
         run.labels = np.append(run.labels, labels)
         run.done = req.extend_end = end
         self._record(run)
-        if end < len(tokens):
-            checkpoint_kv_cache(req, self.cache)
-            return True
-        run.decoding = True
-        self.sample(run)
-        checkpoint_kv_cache(req, self.cache)
         return True
+
+    def publish(self, run: Running) -> None:
+        """A piece's result: the tree takes in what has been computed."""
+        if run.done == len(run.req.full_untruncated_fill_ids):
+            run.decoding = True
+            self.sample(run)
+        checkpoint_kv_cache(run.req, self.cache)
 
     def sample(self, run: Running) -> None:
         run.req.output_ids.append((run.req.seqlen * 7919 + run.req.origin_input_ids[-1]) % 5000)

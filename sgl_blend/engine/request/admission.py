@@ -17,6 +17,11 @@ There a batch's first request decides whether it is a batch of requests that reu
 requests that do not, and the others stay in the queue, as SGLang does it with pooling modes; for
 ``PATIENCE`` batches at most.
 
+A request that needs documents that others are computing just now waits, too, until the tree has
+them, and reuses them instead of computing them once more (``underway.py``); for
+``wait_for_documents`` batches at most. It waits for batches that run or are being formed, never for
+a request: one that is aborted holds nobody up.
+
 With ``--enable-mixed-chunk`` running requests take their token each out of the piece size; there
 a long prompt's cuts still depend on how many run.
 """
@@ -32,7 +37,7 @@ from sgl_blend.gate.state import GateState
 
 #: batches that a request waits for, at most, in order not to be cut behind others
 PATIENCE = 8
-#: waiting requests of the other kind that are looked up for one batch, at most
+#: waiting requests that are looked up for one batch and passed over, at most
 LOOKS = 32
 
 
@@ -53,22 +58,39 @@ class Blends(Protocol):
         """Would any of it be reused, be it all recomputed?"""
 
 
+class Computing(Protocol):
+    """What prefill is computing just now (``underway.Underway``)."""
+
+    def worth_waiting(self, adder: Any, req: Any) -> bool:
+        """Would the request compute much of it once more?"""
+
+    def admitted(self, adder: Any, req: Any) -> None:
+        """The request has been taken into a batch."""
+
+
 def admit(
     config: BlendConfig,
     gate: GateState,
     tiers: Loads | None,
     lookup: Blends,
     apart: bool = False,
+    underway: Computing | None = None,
 ):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23).
 
-    apart: requests that reuse something run in batches without the others.
+    apart: requests that reuse something run in batches without the others. underway: None where no
+    request waits for what others compute.
     """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
         if tiers is not None and not tiers.admits(req):
             return AddReqResult.CONTINUE
+        if underway is not None:
+            state = state_of(req, config, gate)
+            if state.awaited < config.wait_for_documents and underway.worth_waiting(adder, req):
+                state.awaited += 1
+                return passed_over(adder)
         if apart:
             state, first = state_of(req, config, gate), next(iter(adder.can_run_list), None)
             state.reuses = lookup.would_reuse(req)
@@ -78,9 +100,7 @@ def admit(
                 and state.passed_over < PATIENCE
             ):
                 state.passed_over += 1
-                looks = attach.PASSED.get(adder) or 0
-                attach.PASSED.set(adder, looks + 1)
-                return AddReqResult.CONTINUE if looks + 1 < LOOKS else AddReqResult.OTHER
+                return passed_over(adder)
         room = adder.rem_chunk_tokens
         if room is not None and adder.can_run_list:
             rows = len(req.full_untruncated_fill_ids) - req.prefix_len
@@ -92,6 +112,15 @@ def admit(
             ):
                 state.passed_over += 1
                 return AddReqResult.OTHER
-        return original(adder, req, *args, **kw)
+        result = original(adder, req, *args, **kw)
+        if underway is not None and adder.can_run_list and adder.can_run_list[-1] is req:
+            underway.admitted(adder, req)
+        return result
+
+    def passed_over(adder: Any) -> Any:
+        """The requests behind go ahead, unless so many have been looked at."""
+        looks = attach.PASSED.get(adder) or 0
+        attach.PASSED.set(adder, looks + 1)
+        return AddReqResult.CONTINUE if looks + 1 < LOOKS else AddReqResult.OTHER
 
     return add_one_req

@@ -79,17 +79,14 @@ class SourceLookup:
 
     def find(self, req: Any, state: RequestState, begin: int, end: int) -> list[ReuseSpan]:
         """What of ``[begin, end)`` the device and the request's load hold."""
-        tokens, boundaries = req.full_untruncated_fill_ids, state.options.boundaries
-        if state.cuts is None or int(state.cuts[-1]) != len(tokens):
-            state.cuts = self.sources.cuts(tokens, boundaries)
         spans = self.sources.find_spans(
-            tokens,
+            req.full_untruncated_fill_ids,
             extra_key=req.extra_key,
             cache_salt=req.cache_salt,
             begin=begin,
             end=end,
-            boundaries=boundaries,
-            cuts=state.cuts,
+            boundaries=state.options.boundaries,
+            cuts=self.cuts(req, state),
         )
         if self.loads is not None:
             spans = self.loads.fill(req, begin, end, spans)
@@ -97,6 +94,18 @@ class SourceLookup:
                 # Tokens that come in exact would pass for computed ones that have noted theirs.
                 spans = [s for s in spans if not s.exact]
         return spans
+
+    def cuts(self, req: Any, state: RequestState) -> np.ndarray:
+        """int64 cuts of all tokens that the request has now."""
+        tokens = req.full_untruncated_fill_ids
+        if state.cuts is None or int(state.cuts[-1]) != len(tokens):
+            state.cuts = self.sources.cuts(tokens, state.options.boundaries)
+            state.chunks = None
+        return state.cuts
+
+    def loaded(self, req: Any, begin: int, end: int) -> list[ReuseSpan]:
+        """What of ``[begin, end)`` the request has loaded from a store."""
+        return [] if self.loads is None else self.loads.fill(req, begin, end, [])
 
     def would_blend(self, req: Any) -> bool:
         """Would a waiting request be blended if it ran now, so that what it is cut into matters?"""

@@ -81,8 +81,13 @@ class RequestState:
     suffix_start: int = 0
     #: int64, where the chunks of all its tokens are cut; None before they were first looked up
     cuts: np.ndarray | None = None
+    #: (start, end, digest) of the chunks between those cuts; None before they were asked for
+    #: (``underway``)
+    chunks: list[tuple[int, int, bytes]] | None = None
     #: how often it had to wait for a prefill batch of its own (``admission``)
     passed_over: int = 0
+    #: how many batches it has waited for documents that others compute (``admission``)
+    awaited: int = 0
     #: whether it found anything to reuse when it was last considered for a batch (``admission``)
     reuses: bool = False
     probe: Probe | None = None
