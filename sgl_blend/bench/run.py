@@ -89,7 +89,9 @@ class Row:
         out = asdict(self)
         out["ttft_median"] = statistics.median(self.ttft) if self.ttft else None
         out["speedup_median"] = statistics.median(self.ratio) if self.ratio else None
-        cost = statistics.median(self.cost) if self.cost else None
+        # A throughput is of all requests together, the dear ones included.
+        middle = statistics.fmean if self.workload == "stream" else statistics.median
+        cost = middle(self.cost) if self.cost else None
         out["token_layers_fraction"] = cost
         if cost and self.ratio:
             out["share_of_allowed"] = out["speedup_median"] * cost

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(
         "\nspeed-up: median over pairs of plain / blended TTFT (stream: of the throughputs); of "
-        "allowed: that speed-up\nover what the share of token-layers computed would allow."
+        "allowed: that speed-up\nover what the share of token-layers computed (stream: by all "
+        "requests) would allow."
     )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
