@@ -9,11 +9,11 @@ those in ``chunked.py``:
 ================  ================================================================
 
 A request whose ``BlendRecord`` is not all exact has an exact head and an approximate tail. The
-head goes into the tree as ever, down to a page boundary. The tail stays in the request's row until
-the request has finished, and then becomes a child of the head's node under a *marked* extra key,
-which keeps it out of reach of exact matching. Nodes there carry ``labels``, which say what may
-serve as a source of chunks. A request that wants the same blending finds the tail again through
-``prompts.PromptRegistry``.
+head goes into the tree as ever, down to a page boundary. The tail, piece by piece, becomes a child
+of the head's node under a *marked* extra key, which keeps it out of reach of exact matching. Nodes
+there carry ``labels``, which say what may serve as a source of chunks: new documents that the
+request has computed, for the requests beside it too. A request that wants the same blending finds
+the whole prompt's tail again through ``prompts.PromptRegistry``.
 """
 
 from __future__ import annotations
@@ -258,7 +258,8 @@ class BlendRadixCache(ChunkRadixCache):
         record: BlendRecord | None,
         exact: int,
     ) -> TreeNode:
-        """File the approximate tail of a finished request under ``parent``; returns its end."""
+        """File a request's approximate tail, as far as it goes, under ``parent``; returns its end.
+        The prompt is registered once all of it is there."""
         start, end = node_end(parent), len(token_ids)
         n_prompt = len(req.origin_input_ids)
         priority = req.priority or 0
@@ -293,10 +294,10 @@ class BlendRadixCache(ChunkRadixCache):
                     min(priority + 1, torch.iinfo(torch.int64).max),
                     prompt_end - start,
                 )
-            if namespace and n_prompt <= len(req.full_untruncated_fill_ids):
+            if namespace and prompt_end == n_prompt // self.page_size * self.page_size:
                 probe = probe_bytes(req.full_untruncated_fill_ids, n_prompt)
                 self.prompts.add(PromptKey(n_prompt, namespace, tenant, probe), upper)
-        if self.config.continuation == "same":
+        if req.finished() and self.config.continuation == "same":
             question = self.suffix_start(req.origin_input_ids, n_prompt, self._stated)
             self._age(node, parent, question)
         return node

@@ -186,24 +186,31 @@ def test_an_identical_tail_frees_its_duplicates():
 
 @pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize("checkpoint", [True, False])
-def test_an_unfinished_request_leaves_no_approximate_kv(page, checkpoint):
+def test_a_request_that_ended_within_its_prompt_leaves_nobody_a_prefix(page, checkpoint):
+    """Its pieces lie under its mark, as sources; the prompt that they begin is not registered."""
     world, _, _ = blended_world(page)
-    before = {n.id for n in tree_nodes(world.cache) if n.blend.labels is not None}
-    run = world.admit(world.request(doc(55, 50) + A + C + QUESTION, blend=True))
+    prompts = len(world.cache.prompts)
+    prompt = doc(55, 50) + A + C + QUESTION
+    run = world.admit(world.request(prompt, blend=True))
     world.prefill(run, 120)
     world.prefill(run, 120)
-    assert run.req.kv.cache_protected_len <= 50
     world.end(run, finished=False, checkpoint=checkpoint)
     world.check()
-    assert {n.id for n in tree_nodes(world.cache) if n.blend.labels is not None} == before
+    assert len(world.cache.prompts) == prompts and world.cache.protected_size_ == 0
+    for blend in (True, False):
+        run = world.admit(world.request(prompt, blend))
+        assert run.req.prefix_len <= 50 and run.req._blend_prefix is None
+        world.prefill(run)
+        world.check()
 
 
 def test_a_record_without_namespace_is_not_filed():
     world = World()
     world.serve(SYSTEM + A + QUESTION)
     run = world.admit(world.request(OTHER_SYSTEM + A + QUESTION, blend=True))
-    world.prefill(run)
+    world.compute(run)
     run.req._blend.namespace = ""
+    world.publish(run)
     world.end(run)
     world.check()
     assert not any(n.blend.labels is not None for n in tree_nodes(world.cache))
@@ -214,8 +221,9 @@ def test_a_forgotten_record_on_an_approximate_prefix_is_no_source():
     longer = prompt + doc(42, 300) + QUESTION
     run = world.admit(world.request(longer, blend=True))
     assert run.req._blend_prefix
-    world.prefill(run)
+    world.compute(run)
     run.req._blend = None
+    world.publish(run)
     world.end(run)
     world.check()
     matched = world.admit(world.request(longer))

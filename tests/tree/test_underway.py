@@ -36,7 +36,7 @@ def running_world(page: int = 1, piece: int = 10**9):
 def test_what_a_running_request_has_computed_is_a_source(page, piece):
     world, run = running_world(page, piece)
     [span] = find(world, doc(50, 23) + B + QUESTION)
-    assert span.generation == 1 and span.length > len(B) - 2 * page
+    assert span.generation > 0 and span.length > len(B) - 2 * page
     world.decode(run, 20)
     world.end(run)
     world.check()
