@@ -98,7 +98,7 @@ class Underway:
 
     def _computed(self, req: Any) -> Iterator[bytes]:
         """What the piece of ``req`` that runs computes; nothing once the tree has it."""
-        if req.multimodal_inputs is None:
+        if req.multimodal_inputs is None and not req.skip_radix_cache_insert:
             for _, _, digest in self._missing(req, req.prefix_len, req.extend_end):
                 yield digest
 
