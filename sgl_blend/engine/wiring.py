@@ -325,7 +325,6 @@ def _install(
             underway=Underway(planner.c.tree, planner.lookup, config)
             if config.wait_for_documents
             else None,
-            whole=pool.k(0).device.type == "cpu",
         ),
         "around",
     )

@@ -19,13 +19,11 @@ class Queue:
     """Packs prefill batches of one waiting queue, as ``Scheduler`` does, with our hook or
     without."""
 
-    def __init__(
-        self, world: World, hooked: bool = True, apart: bool = False, whole: bool = False
-    ) -> None:
+    def __init__(self, world: World, hooked: bool = True, apart: bool = False) -> None:
         self.world = world
         config, gate = BlendConfig(tiers=("device",)), GateState(0.1)
         lookup = SourceLookup(world.cache, config, gate, 4096, None)
-        hook = admit(config, gate, None, lookup, apart, whole=whole)
+        hook = admit(config, gate, None, lookup, apart)
         self.add = hook if hooked else lambda add, adder, req, **kw: add(adder, req, **kw)
 
     def batch(self, reqs: list) -> tuple[list[tuple[str, int, int]], list]:
@@ -86,30 +84,6 @@ def test_a_request_that_is_blended_waits_for_a_batch_of_its_own():
     runs, left = queue.batch(left)
     assert runs == [(blended.rid, 0, PIECE)]
     assert left == [last]
-
-
-def test_where_few_rows_run_a_blended_prompt_is_not_cut():
-    """It has a batch to itself; what is longer, or of which more runs, is cut as ever."""
-    seen = A + B
-    world = World(slots=4096)
-    world.serve(doc(1, 20) + seen + doc(20, 40))
-    few = world.request(doc(31, 9) + seen + doc(32, 40), True)
-    other = world.request(doc(33, 20), True)
-    assert len(few.origin_input_ids) > PIECE
-    runs, left = Queue(world, whole=True).batch([few, other])
-    assert runs == [(few.rid, 0, len(few.origin_input_ids))] and left == [other]
-    many = world.request(doc(34, 240) + seen + doc(35, 40), True)
-    by_deviation = world.request(doc(36, 9) + seen + doc(37, 40), True)
-    by_deviation.sampling_params.custom_params = {"blend_policy": "hkvd"}
-    bounded = world.request(doc(36, 9) + seen + doc(37, 40), True)
-    bounded.sampling_params.custom_params = {"blend_max_risk": 0.1}
-    exact = world.request(doc(38, 9) + seen + doc(39, 40))
-    exact.sampling_params.custom_params = {"blend": False}
-    for req in (many, by_deviation, bounded, exact):
-        runs, _ = Queue(world, whole=True).batch([req])
-        assert runs == [(req.rid, 0, PIECE)]
-    runs, left = Queue(world, whole=True).batch([world.request(doc(30, 200), True), few])
-    assert len(runs) == 1 and left == [few]
 
 
 def test_requests_that_asked_for_exact_prefill_are_cut():

@@ -17,10 +17,6 @@ There a batch's first request decides whether it is a batch of requests that reu
 requests that do not, and the others stay in the queue, as SGLang does it with pooling modes; for
 ``PATIENCE`` batches at most.
 
-On a CPU it is not cut at all, and has a batch to itself, where the rows of it that run fit into a
-piece: every piece asks the question anew. On a GPU a piece's size also bounds the memory that a
-prompt takes which falls back in its forward pass, when all of its rows run.
-
 A request that needs documents that others are computing just now waits, too, until the tree has
 them, and reuses them instead of computing them once more (``underway.py``); for
 ``wait_for_documents`` batches at most. It waits for batches that run or are being formed, never for
@@ -58,9 +54,6 @@ class Blends(Protocol):
     def would_blend(self, req: Any) -> bool:
         """Would the request be blended if it ran now?"""
 
-    def rows(self, req: Any) -> int:
-        """Rows that run, at most, if all of the request runs now."""
-
     def would_reuse(self, req: Any) -> bool:
         """Would any of it be reused, be it all recomputed?"""
 
@@ -82,12 +75,11 @@ def admit(
     lookup: Blends,
     apart: bool = False,
     underway: Computing | None = None,
-    whole: bool = False,
 ):
     """AROUND ``PrefillAdder.add_one_req`` (``managers/schedule_policy.py``, SGLang 0.5.23).
 
     apart: requests that reuse something run in batches without the others. underway: None where no
-    request waits for what others compute. whole: a prompt is not cut where few of its rows run.
+    request waits for what others compute.
     """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -110,19 +102,17 @@ def admit(
                 state.passed_over += 1
                 return passed_over(adder)
         room = adder.rem_chunk_tokens
-        rows = adder.ceil_paged_tokens(len(req.full_untruncated_fill_ids) - req.prefix_len)
-        if room is not None and rows > room:
-            if not adder.can_run_list:
-                if whole and rows <= adder.rem_input_tokens and lookup.rows(req) <= room:
-                    adder.rem_chunk_tokens = rows
-            else:
-                state = state_of(req, config, gate)
-                if state.passed_over < PATIENCE and lookup.would_blend(req):
-                    state.passed_over += 1
-                    return AddReqResult.OTHER
+        if room is not None and adder.can_run_list:
+            rows = len(req.full_untruncated_fill_ids) - req.prefix_len
+            state = state_of(req, config, gate)
+            if (
+                adder.ceil_paged_tokens(rows) > room
+                and state.passed_over < PATIENCE
+                and lookup.would_blend(req)
+            ):
+                state.passed_over += 1
+                return AddReqResult.OTHER
         result = original(adder, req, *args, **kw)
-        if not adder.can_run_list:
-            adder.rem_chunk_tokens = room
         if underway is not None and adder.can_run_list and adder.can_run_list[-1] is req:
             underway.admitted(adder, req)
         return result

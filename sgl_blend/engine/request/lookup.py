@@ -12,7 +12,6 @@ from sgl_blend.engine.forward.company import notes_experts
 from sgl_blend.engine.request.state import RequestState, state_of, unservable
 from sgl_blend.gate.state import TURNED_OFF, GateState
 from sgl_blend.plan import ReuseSpan
-from sgl_blend.selection import Need
 
 
 class Sources(Protocol):
@@ -112,18 +111,6 @@ class SourceLookup:
         """Would a waiting request be blended if it ran now, so that what it is cut into matters?"""
         spans = self._waiting(req) if state_of(req, self.config, self.gate).wants_blend else []
         return not all(s.exact for s in spans)
-
-    def rows(self, req: Any) -> int:
-        """Rows of a waiting request that run, at most, if all of it ran now, the question's scratch
-        rows aside. Where that is not certain, all rows."""
-        rows = len(req.full_untruncated_fill_ids) - int(req.prefix_len)
-        state = state_of(req, self.config, self.gate)
-        if not state.wants_blend or state.policy.need is Need.DEVIATION or state.max_risk:
-            return rows
-        spans = self._waiting(req)
-        scored = sum(s.length for s in spans if not s.exact)
-        reused = sum(s.length for s in spans)
-        return rows - reused + state.policy.budget(scored, max(state.ratio, state.used_ratio))
 
     def would_reuse(self, req: Any) -> bool:
         """Would any of a waiting request be reused if it ran now, be it all recomputed?"""
