@@ -107,8 +107,8 @@ class Server:
         self.world, self.overlap, self.room = world, overlap, room
         config, gate = BlendConfig(tiers=("device",), wait_for_documents=waits), GateState(0.1)
         lookup = SourceLookup(world.cache, config, gate, 4096, None)
-        underway = Underway(world.cache, lookup, config) if waits else None
-        self.add = admit(config, gate, None, lookup, underway=underway)
+        self.underway = Underway(world.cache, lookup, config) if waits else None
+        self.add = admit(config, gate, None, lookup, underway=self.underway)
         self.waiting: list = []
         self.computed = 0
         self.batches: list[list[str]] = []
@@ -184,6 +184,14 @@ def test_requests_that_share_nothing_do_not_wait():
     server = Server(world)
     server.serve([world.request(doc(400 + i, 200), True) for i in range(6)])
     assert [len(b) for b in server.batches if b] == [6]
+
+
+def test_of_requests_that_are_done_nothing_is_kept():
+    world = World(slots=16384, rows=64)
+    server = Server(world)
+    for i in range(20):
+        server.serve([world.request(doc(700 + i, 60), i % 2 == 0)])
+    assert len(server.underway._admitted) == 1
 
 
 def test_an_eighth_is_worth_waiting_for_and_less_is_not():

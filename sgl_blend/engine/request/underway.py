@@ -44,6 +44,7 @@ class Underway:
 
     def admitted(self, adder: Any, req: Any) -> None:
         """``req`` has been taken into the batch that ``adder`` forms."""
+        self._computing(adder)  # forgets those that are done
         self._admitted.append(weakref.ref(req))
         known = attach.UNDERWAY.get(adder)
         if known is not None:
