@@ -14,6 +14,7 @@
 ``cuda.py``           faces of the CUDA kernels: what they serve, their arguments
 ``checks.py``         what launchers check; the kernels check values (slots, order) themselves
 ``build.py``          finds and compiles ``csrc/`` at first use
+``upload.py``         what the host has made, to a device without waiting
 ``reference.py``      the same functions in plain torch
 ====================  =========================================================
 
@@ -43,6 +44,7 @@ from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
 from sgl_blend.ops.ropes import AnyRope, FrequencyRope, Rope, Rotation, Turns
 from sgl_blend.ops.rotation import Parts, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, select_rows, top_rows
+from sgl_blend.ops.upload import page_locked, upload, upload_together
 
 __all__ = [
     "AnyRope",
@@ -62,6 +64,7 @@ __all__ = [
     "kv_deltas",
     "kv_deviation",
     "outward_share",
+    "page_locked",
     "put",
     "rotate",
     "rotate_copy",
@@ -70,5 +73,7 @@ __all__ = [
     "row_attention_with_mass",
     "select_rows",
     "top_rows",
+    "upload",
+    "upload_together",
     "v_deviation",
 ]

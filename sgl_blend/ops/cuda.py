@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sgl_blend.ops.build import launch
+from sgl_blend.ops.upload import upload
 
 #: bytes of one load or store
 VECTOR = 16
@@ -121,14 +122,7 @@ def places_of(
         return torch.cat(at), torch.cat(step)
 
     (k_at, k_step), (v_at, v_step) = of(k), of(v)
-    return to_device(torch.stack((k_at, v_at, k_step, v_step)), device)
-
-
-def to_device(made: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What the host has made; nobody waits for the copy."""
-    if device.type == "cuda":
-        made = made.pin_memory().to(device, non_blocking=True)
-    return made
+    return upload(torch.stack((k_at, v_at, k_step, v_step)), device)
 
 
 def v_deviation(
@@ -172,7 +166,7 @@ def select_rows(
         torch.empty(first - before, dtype=torch.int64, device=scores.device),
         torch.empty(first, dtype=torch.uint8, device=scores.device),
     )
-    launch(module.select_rows, (scores, to_device(segments, scores.device), *out), ())
+    launch(module.select_rows, (scores, upload(segments, scores.device), *out), ())
     return out
 
 

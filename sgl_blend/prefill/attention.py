@@ -9,8 +9,10 @@ token. Tensors only; no SGLang.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from sgl_blend import ops
@@ -182,10 +184,11 @@ class Scratch:
     prefix and each other), the rest is the question (it sees all). positions: int64 [R], of all
     rows; the leading ones begin where the prefix ends. key_slots / key_pos (int64 [S]): the cached
     keys, first the prefix's, then the reused tokens'. weights: fp32, of each question row in the
-    mass. reused: slice of the keys that are reused tokens; mass: fp32, one per reused token,
-    filled by the pass. by_value: attention counts in it as much as the norm of the V that it takes
-    (InfoFlow KV, arXiv:2603.05353).
-    filled by the pass; late: of the layers from ``QuestionAttention.late`` on, and never by value.
+    mass. reused: slice of the keys that are reused tokens. mass: fp32, one per reused token, filled
+    by the pass. by_value: attention counts in it as much as the norm of the V that it takes
+    (InfoFlow KV, arXiv:2603.05353). late: as ``mass``, of layers from ``QuestionAttention.late``
+    on, and never by value. keys_at, first_pos: ``key_pos`` and the first of ``positions`` as the
+    host knows them (None: those lie in its memory).
     """
 
     first: int
@@ -199,6 +202,19 @@ class Scratch:
     mass: torch.Tensor
     by_value: bool = False
     late: torch.Tensor | None = None
+    keys_at: Callable[[], np.ndarray] | None = None
+    first_pos: int = -1
+    _near: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def near(self, window: int) -> torch.Tensor:
+        """int64, ascending: the keys that some row sees through a sliding window."""
+        index = self._near.get(window)
+        if index is None:
+            first = self.first_pos if self.keys_at else int(self.positions[0])
+            at = self.keys_at() if self.keys_at else self.key_pos.numpy()
+            device = self.key_slots.device
+            index = self._near[window] = ops.upload(np.flatnonzero(at >= first - window), device)
+        return index
 
 
 class QuestionAttention:
@@ -311,7 +327,7 @@ class QuestionAttention:
         the kernel does not serve; a few rows and one window make little work.
         """
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
-        near = s.key_pos >= s.positions[0] - spec.window  # what no row sees is not even read
+        near = s.near(spec.window)  # what no row sees is not even read
         slots = s.key_slots[near]
         pos = torch.cat([s.key_pos[near], s.positions])
         hidden = (pos > s.positions[:, None]) | (pos < s.positions[:, None] - spec.window)
@@ -332,10 +348,10 @@ class QuestionAttention:
             probs = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
             out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
             summed = (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
-            plain[near] += summed
+            plain.index_add_(0, near, summed)
             if s.by_value:
                 summed = summed * values[: slots.numel()].norm(dim=1) * spec.v_scale
-            mass[near] += summed
+            mass.index_add_(0, near, summed)
         s.mass += mass[s.reused]
         if spec.layer >= self.late:
             self._add_late(s, plain[s.reused])

@@ -4,21 +4,35 @@ A causal mask aligned at the bottom right would let a recomputed token see its f
 have gaps (LMCache issue 1152). The mask here is explicit: row at position p sees key
 position j iff ``j <= p`` and, under a sliding window w, ``j >= p - w``. It is planned once per
 set of rows and per kind of layer (window, soft cap, head sizes), not per layer.
+
+Nothing waits for the device. What ``plan`` (FlashInfer 0.7.2) reads on the host is given to it
+there. Of a mask it would read the packed length back, and of one that is packed it makes offsets
+in cells where its kernels take bytes: masks are packed here and put in its place.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from sgl_blend import ops
+from sgl_blend.errors import KernelError
 from sgl_blend.prefill.rows import AttentionSpec, RowSegment
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
 WORKSPACE_BYTES = 256 << 20
+#: cells of a mask that are held as bytes at a time
+MASK_CELLS = 64 << 20
+
+#: (event behind the copies of a plan, its wrapper): FlashInfer copies out of page-locked memory of
+#: the wrapper's own by itself, so that PyTorch would give that memory away too early
+_planning: deque[tuple[torch.cuda.Event, BatchPrefillWithPagedKVCacheWrapper]] = deque()
 
 
 @functools.cache
@@ -40,31 +54,26 @@ class FlashInferRows:
     def __init__(self, segments: list[RowSegment]) -> None:
         self.segments = segments
         self.device = segments[0].kv_slots.device
-        counts = [s.last - s.first for s in segments]
-        lengths = [s.kv_slots.numel() for s in segments]
-        self.q_indptr = self._indptr(counts)
-        self.kv_indptr = self._indptr(lengths)
+        self.rows = [s.last - s.first for s in segments]
+        self.keys = [s.kv_slots.numel() for s in segments]
         self.kv_indices = torch.cat([s.kv_slots for s in segments]).to(torch.int32)
-        self.last_page = torch.ones(len(segments), dtype=torch.int32, device=self.device)
         self._planned: dict[tuple, BatchPrefillWithPagedKVCacheWrapper] = {}
 
-    def _indptr(self, counts: list[int]) -> torch.Tensor:
-        total = [0]
-        for n in counts:
-            total.append(total[-1] + n)
-        return torch.tensor(total, dtype=torch.int32, device=self.device)
+    def _packed_mask(self, window: int) -> torch.Tensor:
+        """uint8: one row-major [rows, keys] block of bits per request, which begins with a byte."""
+        from flashinfer import packbits
 
-    def _mask(self, window: int) -> torch.Tensor:
-        """bool, flat: one row-major [rows, keys] block per request."""
-        blocks = []
-        for s in self.segments:
-            keys = torch.arange(s.kv_slots.numel(), device=self.device)
-            rows = s.positions.unsqueeze(1)
-            seen = keys <= rows
-            if window >= 0:
-                seen &= keys >= rows - window
-            blocks.append(seen.flatten())
-        return torch.cat(blocks)
+        packed = []
+        for s, n in zip(self.segments, self.keys, strict=True):
+            keys = torch.arange(n, device=self.device)
+            # Eight rows are whole bytes.
+            step = max(8, MASK_CELLS // max(1, n) // 8 * 8)
+            for rows in s.positions.unsqueeze(1).split(step):
+                seen = keys <= rows
+                if window >= 0:
+                    seen &= keys >= rows - window
+                packed.append(packbits(seen.flatten(), bitorder="little"))
+        return torch.cat(packed)
 
     def run(
         self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -93,20 +102,45 @@ class FlashInferRows:
             _workspace(self.device), kv_layout="NHD", backend="fa2"
         )
         wrapper.plan(
-            self.q_indptr,
-            self.kv_indptr,
+            self._host(_begins(self.rows)),
+            self._host(_begins(self.keys)),
             self.kv_indices,
-            self.last_page,
+            self._host([1] * len(self.keys)),
             q.shape[1],
             k_cache.shape[1],
             q.shape[2],
             1,
             head_dim_vo=v_cache.shape[2],
-            custom_mask=self._mask(spec.window),
             causal=False,
             sm_scale=spec.scale,
             logits_soft_cap=spec.logit_cap or None,
             q_data_type=q.dtype,
             kv_data_type=k_cache.dtype,
+            seq_lens=self._host(self.keys),
         )
+        _keep_while_copying(wrapper)
+        if (wrapper._custom_mask_buf, wrapper._mask_indptr_buf) != (None, None):
+            raise KernelError("FlashInfer has planned a mask that it was not given")
+        sizes = [-(-rows * keys // 8) for rows, keys in zip(self.rows, self.keys, strict=True)]
+        wrapper._custom_mask_buf = self._packed_mask(spec.window)
+        wrapper._mask_indptr_buf = ops.upload(_indices(_begins(sizes)), self.device)
         return wrapper
+
+    def _host(self, numbers: list[int]) -> torch.Tensor:
+        return ops.page_locked(_indices(numbers), self.device)
+
+
+def _keep_while_copying(wrapper: BatchPrefillWithPagedKVCacheWrapper) -> None:
+    while _planning and _planning[0][0].query():
+        _planning.popleft()
+    event = torch.cuda.Event()
+    event.record()
+    _planning.append((event, wrapper))
+
+
+def _begins(counts: list[int]) -> list[int]:
+    return [0, *np.cumsum(counts).tolist()]
+
+
+def _indices(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)

@@ -18,16 +18,19 @@ SGLang: the model, the pool and collectives come in through protocols.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from sgl_blend import ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
+from sgl_blend.plan import ranges
 from sgl_blend.prefill.attention import Arriving, BatchAttention, QuestionAttention, Scratch
 from sgl_blend.prefill.correction import FIRST_LAYER, Correction, Recomputed
 from sgl_blend.prefill.model import Model, Ranks
@@ -45,14 +48,14 @@ def query_depth(num_layers: int, config: BlendConfig) -> int:
     return max(1, min(num_layers - 1, math.ceil(config.query_layers * num_layers)))
 
 
-def question_weights(rows: int) -> torch.Tensor:
+def question_weights(rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """fp32 [rows], sum 1: how much each question row's attention counts.
 
     A third each on the last row, whose output decides the first token; on the rows near the end,
     halving every four; and on all alike. The rows searched for the question often begin inside a
     document, whose tokens look elsewhere than the question does.
     """
-    back = torch.arange(rows - 1, -1, -1, dtype=torch.float32)
+    back = torch.arange(rows - 1, -1, -1, dtype=torch.float32, device=device)
     near = torch.exp2(-back / 4)
     return ((back == 0).float() + near / near.sum() + 1.0 / rows) / 3
 
@@ -160,10 +163,12 @@ def _question_pass(
                 b.question_pos,
                 s.piece.kv_slots[keys],
                 keys,
-                question_weights(m - b.lead).to(s.device),
+                question_weights(m - b.lead, s.device),
                 slice(head, head + b.tokens.count),
                 torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
                 b.query_values,
+                keys_at=functools.partial(_key_positions, b, begin, head),
+                first_pos=b.asked_from,
             )
         )
         ids.append(b.question_ids)
@@ -184,13 +189,20 @@ def _question_pass(
         s.copy_from = FIRST_LAYER if s.corrects else depth
 
 
+def _key_positions(b: PieceBlend, begin: int, head: int) -> np.ndarray:
+    """int64 [S]: where a question's keys stand, as the host knows it."""
+    exact = [(s.start, s.length) for s in b.plan.spans if s.parts and s.exact]
+    given = ranges(exact)[head - begin :]
+    return np.concatenate([np.arange(head), b.tokens.positions.numpy(), given])
+
+
 def _share_attention(
     asking: list[BlendPass], scratch: list[Scratch], heads: int, ranks: Ranks
 ) -> None:
     """Tell each piece what share of its question's late attention went to each reused token.
     heads: of all late layers together, on this rank."""
     late = [q.late for q in scratch if q.late is not None]
-    whole = torch.tensor([float(heads)], device=late[0].device)
+    whole = torch.full((1,), float(heads), device=late[0].device)
     *masses, whole = ranks.sum(torch.cat([*late, whole])).split([*(x.numel() for x in late), 1])
     for s, mass in zip(asking, masses, strict=True):
         s.attended = mass / whole
@@ -277,8 +289,7 @@ def _check(
         score = apart.square().sum(dim=(1, 2))
     score = ranks.sum(score)
     if tokens.anchors is not None:
-        anchors = tokens.anchors.to(s.device, non_blocking=True)
-        tokens = replace(tokens, anchors=anchors[alive])
+        tokens = replace(tokens, anchors=tokens.on(s.device, "anchors")[alive])
     kept = alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))]
     _note(s, tokens, score, config, alive, kept)
     s.keep(kept)

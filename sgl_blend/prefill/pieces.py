@@ -49,9 +49,9 @@ class PieceBlend:
     that row counts are known without reading the device. src_slots, src_pos: int64 [n], of those
     among them whose source lies in the pool: all, unless ``host`` is given.
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
-    piece before its first reused one, then the question's. fixed: indices into ``reused`` chosen
-    ahead, for ``Need.NOTHING``. chosen: how many tokens the pass (last) kept, None before it. told:
-    what its choice looked like; None: nobody asked.
+    piece before its first reused one, then the question's, the first of them at ``asked_from``.
+    fixed: indices into ``reused`` chosen ahead, for ``Need.NOTHING``. chosen: how many tokens the
+    pass (last) kept, None before it. told: what its choice looked like; None: nobody asked.
     query_values: attention counts as much as the norm of the V that it takes, for ``Need.QUERY``.
     correction: how much of the recomputed tokens' mean error the others are corrected by
     (``correction.py``). Where it is not 0: document int64 [n], which of ``documents`` each reused
@@ -71,6 +71,7 @@ class PieceBlend:
     src_pos: torch.Tensor
     question_ids: torch.Tensor | None = None
     question_pos: torch.Tensor | None = None
+    asked_from: int = 0
     lead: int = 0
     fixed: torch.Tensor | None = None
     chosen: int | None = None

@@ -54,15 +54,15 @@ class BlendPass(PiecePass):
         #: fp32 [n], share of the question's late attention on each reused token; None: not asked
         self.attended: torch.Tensor | None = None
         is_reused = torch.zeros(piece.rows, dtype=torch.bool, device=self.device)
-        is_reused[blend.reused] = True
+        is_reused.index_fill_(0, blend.reused, True)
         if blend.host is not None:
-            is_reused[blend.host.given] = True
+            is_reused.index_fill_(0, blend.host.given, True)
         # A stable sort instead of nonzero(): the count is known, the device is not awaited.
         self.must = torch.sort(is_reused.int(), stable=True).indices[
             : piece.rows - blend.tokens.count - blend.given
         ]
         if blend.fixed is not None:
-            self.keep(blend.fixed.to(self.device))
+            self.keep(blend.fixed)
         elif blend.given:
             self.rows = torch.sort(torch.cat([self.must, blend.reused])).values
 
@@ -116,7 +116,7 @@ class BlendPass(PiecePass):
             return self._copy_over(b.host, document)
         n = b.tokens.count
         runs = torch.zeros(n, dtype=torch.bool, device=self.device)
-        runs[self.alive] = True
+        runs.index_fill_(0, self.alive, True)
         rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
         if not rest.numel():
             return []

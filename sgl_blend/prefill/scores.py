@@ -38,7 +38,7 @@ class ScoreTable:
 
     def forget(self, slots: torch.Tensor) -> None:
         """``slots`` are given to other tokens."""
-        self._table[slots] = float("nan")
+        self._table.index_fill_(0, slots.long(), float("nan"))
 
     def measure(
         self, spec: AttentionSpec, q: torch.Tensor, pool: PoolView, segments: list[RowSegment]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from sgl_blend.errors import ConfigError
@@ -38,7 +39,8 @@ class ReusedTokens:
     cover this share of the summed score, at least ``floor`` and at most ``budget`` tokens.
     seed: the same for the same prompt; 0 for a policy that is not ``seeded``. anchors: bool, for
     each token that there is to choose from: does it go before all others (``anchors.py``)? Never
-    more do than are certain to be recomputed. None: none does.
+    more do than are certain to be recomputed. None: none does. there: the tensors, by their names,
+    on the device where scores are made; what is missing is copied when it is asked for.
     """
 
     positions: torch.Tensor
@@ -49,6 +51,17 @@ class ReusedTokens:
     coverage: float = 0.0
     floor: int = 0
     anchors: torch.Tensor | None = None
+    there: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device, name: str) -> torch.Tensor:
+        """The tensor ``name`` on ``device``."""
+        from sgl_blend.ops import upload
+
+        mine: torch.Tensor = getattr(self, name)
+        if mine.device == device:
+            return mine
+        known = self.there.get(name)
+        return upload(mine, device) if known is None else known
 
     @property
     def count(self) -> int:
@@ -64,6 +77,8 @@ class Policy(ABC):
     exact: ClassVar[bool] = False
     #: True when ``select`` reads ``ReusedTokens.seed``
     seeded: ClassVar[bool] = False
+    #: tensors of ``ReusedTokens`` that ``select`` reads beside a score, on its device
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def budget(self, count: int, ratio: float) -> int:
         """Tokens to recompute out of ``count`` reused ones."""
@@ -106,9 +121,7 @@ def highest(reused: ReusedTokens, score: torch.Tensor) -> torch.Tensor:
     coverage, asks for."""
     from sgl_blend.ops import covering_rows, top_rows
 
-    before = reused.anchors
-    if before is not None:
-        before = before.to(score.device, non_blocking=True)
+    before = None if reused.anchors is None else reused.on(score.device, "anchors")
     if reused.coverage:
         return covering_rows(score, reused.coverage, reused.floor, reused.budget, before)
     return top_rows(score, reused.budget, before)

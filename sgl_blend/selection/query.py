@@ -26,6 +26,7 @@ class Query(Policy):
 
     name = "query"
     need = Need.QUERY
+    reads = ("positions",)
 
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
@@ -35,21 +36,22 @@ class Query(Policy):
     def ranking(
         self, reused: ReusedTokens, score: torch.Tensor, config: BlendConfig
     ) -> torch.Tensor:
-        return spread(score, reused.positions, config.query_smoothing)
+        positions = reused.on(score.device, "positions")
+        return spread(score, positions, config.query_smoothing)
 
 
 def spread(score: torch.Tensor, positions: torch.Tensor, radius: int) -> torch.Tensor:
     """fp32 [n]: each token's share of its neighbours' ``score`` [n] and its own.
 
     A token ``d`` <= ``radius`` positions away counts ``1 - d / (radius + 1)``, all weights together
-    1; what is not reused counts nothing. positions: int64 [n], ascending, on CPU.
+    1; what is not reused counts nothing. positions: int64 [n], ascending.
     """
     if radius == 0:
         return score
     out = score * (radius + 1)
     for d in range(1, min(radius, score.numel() - 1) + 1):
         # Tokens d apart in the list are d apart in the prompt when nothing lies between them.
-        near = (positions[d:] - positions[:-d] == d).to(score.device, non_blocking=True)
+        near = positions[d:] - positions[:-d] == d
         weight = near * (radius + 1 - d)
         out[d:] += weight * score[:-d]
         out[:-d] += weight * score[d:]

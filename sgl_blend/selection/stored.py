@@ -23,6 +23,7 @@ class Stored(Policy):
 
     name = "stored"
     need = Need.STORED
+    reads = ("offsets", "span_lengths")
 
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
@@ -40,8 +41,8 @@ def filled(score: torch.Tensor, reused: ReusedTokens) -> torch.Tensor:
     """
     import torch
 
-    offset = reused.offsets.to(score.device, non_blocking=True)
-    length = reused.span_lengths.to(score.device, non_blocking=True)
+    offset = reused.on(score.device, "offsets")
+    length = reused.on(score.device, "span_lengths")
     missing = torch.isnan(score)
     known = (~missing).sum()
     ranked = torch.sort(score.nan_to_num(nan=-1.0), descending=True).values

@@ -23,6 +23,7 @@ from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
+from sgl_blend import ops
 from sgl_blend.engine.forward.attn_backend import BlendAttnBackend, StopPass
 from sgl_blend.errors import SeamError
 from sgl_blend.prefill.rows import RowAttention
@@ -176,8 +177,8 @@ class ModelPasses:
         n = sum(counts)
         fb.extend_num_tokens = n
         fb.extend_seq_lens_cpu = list(counts)
-        fb.extend_seq_lens = torch.tensor(counts, dtype=torch.int32).to(
-            whole.extend_seq_lens.device, non_blocking=True
+        fb.extend_seq_lens = ops.upload(
+            torch.tensor(counts, dtype=torch.int32), whole.extend_seq_lens.device
         )
         ends = torch.cumsum(fb.extend_seq_lens, 0, dtype=torch.int32)
         fb.extend_start_loc = ends - fb.extend_seq_lens

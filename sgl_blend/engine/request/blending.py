@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.ops import upload_together
 from sgl_blend.plan import BLENDED, EXACT, BlendPlan, ReuseSpan, exact_head, ranges
 from sgl_blend.prefill.pieces import PieceBlend, Told
 from sgl_blend.selection import POLICIES, Need, Policy, ReusedTokens, anchors, head_tokens
 
 if TYPE_CHECKING:
     from sgl_blend.engine.request.state import RequestState
+
+#: what of a piece its passes read on the device
+PLACED = frozenset(
+    ("reused", "src_pos", "document", "heads", "fixed", "question_ids", "question_pos")
+)
 
 
 def blend_of(
@@ -42,13 +50,11 @@ def blend_of(
         BlendPlan(begin, end, state.suffix_start, tuple(spans), policy.name, ratio),
         policy,
         reused,
-        reused=(reused.positions - begin).to(device, non_blocking=True),
+        reused=reused.positions - begin,
         src_slots=torch.cat([no_slots, *(s.slots for s in pooled if s.slots is not None)]).to(
             torch.int64
         ),
-        src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])).to(
-            device, non_blocking=True
-        ),
+        src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])),
     )
     if state.detail is not None:
         blend.told = Told()
@@ -58,8 +64,8 @@ def blend_of(
         blend.correction = ways.correction
         blend.documents = len(scored)
         of = np.repeat(np.arange(len(scored)), [s.length for s in scored])
-        blend.document = torch.from_numpy(of).to(device, non_blocking=True)
-        blend.heads = heads.to(device, non_blocking=True)
+        blend.document = torch.from_numpy(of)
+        blend.heads = heads
     if policy.need is Need.NOTHING:
         blend.fixed = policy.select(reused, None, config)
     if scored:
@@ -77,9 +83,25 @@ def blend_of(
         if state.generation == EXACT and plain and first - head <= config.max_suffix_tokens:
             blend.lead = first - head
             ask = np.concatenate([np.arange(head, first), ask])
-        blend.question_ids = torch.from_numpy(tokens[ask].copy()).to(device)
-        blend.question_pos = torch.from_numpy(ask).to(device)
+        blend.question_ids = torch.from_numpy(tokens[ask].copy())
+        blend.question_pos = torch.from_numpy(ask)
+        blend.asked_from = head if blend.lead else state.suffix_start
+    _put_on(device, blend)
     return blend
+
+
+def _put_on(device: torch.device, blend: PieceBlend) -> None:
+    """All that the piece's passes read on the device, in one copy that nobody waits for."""
+    tokens = blend.tokens
+    made: dict[Hashable, torch.Tensor] = {
+        name: getattr(blend, name) for name in PLACED if getattr(blend, name) is not None
+    }
+    read = () if blend.policy.need is Need.NOTHING else ("anchors", *blend.policy.reads)
+    own = {("tokens", name): getattr(tokens, name) for name in read}
+    there = upload_together(made | {k: x for k, x in own.items() if x is not None}, device)
+    for name in PLACED & made.keys():
+        setattr(blend, name, there[name])
+    blend.tokens = replace(tokens, there={k[1]: there[k] for k in own if k in there})
 
 
 def _bound_risk(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sgl_blend import attach
+from sgl_blend import attach, ops
 from sgl_blend.config import MAX_GENERATION, BlendConfig
 from sgl_blend.engine.forward.company import capture_nothing
 from sgl_blend.engine.request.blending import blend_of, seed_of
@@ -97,7 +97,7 @@ class Planner:
             if id(req) not in decoding:
                 state = self._begin(req, piece)
                 if scores is not None:
-                    piece.starts = self._starts(req, state, piece).to(no_slots.device)
+                    piece.starts = ops.upload(self._starts(req, state, piece), no_slots.device)
                 mine.append(_Planned(req, state, piece, state.mark()))
                 spans = self._spans(req, state, piece)
                 state.decided = True
@@ -174,11 +174,12 @@ class Planner:
         state.next_begin = begin + piece.rows
         return state
 
-    def _starts(self, req: Any, state: RequestState, piece: Piece) -> torch.Tensor:
+    def _starts(self, req: Any, state: RequestState, piece: Piece) -> np.ndarray:
         """int64 [rows]: where each row's document begins."""
         starts = self.c.tree.document_starts(_tokens(req), state.options.boundaries)
         rows = np.arange(piece.begin, piece.begin + piece.rows)
-        return torch.from_numpy(starts[np.searchsorted(starts, rows, side="right") - 1])
+        found: np.ndarray = starts[np.searchsorted(starts, rows, side="right") - 1]
+        return found
 
     def _set(self, p: _Planned, spans: list[ReuseSpan], device: torch.device) -> None:
         """Give a piece its plan, and the request the labels that follow from it."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from sgl_blend import attach
+from sgl_blend import attach, ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.forward.clock import ForwardClock
 from sgl_blend.engine.launch.own_store import lives_with_server
@@ -263,24 +263,32 @@ class StoreTier:
             return
         load: Load = attach.LOAD.get(req)
 
-        def index(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(self.device, non_blocking=True)
-
-        at = index(ranges([(s.start, s.length) for s in hosted]))
+        pooled, from_host = _split([s for s in spans if not s.exact])
+        there = ops.upload_together(
+            {
+                "at": ranges([(s.start, s.length) for s in hosted]),
+                "source": ranges([(s.source_start, s.length) for s in hosted]),
+                "given": ranges([(s.start - piece.begin, s.length) for s in hosted if s.exact]),
+                "pooled": pooled,
+                "from_host": from_host,
+                "which": _which(hosted),
+            },
+            self.device,
+        )
         kv = HostKV(
             load,
             [part for s in hosted for part in s.parts],
-            index(ranges([(s.source_start, s.length) for s in hosted])),
-            at,
-            piece.kv_slots[at],
+            there["source"],
+            there["at"],
+            piece.kv_slots[there["at"]],
         )
-        given = ranges([(s.start - piece.begin, s.length) for s in hosted if s.exact])
         blend.host = HostSources(
             kv,
-            index(given),
+            there["given"],
             exact_head(spans, piece.begin) - piece.begin,
-            *map(index, _split([s for s in spans if not s.exact])),
-            index(_which(hosted)),
+            there["pooled"],
+            there["from_host"],
+            there["which"],
         )
 
     def release(self, req: Any) -> None:

@@ -1,0 +1,86 @@
+"""A blended prefill keeps the host waiting for nothing. Needs: CPU, SGLang, FlashInfer.
+
+Planner, passes, attention and copies as in a server, over a small model on a pretended GPU
+(``on_device.py`` says what it sees and what not).
+"""
+
+from __future__ import annotations
+
+import emulated
+import pytest
+import torch
+from on_device import CUDA, locked, on_device, on_host, watching
+from planned_flashinfer import planning
+from small_model import Served, Small
+
+POLICIES = ["query", "hkvd", "leading", "stored"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels for CUDA, in the emulator, serve the pretended device. Their launches so far."""
+    module = emulated.kernels()
+    for name in ("rotation", "deviation", "rows", "mass"):
+        serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
+        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
+    return module.launches
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    for name in ("rotation", "deviation", "rows", "mass"):
+        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", lambda device: None)
+
+
+def serve(policy: str, pieces: int = 1, hosted: bool = False, windows=(), **options):
+    """What was seen of a prefill on the device; its logits agree with the CPU's."""
+    options = {"policy": policy, "recompute_ratio": 0.2, **options}
+    plain = Served(Small(torch.float16, hosted, windows), CPU, lambda x: x, **options).run(pieces)
+    with watching() as watch, planning():
+        small = Small(torch.float16, hosted, windows)
+        small.to(on_device, locked)
+        served = Served(small, CUDA, on_device, **options)
+        watch.waits.clear()
+        logits = served.run(pieces)
+    for ours, theirs in zip(logits, plain, strict=True):
+        torch.testing.assert_close(on_host(ours), theirs, rtol=0, atol=0.05)
+    return watch
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_waits(kernels, policy, hosted, pieces):
+    before = kernels()
+    watch = serve(policy, pieces, hosted)
+    assert watch.waits == [], "\n".join(watch.table())
+    assert kernels() > before and watch.copies
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_waits_in_layers_with_a_window(kernels, policy):
+    watch = serve(policy, hosted=True, windows=(1, 3))
+    assert watch.waits == [], "\n".join(watch.table())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_waits_where_torch_stands_for_the_kernels(no_kernels, policy):
+    watch = serve(policy, hosted=True)
+    assert watch.waits == [], "\n".join(watch.table())
+
+
+def test_nothing_waits_between_check_layers(kernels):
+    watch = serve("hkvd", check_layers=(1, 2))
+    assert watch.waits == [], "\n".join(watch.table())
+
+
+def test_how_many_rows_coverage_takes_is_waited_for(kernels):
+    """It is documented to; and what waits inside a prefill is seen."""
+    watch = serve("query", coverage=0.9)
+    places = {(what, file) for what, file, _ in watch.waits}
+    assert places == {
+        ("reads a value", "sgl_blend/ops/rows.py"),
+        ("nonzero", "sgl_blend/prefill/passes.py"),
+        ("a number of the host by index", "sgl_blend/prefill/passes.py"),
+    }
