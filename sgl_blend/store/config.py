@@ -43,6 +43,12 @@ class StoreConfig:
     memory_bytes: Size = option(
         4 << 30, "bound of shared memory, for example 16GiB; it grows as it fills", least=1 << 20
     )
+    preallocate: bool = option(
+        False,
+        "back all of memory_bytes from the start, not as it fills: servers on GPUs can then "
+        "page-lock it, and copies from and to a device wait for nothing (a server's own store does "
+        "so where it has GPUs)",
+    )
     policy: str = option("tinylfu", "eviction from memory: tinylfu or lru", choices=EVICTION)
     high_watermark: float = option(
         0.97, "share of memory above which it is evicted in the background", above=0.0, most=1.0

@@ -18,7 +18,8 @@ class HostKV:
     """``n`` tokens in host memory, on their way into a request's own slots.
 
     Takes a :class:`~sgl_blend.prefill.attention.KvCopy`'s place. load: whom to wait for. parts: the
-    tokens, in order. src_pos, dst_pos, dst_slots: int64 [n] on the pool's device.
+    tokens, in order. src_pos, dst_pos, dst_slots: int64 [n] on the pool's device. stream: on which
+    they come to a GPU; None on a CPU.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class HostKV:
         src_pos: torch.Tensor,
         dst_pos: torch.Tensor,
         dst_slots: torch.Tensor,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.load, self.parts = load, parts
         self.src_pos, self.dst_pos, self.dst_slots = src_pos, dst_pos, dst_slots
@@ -36,7 +38,7 @@ class HostKV:
         self._range = (0, 0)
         self._ready: ops.Parts | None = None
         self._turns = ops.Turns(src_pos, dst_pos)
-        self._stream = torch.cuda.Stream(dst_slots.device) if dst_slots.is_cuda else None
+        self._stream = stream
 
     def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
         """Write V, and K rotated by the position difference, into ``layer``'s pool; ``shift`` is
@@ -86,7 +88,7 @@ class HostKV:
         if self._stream is None:
             return self._ready, at
         ks, vs = [k[at] for k in self._ready.k], [v[at] for v in self._ready.v]
-        # The store's memory is page-locked for this device (``ArenaMapping.register_cuda``): the
+        # The store's memory is page-locked for this device (``StoreService``): the
         # copies run beside the layers before.
         k_pool, v_pool = pool.moved(layer)
         with torch.cuda.stream(self._stream):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import ChunkHeader, Layout, pack_tokens
 from sgl_blend.tiering.keys import PromptChunk
+from sgl_blend.tiering.streams import SideStreams
 from sgl_blend.tiering.tally import Tally
 
 if TYPE_CHECKING:
@@ -53,14 +54,14 @@ class FreshChunk(NamedTuple):
 class Job:
     """Chunks of one sequence. tokens: int64, the sequence. slots: int64, one per token, on the
     pool's device. alive: false from the moment on at which any of the slots may be given away.
-    ready: an event behind which the KV is written (None on a CPU)."""
+    ready: events behind which ``slots`` and the KV in them are written (none on a CPU)."""
 
     namespace: bytes
     tokens: np.ndarray
     slots: torch.Tensor
     chunks: list[FreshChunk]
     alive: Callable[[], bool]
-    ready: torch.cuda.Event | None = None
+    ready: tuple[torch.cuda.Event, ...] = ()
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class Offloader:
     layout: Layout
     dtype: str
     tally: Tally
+    streams: SideStreams = field(default_factory=SideStreams)
 
     def run(self, client: StoreClient, job: Job) -> None:
         """Store what the store wants of it. Never raises a ``StoreError``."""
@@ -128,11 +130,10 @@ class Offloader:
 
     def _fill(self, job: Job, granted: list[tuple[FreshChunk, StoreSlot]]) -> None:
         """Copy the pool's KV into the store's memory."""
-        stream = None
-        if job.slots.is_cuda:
-            stream = torch.cuda.Stream(job.slots.device)
-            if job.ready is not None:
-                stream.wait_event(job.ready)
+        stream = self.streams.store(job.slots.device)
+        if stream is not None:
+            for event in job.ready:
+                stream.wait_event(event)
         with torch.cuda.stream(stream):
             for fresh, slot in granted:
                 chunk = fresh.chunk

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from sgl_blend.errors import StoreError
 from sgl_blend.store.wire.client import StoreClient
@@ -14,6 +15,7 @@ from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import Job, Offloader, PoolKV
 from sgl_blend.tiering.rules import Allowance, Rules
 from sgl_blend.tiering.speeds import Speeds
+from sgl_blend.tiering.streams import SideStreams
 from sgl_blend.tiering.tally import Tally
 from sgl_blend.tiering.wish import Wish
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 #: loads and offload jobs that may wait for a thread; beyond, requests do without
 BACKLOG = 256
 LOADERS = 4
-#: longest that a flush of the cache waits for the store, and between two tries in the background
+#: longest that a flush of the cache waits for the store, and between two tries in the background,
+#: also to page-lock its memory
 EMPTY_S = 1.0
 
 
@@ -49,10 +52,10 @@ class ServiceConfig:
 class StoreService:
     """See the module's docstring. Its methods are the scheduler's and wait for nothing.
 
-    pool: where new chunks are copied from. connected: called with each client that has met its
-    store. tally: counts what comes of it all. Threads are daemons: a store that hangs keeps no
-    server from ending. Raises nothing after construction; a store that is away is a miss, and found
-    again when it is back.
+    pool: where new chunks are copied from. tally: counts what comes of it all. device: where the
+    pool lies; on a GPU the store's memory is page-locked. Threads are daemons: a store that hangs
+    keeps no server from ending. Raises nothing after construction; a store that is away is a miss,
+    and found again when it is back.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class StoreService:
         layout: Layout,
         dtype: str,
         pool: PoolKV,
-        connected: Callable[[StoreClient], None] = lambda client: None,
         tally: Tally | None = None,
+        device: torch.device | None = None,
+        streams: SideStreams | None = None,
     ) -> None:
         self.config = config
         self.rules = Rules(
@@ -76,8 +80,9 @@ class StoreService:
         )
         self.speeds = Speeds(layout.n_layers, config.adaptive)
         self.tally = Tally() if tally is None else tally
-        self.offloader = Offloader(pool, layout, dtype, self.tally)
-        self._connected = connected
+        self.streams = streams or SideStreams()
+        self.offloader = Offloader(pool, layout, dtype, self.tally, self.streams)
+        self._gpu = device if device is not None and device.type == "cuda" else None
         #: how often the store was to be emptied, and up to which of these it has been
         self._asked = self._emptied = 0
         self._control: StoreClient | None = None
@@ -93,6 +98,10 @@ class StoreService:
         if config.offload:
             self._threads.append(
                 threading.Thread(target=self._offload_loop, name="blend-offload", daemon=True)
+            )
+        if self._gpu is not None:
+            self._threads.append(
+                threading.Thread(target=self._page_lock_loop, name="blend-page-lock", daemon=True)
             )
         for thread in self._threads:
             thread.start()
@@ -191,7 +200,29 @@ class StoreService:
             name=name,
         )
 
+    def _set_device(self) -> None:
+        """A thread begins on the first GPU; what it does with CUDA would make a second context
+        there."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+
+    def _page_lock_loop(self) -> None:
+        """Page-lock the store's memory, for all clients of this process, once all of it is there:
+        now, later, or again when the store has been started anew."""
+        self._set_device()
+        with self._client("page lock") as client:
+            while True:
+                try:
+                    client.connect()
+                    if client.mapping is not None:
+                        client.mapping.page_lock()
+                except Exception as e:
+                    self.tally.error("page lock", e)
+                if self._closed.wait(EMPTY_S):
+                    return
+
     def _load_loop(self) -> None:
+        self._set_device()
         with self._client("load") as client:
             self._greet(client)
             while (load := self._loads.get()) is not None:
@@ -206,6 +237,7 @@ class StoreService:
                     self._loads.task_done()
 
     def _offload_loop(self) -> None:
+        self._set_device()
         with self._client("offload") as client:
             self._greet(client)
             while (job := self._jobs.get()) is not None:
@@ -223,6 +255,5 @@ class StoreService:
     def _greet(self, client: StoreClient) -> None:
         try:
             client.connect()
-            self._connected(client)
         except StoreError as e:
             self.tally.error("connect", e)

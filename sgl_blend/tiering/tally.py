@@ -26,7 +26,7 @@ class Tally:
     another client is storing it), ``refused`` (no room, too large, damaged), ``lost`` (the device
     gave its memory away before it was copied), ``failed`` (an error of the store), ``dropped`` (as
     for loads). errors, by (call, reason): ``connect``, ``look up``, ``load``, ``extend``,
-    ``store``, ``empty``; the reason is the error's type.
+    ``store``, ``empty``, ``page lock``; the reason is the error's type.
     """
 
     def __init__(self, export: Export | None = None) -> None:

@@ -336,6 +336,7 @@ def _cuda(watch: Watch) -> dict[str, Any]:
         def __init__(self, device: Any = None, priority: int = 0) -> None:
             self.name = f"stream {Stream.made}"
             self.device = CUDA
+            self.cuda_stream = Stream.made
             Stream.made += 1
             log.append(("stream", self.name))
 

@@ -32,6 +32,7 @@ from sgl_blend.gate.state import GateState
 from sgl_blend.plan import HostPart, ReuseSpan
 from sgl_blend.prefill import passes
 from sgl_blend.prefill.scores import ScoreTable
+from sgl_blend.tiering.streams import SideStreams
 
 LAYERS, HEADS, KV_HEADS, DIM, HIDDEN, VOCAB = 4, 4, 2, 16, 32, 5000
 SLOTS, CONTEXT = 1024, 512
@@ -140,6 +141,7 @@ class _Tiers(StoreTier):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rank, self._closing = device, (0, 1), deque()
+        self.service = SimpleNamespace(streams=SideStreams())
 
 
 class _Lookup:

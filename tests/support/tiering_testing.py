@@ -85,7 +85,7 @@ def covered(spans) -> int:
     return sum(s.length for s in spans)
 
 
-def service_of(endpoint: str, pool: Pool, **changes) -> StoreService:
+def service_of(endpoint: str, pool: Pool, device=None, **changes) -> StoreService:
     values = dict(
         endpoint=endpoint,
         deadline_s=5.0,
@@ -96,4 +96,5 @@ def service_of(endpoint: str, pool: Pool, **changes) -> StoreService:
         max_generation=4,
         max_positions=99999,
     )
-    return StoreService(ServiceConfig(**{**values, **changes}), LAYOUT, "float32", pool)
+    config = ServiceConfig(**{**values, **changes})
+    return StoreService(config, LAYOUT, "float32", pool, device=device)

@@ -6,6 +6,7 @@ from array import array
 from types import SimpleNamespace as Like
 
 import pytest
+import torch
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.store_tier import StoreTier
@@ -37,6 +38,7 @@ class Request:
 def test_an_adapters_request_looks_nothing_up():
     tier = object.__new__(StoreTier)
     tier.config, tier.gate, tier.tree = BlendConfig(), GateState(0.1), None
+    tier.device = torch.device("cpu")
     tier.before_queue(None, Request("an adapter"))
     with pytest.raises(Reached):
         tier.before_queue(None, Request(None))

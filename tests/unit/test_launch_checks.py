@@ -55,7 +55,9 @@ def test_a_disk_that_another_server_holds_is_named_with_what_to_do(tmp_path, cap
     disk, file = str(tmp_path / "disk"), tmp_path / "store.yaml"
     file.write_text("drain_s: 4\n")
     config = BlendConfig(store_disk_path=disk, store_disk="1GiB", store_config=str(file))
-    second = types.SimpleNamespace(**{attach.CONFIG.name: config, attach.STORE.name: None})
+    second = types.SimpleNamespace(
+        device="cpu", **{attach.CONFIG.name: config, attach.STORE.name: None}
+    )
     options = load_config(None, disk_path=disk, disk_bytes="1GiB", memory_bytes="64MiB")
     with EmbeddedStore(options):
         with pytest.raises(StoreError) as e:

@@ -31,15 +31,16 @@ def default_memory() -> int:
     return min(_MOST, max(_LEAST, available_memory() // 16))
 
 
-def store_options(config: BlendConfig) -> StoreConfig:
+def store_options(config: BlendConfig, on_gpu: bool = False) -> StoreConfig:
     """Options of the own store: the server's, over the store's variables, over ``store_config``.
 
+    on_gpu: the store's memory is page-locked, for which all of it has to be there.
     Raises :class:`ConfigError`, also for a ``store_disk`` that would bound no disk.
     """
     from sgl_blend.store.config import load_config
 
     given: dict[str, Any] = {"disk_path": config.store_disk_path or None}
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = {"preallocate": on_gpu}
     if config.store_memory == "auto":
         # The store's own file or variables may say it.
         defaults["memory_bytes"] = default_memory()
@@ -78,7 +79,7 @@ def start_store(server_args: ServerArgs) -> None:
     from sgl_blend.store.embedded import EmbeddedStore
     from sgl_blend.store.tiers.disk import HELD
 
-    options = store_options(config)
+    options = store_options(config, on_gpu=server_args.device == "cuda")
     # A server that was ended a moment ago may still be writing to the same disk.
     patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
     waited = False

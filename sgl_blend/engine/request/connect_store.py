@@ -17,12 +17,12 @@ from sgl_blend.gate.state import GateState
 from sgl_blend.store.chunk import Layout
 from sgl_blend.store.serde.base import FP8
 from sgl_blend.tiering.service import ServiceConfig, StoreService
+from sgl_blend.tiering.streams import SideStreams
 from sgl_blend.tiering.tally import Tally
 
 if TYPE_CHECKING:
     from sgl_blend.engine.forward.pool import ModelPool
     from sgl_blend.engine.metrics import Metrics
-    from sgl_blend.store.wire.client import StoreClient
     from sgl_blend.tree.chunked import ChunkRadixCache
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,10 @@ def connect_store(
         layout,
         dtype,
         pool,
-        _page_lock if k.is_cuda else lambda client: None,
         Tally(metrics.store_event),
+        k.device,
+        # A CPU has no streams.
+        SideStreams(ctx.tp_worker.model_runner.forward_stream if k.is_cuda else None),
     )
     rank = (ctx.tp_rank, ctx.tp_size)
     if ctx.tp_rank == 0:
@@ -95,8 +97,3 @@ def check_forms(config: BlendConfig, dtype: str) -> None:
                 f"store option {option} is {form}: the KV cache is {dtype}, one byte a value "
                 "already. Use raw or cachegen"
             )
-
-
-def _page_lock(client: StoreClient) -> None:
-    if client.mapping is not None:
-        client.mapping.register_cuda()

@@ -115,6 +115,9 @@ class StoreTier:
 
     def before_queue(self, scheduler: Any, req: Any, *args: Any, **kw: Any) -> None:
         """BEFORE ``Scheduler._add_request_to_queue``: start to load what the device lacks."""
+        if self.device.type == "cuda":
+            used = (scheduler.forward_stream, scheduler.schedule_stream, scheduler.copy_stream)
+            self.service.streams.avoid(used)
         self.drop(req)
         state = state_of(req, self.config, self.gate)
         n, gate_on = len(req.origin_input_ids), self.gate.on
@@ -281,6 +284,7 @@ class StoreTier:
             there["source"],
             there["at"],
             piece.kv_slots[there["at"]],
+            self.service.streams.load(self.device),
         )
         blend.host = HostSources(
             kv,
@@ -354,18 +358,15 @@ class StoreTier:
                 fresh.append(FreshChunk(chunk, generation))
         if not fresh:
             return
-        event = None
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
+        slots = self.tree.path_device_indices(node)[:n].to(torch.int64)
         self.service.offer(
             Job(
                 self.space.name(tenant),
                 tokens.copy(),
-                self.tree.path_device_indices(node)[:n].to(torch.int64),
+                slots,
                 fresh,
                 self.tree.lifeline(node),
-                event,
+                self.service.streams.written(),  # behind the slots
             )
         )
 

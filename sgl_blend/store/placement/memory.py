@@ -35,11 +35,13 @@ class MemoryTier:
         policy: str,
         sketch: FrequencySketch,
         on_evict: Callable[[Entry], None],
+        preallocate: bool = False,
     ):
         self.arena = arena
         self._alloc = Allocator()
         self.policy = make_policy(policy, arena.capacity, sketch, _arena_size)
         self._on_evict = on_evict
+        self._preallocate = preallocate
         self._no_growth_until = 0.0
         self._growing = False
         self.entries = 0
@@ -104,11 +106,11 @@ class MemoryTier:
         self._alloc.grow(self.arena.backed - self._alloc.capacity)
 
     def grow_ahead(self, jobs: Jobs) -> None:
-        """Back the next step in a worker thread before it is needed: zeroing pages takes a
-        while."""
+        """Back the next step in a worker thread before it is needed, or all steps where the arena
+        is backed from the start: zeroing pages takes a while."""
         have = self._alloc.capacity
         step = min(GROW_STEP, self.arena.capacity - have)
-        roomy = have - self._alloc.used > GROW_STEP // 2
+        roomy = have - self._alloc.used > GROW_STEP // 2 and not self._preallocate
         if self._growing or step <= 0 or roomy or time.monotonic() < self._no_growth_until:
             return
 
@@ -117,6 +119,8 @@ class MemoryTier:
             if error is not None:
                 self._no_more()
             self.adopt()
+            if self._preallocate:
+                self.grow_ahead(jobs)
 
         self._growing = True
         jobs.submit("copy", lambda: self.arena.ensure(have + step), done)

@@ -48,7 +48,9 @@ class Residency:
         self.config, self.jobs, self.disk = config, jobs, disk
         self.sketch = FrequencySketch(1 << 18)
         self.index = ChunkIndex(config.max_copies)
-        self.memory = MemoryTier(arena, config.policy, self.sketch, self._evicted)
+        self.memory = MemoryTier(
+            arena, config.policy, self.sketch, self._evicted, config.preallocate
+        )
         self.disk_policy = make_policy(
             config.disk_policy, config.disk_bytes, self.sketch, lambda e: e.disk_bytes
         )

@@ -62,7 +62,7 @@ class Caller:
 
     @property
     def mapping(self) -> ArenaMapping | None:
-        """The mapped arena (``register_cuda`` page-locks it), or None."""
+        """The mapped arena (``page_lock`` page-locks it), or None."""
         return self._wire.mapping
 
     def close(self) -> None:

@@ -16,8 +16,6 @@ not trust each other use different stores, or connect without shared memory.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -26,16 +24,13 @@ import socket
 import struct
 import threading
 import time
-import weakref
 
 import numpy as np
 
 from sgl_blend.host_memory import available_memory
 from sgl_blend.store.errors import ArenaExhausted, StoreError
+from sgl_blend.store.wire.region import MADV_POPULATE_WRITE, Region, advise, mapped
 
-_MADV_HUGEPAGE = 14
-_MADV_POPULATE_READ = 22
-_MADV_POPULATE_WRITE = 23
 _F_ADD_SEALS, _F_SEAL_SHRINK = 1033, 0x0002
 _GREETING = struct.Struct("<8s16sQQ")
 _GREETING_MAGIC = b"SGLBSHM1"
@@ -44,45 +39,6 @@ GROW_STEP = 64 << 20
 #: microseconds, and a thread that sleeps takes as long to wake: gets of single 1 MiB chunks went
 #: from 50 to 61 % of memcpy's speed, of 4 MiB from 85 to 96 %.
 _SPIN_S = 5e-5
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def _map(fd: int, length: int) -> np.ndarray:
-    """uint8 [length]: a shared mapping that may be longer than the file is yet.
-
-    Python's own mmap refuses such a length, and remapping at each growth would fault every page
-    in again. Unmapped when the last view of it is gone. Raises OSError.
-    """
-    at = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    if at is None or at == ctypes.c_void_p(-1).value:
-        code = ctypes.get_errno()
-        raise OSError(code, f"mapping {length} bytes: {os.strerror(code)}")
-
-    class Region(ctypes.c_ubyte * length):
-        pass
-
-    region = Region.from_address(at)
-    weakref.finalize(region, _libc.munmap, at, length).atexit = False
-    return np.frombuffer(region, dtype=np.uint8)
-
-
-def _advise(array: np.ndarray, advice: int) -> bool:
-    """madvise on a page-aligned part of a mapping; False where this kernel lacks that advice.
-
-    Raises OSError, for example when there is no memory to populate with.
-    """
-    if not array.nbytes or _libc.madvise(array.ctypes.data, array.nbytes, advice) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code == errno.EINVAL:
-        return False
-    raise OSError(code, os.strerror(code))
 
 
 class Arena:
@@ -100,8 +56,7 @@ class Arena:
         try:
             # A client must not be able to pull the pages from under the server.
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK)
-            self._array = _map(self.fd, self.capacity)
-            _advise(self._array, _MADV_HUGEPAGE)
+            self._array = mapped(self.fd, self.capacity)
         except OSError as e:
             os.close(self.fd)
             raise ArenaExhausted(f"an arena of {self.capacity} bytes: {e}") from e
@@ -129,7 +84,7 @@ class Arena:
             )
         try:
             os.ftruncate(self.fd, target)
-            if not _advise(self._array[self.backed : target], _MADV_POPULATE_WRITE):
+            if not advise(self._array[self.backed : target], MADV_POPULATE_WRITE):
                 os.posix_fallocate(self.fd, self.backed, step)
         except OSError as e:
             raise ArenaExhausted(f"shared memory of {target} bytes: {e}") from e
@@ -202,9 +157,7 @@ class ArenaMapping:
         self._fd = -1
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._poll = select.poll()
-        self._array = np.empty(0, dtype=np.uint8)
-        self._backed = 0
-        self.registered: list[tuple[int, int]] = []
+        self._region: Region | None = None
         self.holds = 0
         self.retired = False
         try:
@@ -219,8 +172,7 @@ class ArenaMapping:
                 raise StoreError(f"side socket {path!r} is not a chunk store's")
             self._sock.setblocking(False)
             self._poll.register(self._sock, select.POLLIN)
-            self._array = _map(self._fd, self.capacity)
-            _advise(self._array, _MADV_HUGEPAGE)
+            self._region = Region.of(self._fd, self.capacity)
         except (OSError, StoreError) as e:
             self.close()
             raise StoreError(f"no shared memory through {path!r}: {e}") from e
@@ -230,14 +182,12 @@ class ArenaMapping:
         end = offset + nbytes
         if offset < 0:
             raise StoreError(f"descriptor [{offset}, {end}) begins before the arena")
-        if end > self._backed:
-            size = min(os.fstat(self._fd).st_size, self.capacity)
-            if end > size:
-                raise StoreError(f"descriptor [{offset}, {end}) lies outside the arena of {size}")
-            # Now rather than page by page in the first copy.
-            _advise(self._array[self._backed : size], _MADV_POPULATE_READ)
-            self._backed = size
-        return self._array[offset:end]
+        return self._mapped().view(self._fd, offset, end)
+
+    def _mapped(self) -> Region:
+        if self._region is None:
+            raise StoreError("the connection that gave this shared memory is closed")
+        return self._region
 
     def alive(self) -> bool:
         """False once the server has closed the connection or ended."""
@@ -278,35 +228,14 @@ class ArenaMapping:
         except OSError:
             return b""
 
-    def register_cuda(self) -> int:
-        """Page-lock what is mapped so far for CUDA copies; returns the bytes registered.
-
-        Raises StoreError without a working CUDA runtime. Call again after the arena grew: it
-        registers what came since.
-        """
-        import torch
-
-        if not torch.cuda.is_available():
-            raise StoreError("shared memory can be pinned only where CUDA is")
-        done = sum(n for _, n in self.registered)
-        part = self._array[done : self._backed]
-        if not part.nbytes:
-            return 0
-        code = torch.cuda.cudart().cudaHostRegister(part.ctypes.data, part.nbytes, 0)
-        if int(code) != 0:
-            raise StoreError(f"cudaHostRegister of {part.nbytes} bytes failed: {code}")
-        self.registered.append((part.ctypes.data, part.nbytes))
-        return part.nbytes
+    def page_lock(self) -> bool:
+        """Page-lock the arena for CUDA copies, once for all connections of this process, if all of
+        it is there; is it? Raises StoreError when CUDA refuses, which is then not asked again."""
+        return self._mapped().page_lock(self._fd)
 
     def close(self) -> None:
-        if self.registered:
-            import torch
-
-            for at, _ in self.registered:
-                torch.cuda.cudart().cudaHostUnregister(at)
-            self.registered.clear()
         self._sock.close()
-        self._array = np.empty(0, dtype=np.uint8)
+        self._region = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

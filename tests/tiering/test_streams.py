@@ -1,0 +1,269 @@
+"""In which order a GPU's streams are asked for what, and by whom. Needs: CPU (streams, events and
+the CUDA runtime are pretended: they note what they are asked for)."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from on_device import CUDA, locked, on_device, on_host, watching
+from polling import eventually
+from store_testing import connect, start
+from tiering_testing import CHUNKING, LAYOUT, SPACE, STRONG, Pool, chunks_of, service_of, tokens_of
+
+from sgl_blend.engine.request.store_tier import StoreTier
+from sgl_blend.errors import StoreError
+from sgl_blend.plan import HostPart
+from sgl_blend.store.config import StoreConfig
+from sgl_blend.tiering import offload
+from sgl_blend.tiering.hostkv import HostKV
+from sgl_blend.tiering.offload import FreshChunk, Job, Offloader
+from sgl_blend.tiering.streams import SideStreams
+from sgl_blend.tiering.tally import Tally
+
+
+@pytest.fixture
+def watch():
+    with watching() as watch:
+        yield watch
+
+
+# -- which streams -------------------------------------------------------------------------------
+
+
+class Drawn:
+    """PyTorch's streams: 32, in turn."""
+
+    count = 0
+
+    def __init__(self, device=None) -> None:
+        self.cuda_stream = Drawn.count % 32
+        Drawn.count += 1
+
+
+@pytest.mark.parametrize("before", range(0, 32, 5))
+def test_side_streams_are_drawn_once_and_are_nobody_elses(monkeypatch, before):
+    monkeypatch.setattr(torch.cuda, "Stream", Drawn)
+    monkeypatch.setattr(Drawn, "count", 0)
+    model, scheduler, copies = Drawn(), Drawn(), Drawn()
+    for _ in range(before):
+        Drawn()
+    streams = SideStreams(model)
+    streams.avoid([scheduler, copies])
+    load, store = streams.load(CUDA), streams.store(CUDA)
+    used = [s.cuda_stream for s in (model, scheduler, copies, load, store)]
+    assert len(set(used)) == 5
+    drawn = Drawn.count
+    assert streams.load(CUDA) is load and streams.store(CUDA) is store
+    assert Drawn.count == drawn
+    assert streams.load(torch.device("cpu")) is None and streams.store(torch.device("cpu")) is None
+
+
+# -- new chunks ----------------------------------------------------------------------------------
+
+
+class Tree:
+    """Says in the log when it is asked for a node's slots."""
+
+    strong = STRONG
+
+    def __init__(self, watch, slots: int) -> None:
+        self.log, self.slots = watch.log, slots
+
+    def path_device_indices(self, node):
+        self.log.append(("slots made",))
+        return on_device(torch.arange(self.slots))
+
+    def lifeline(self, node):
+        return lambda: True
+
+    def is_forced(self, tokens, end):
+        return True
+
+
+def tier_of(watch, slots: int, writer) -> tuple[StoreTier, list[Job]]:
+    jobs: list[Job] = []
+    tier = StoreTier.__new__(StoreTier)
+    tier.device, tier.chunking, tier.tree = CUDA, CHUNKING, Tree(watch, slots)
+    tier.weights = SimpleNamespace(mixed=False)
+    tier.space = SimpleNamespace(name=lambda tenant: SPACE)
+    tier.service = SimpleNamespace(offer=jobs.append, streams=SideStreams(writer))
+    return tier, jobs
+
+
+def test_new_chunks_leave_behind_their_slots_and_behind_the_model(watch, monkeypatch):
+    """The index of slots is work of the scheduler's stream, KV that of the model's; the copy waits
+    for both before it reads either."""
+    writer = torch.cuda.Stream()
+    tier, jobs = tier_of(watch, 200, writer)
+    watch.log.clear()
+    tokens = tokens_of(1, 200)
+    tier.offer(None, tokens, 0, bytes(32), lambda start, end: 0, None)
+    scheduler = torch.cuda.current_stream().name
+    assert watch.log == [("slots made",), ("record", scheduler), ("record", writer.name)]
+
+    (job,) = jobs
+    assert job.slots.is_cuda and len(job.chunks) > 1
+    gather = offload._gather
+    monkeypatch.setattr(
+        offload, "_gather",
+        lambda *args: (watch.log.append(("copy", torch.cuda.current_stream().name)), gather(*args)),
+    )  # fmt: skip
+    watch.log.clear()
+    pool = Pool(200)
+    pool.ks, pool.vs = ([on_device(x.clone()) for x in part] for part in (pool.ks, pool.vs))
+    side = tier.service.streams
+    offloader = Offloader(pool, LAYOUT, "float32", Tally(), side)
+    granted = [(fresh, slot_of(fresh)) for fresh in job.chunks]
+    offloader._fill(job, granted)
+    own = side.store(CUDA).name
+    steps = [step for step in watch.log if step[0] != "stream"]
+    waits = [("wait", own, scheduler), ("wait", own, writer.name)]
+    assert steps[:2] == waits and steps[-1] == ("synchronize", own)
+    copies = steps[2:-1]
+    assert copies and set(copies) == {("copy", own)}
+    made = sum(step[0] == "stream" for step in watch.log)
+    offloader._fill(job, granted)
+    assert sum(step[0] == "stream" for step in watch.log) == made, "one stream for all batches"
+    for fresh, slot in granted:
+        k, _ = slot.body.torch_layer(2)
+        want = torch.arange(fresh.chunk.start, fresh.chunk.end) + 2000
+        assert torch.equal(on_host(k)[:, 0, 0], want.float())
+
+
+def slot_of(fresh: FreshChunk):
+    """Where a chunk goes, in page-locked memory."""
+    n = fresh.chunk.end - fresh.chunk.start
+    shape = (LAYOUT.n_layers, 2, n, LAYOUT.n_kv_heads, LAYOUT.head_dim)
+    values = locked(torch.zeros(shape))
+    body = SimpleNamespace(torch_layer=lambda layer: (values[layer, 0], values[layer, 1]))
+    return SimpleNamespace(buf=np.zeros(8 * n + 64, dtype=np.uint8), body=body)
+
+
+# -- what is loaded ------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_comes_on_one_stream_which_the_model_waits_for(watch):
+    side = SideStreams()
+    pool = Pool(100)
+    pool.ks, pool.vs = ([on_device(x.clone()) for x in part] for part in (pool.ks, pool.vs))
+    k, v = (locked(torch.randn(LAYOUT.n_layers, 7, 2, LAYOUT.head_dim)) for _ in "kv")
+    chunk = SimpleNamespace(range_of=lambda layer: (0, k, v))
+    load = SimpleNamespace(wait=lambda layer, chunks: None)
+    at = [on_device(torch.arange(first, first + 7)) for first in (3, 20, 40)]
+    for _ in range(2):
+        kv = HostKV(load, [HostPart(chunk, 0, 7)], *at, side.load(CUDA))
+        for layer in range(LAYOUT.n_layers):
+            kv.run(pool, layer)
+            assert torch.equal(on_host(pool.ks[layer])[40:47], on_host(k)[layer])
+    own, model = side.load(CUDA).name, torch.cuda.current_stream().name
+    steps = [step for step in watch.log if step[0] != "stream"]
+    each = [("wait", model, own), ("record_stream", model), ("record_stream", model)]
+    assert steps == each * 2 * LAYOUT.n_layers
+    assert watch.waits == []
+
+
+# -- the store's memory --------------------------------------------------------------------------
+
+
+class Runtime:
+    """The part of the CUDA runtime that page-locks memory."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.log = code, []
+
+    def cudaHostRegister(self, at: int, size: int, flags: int) -> int:  # noqa: N802
+        self.log.append(("register", at, size, threading.current_thread().name))
+        return self.code
+
+    def cudaHostUnregister(self, at: int) -> int:  # noqa: N802
+        self.log.append(("unregister", at))
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    made = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return made
+
+
+MEMORY = 192 << 20
+
+
+def test_the_stores_memory_is_page_locked_once_as_a_whole_on_the_ranks_device(runtime, monkeypatch):
+    """By one thread for all of the process's clients; every thread works on the rank's device."""
+    devices: dict[str, list[str]] = {}
+    monkeypatch.setattr(
+        torch.cuda, "set_device",
+        lambda device: devices.setdefault(threading.current_thread().name, []).append(str(device)),
+    )  # fmt: skip
+    with start(StoreConfig(memory_bytes=MEMORY, preallocate=True)) as store:
+        second = torch.device("cuda", 1)
+        service = service_of(store.endpoint, Pool(300), device=second)
+        try:
+            assert eventually(lambda: runtime.log)
+            with connect(store.endpoint) as client:
+                client.connect()
+                assert client.mapping.page_lock()
+                (step,) = runtime.log
+                assert step[0] == "register" and step[2:] == (MEMORY, "blend-page-lock")
+                first = client.mapping.view(0, 4096)
+                assert step[1] == first.ctypes.data, "all clients see the same memory"
+            names = [thread.name for thread in service._threads]
+            assert eventually(lambda: len(devices) == len(names))
+            assert devices == {name: ["cuda:1"] for name in names}
+        finally:
+            service.close()
+        gc.collect()
+        assert len(runtime.log) == 1, "a view is left"
+        at = step[1]
+        del first
+        gc.collect()
+        assert runtime.log[1:] == [("unregister", at)]
+
+
+def test_memory_that_grows_is_page_locked_when_all_of_it_is_there(runtime):
+    config = StoreConfig(memory_bytes=MEMORY)
+    with start(config) as store, connect(store.endpoint) as client, connect(store.endpoint) as more:
+        for one in (client, more):
+            one.connect()
+            assert not one.mapping.page_lock()
+        # Whatever the store does later: its file is as long as it will ever be.
+        import os
+
+        os.ftruncate(client.mapping._fd, MEMORY)
+        assert client.mapping.page_lock() and more.mapping.page_lock()
+        assert [step[0] for step in runtime.log] == ["register"]
+
+
+def test_what_cuda_refuses_is_said_and_not_asked_again(runtime):
+    runtime.code = 2
+    with start(StoreConfig(memory_bytes=MEMORY, preallocate=True)) as store:
+        with connect(store.endpoint) as client:
+            client.connect()
+
+            def refused() -> bool:
+                try:
+                    return client.mapping.page_lock()
+                except StoreError as e:
+                    assert "cudaHostRegister of 201326592 bytes failed: 2" in str(e)
+                    return True
+
+            assert eventually(refused)
+            assert not client.mapping.page_lock()
+            assert len(runtime.log) == 1
+
+
+def test_chunks_of_a_prompt_are_what_is_offered(watch):
+    """The tier above offers what the store's own cutting finds."""
+    tier, jobs = tier_of(watch, 200, torch.cuda.Stream())
+    tokens = tokens_of(1, 200)
+    tier.offer(None, tokens, 0, bytes(32), lambda start, end: 0, None)
+    got = [(f.chunk.start, f.chunk.end) for f in jobs[0].chunks]
+    assert got == [(c.start, c.end) for c in chunks_of(tokens)]
