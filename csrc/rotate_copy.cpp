@@ -1,9 +1,10 @@
 // Copy of tokens' KV with K rotated on the way: V is moved byte by byte, K is read once, turned in
-// fp32 and rounded once. What is added to either is added in fp32, before the rounding. Parallel
-// over tokens, hence no slot may be both read and written, and none written twice: one bit a slot
-// tells.
+// fp32 and rounded once. What is added to either is added in fp32, before the rounding. Tokens that
+// run are left out where flags tell. Parallel over tokens, hence no slot may be both read and
+// written, and none written twice: one bit a slot tells.
 #include <omp.h>
 #include <tvm/ffi/container/array.h>
+#include <tvm/ffi/optional.h>
 
 #include <algorithm>
 #include <vector>
@@ -15,6 +16,7 @@ namespace blend {
 namespace {
 
 using tvm::ffi::Array;
+using tvm::ffi::Optional;
 using tvm::ffi::Tensor;
 
 template <typename T>
@@ -80,10 +82,12 @@ struct Bias {
   TensorView k, v, group, cos, sin;
 };
 
-// Writes token i of `rows`, turned by its (cos, sin), to slot i of `dst_t`.
+// Writes token i of `rows`, turned by its (cos, sin), to slot i of `dst_t`; not where `runs` (uint8
+// [n]) is 1.
 void copy_rows(const std::vector<Row>& rows, const TensorView& k_dst_t, const TensorView& v_dst_t,
                const TensorView& dst_t, const TensorView& cos_t, const TensorView& sin_t,
-               int64_t rotary_dim, int64_t neox, int64_t threads, const Bias* bias = nullptr) {
+               const Optional<TensorView>& runs_t, int64_t rotary_dim, int64_t neox,
+               int64_t threads, const Bias* bias = nullptr) {
   const Pool pool(k_dst_t, v_dst_t);
   const int64_t n = rows.size();
   const int64_t* dst = indices(dst_t, n, "dst_slots: expected int64 [n]");
@@ -91,6 +95,8 @@ void copy_rows(const std::vector<Row>& rows, const TensorView& k_dst_t, const Te
   const int64_t half = rotary_dim / 2;
   const float* cos = floats(cos_t, n * half, "cos: expected float32 [n, rotary_dim / 2]");
   const float* sin = floats(sin_t, n * half, "sin: expected float32 [n, rotary_dim / 2]");
+  const uint8_t* runs =
+      runs_t.has_value() ? flags(*runs_t, n, "runs: expected uint8 [n]") : nullptr;
   expect_inside(dst, n, std::min(pool.k.tokens, pool.v.tokens), "dst_slots outside the pool");
   std::vector<bool> written(pool.k.tokens);
   for (int64_t i = 0; i < n; ++i) {
@@ -124,6 +130,7 @@ void copy_rows(const std::vector<Row>& rows, const TensorView& k_dst_t, const Te
       std::vector<float> scratch(rotary_dim);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < n; ++i) {
+        if (runs != nullptr && runs[i]) continue;
         const Row& row = rows[i];
         turn.set(cos + i * half, sin + i * half);
         if (group == nullptr || group[i] < 0) {
@@ -177,39 +184,42 @@ struct Parts {
 };
 
 void rotate_copy(TensorView k_t, TensorView v_t, TensorView src_t, TensorView dst_t,
-                 TensorView cos_t, TensorView sin_t, int64_t rotary_dim, int64_t neox,
-                 int64_t threads) {
+                 TensorView cos_t, TensorView sin_t, Optional<TensorView> runs, int64_t rotary_dim,
+                 int64_t neox, int64_t threads) {
   const Pool pool(k_t, v_t);
-  copy_rows(rows_inside(pool, src_t), k_t, v_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads);
+  copy_rows(rows_inside(pool, src_t), k_t, v_t, dst_t, cos_t, sin_t, runs, rotary_dim, neox,
+            threads);
 }
 
 void rotate_copy_and_add(TensorView k_t, TensorView v_t, TensorView src_t, TensorView dst_t,
                          TensorView cos_t, TensorView sin_t, TensorView add_k, TensorView add_v,
                          TensorView group, TensorView add_cos, TensorView add_sin,
-                         int64_t rotary_dim, int64_t neox, int64_t threads) {
+                         Optional<TensorView> runs, int64_t rotary_dim, int64_t neox,
+                         int64_t threads) {
   const Pool pool(k_t, v_t);
   const Bias bias{add_k, add_v, group, add_cos, add_sin};
-  copy_rows(rows_inside(pool, src_t), k_t, v_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads,
-            &bias);
+  copy_rows(rows_inside(pool, src_t), k_t, v_t, dst_t, cos_t, sin_t, runs, rotary_dim, neox,
+            threads, &bias);
 }
 
 void rotate_from(Array<Tensor> k_parts, Array<Tensor> v_parts, int64_t layer, TensorView k_dst_t,
                  TensorView v_dst_t, TensorView dst_t, TensorView cos_t, TensorView sin_t,
-                 int64_t rotary_dim, int64_t neox, int64_t threads) {
+                 Optional<TensorView> runs, int64_t rotary_dim, int64_t neox, int64_t threads) {
   expect(v_dst_t.dtype() == k_dst_t.dtype(), "V of K's dtype");
   const Parts parts(k_parts, v_parts, layer, k_dst_t);
-  copy_rows(parts.rows, k_dst_t, v_dst_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads);
+  copy_rows(parts.rows, k_dst_t, v_dst_t, dst_t, cos_t, sin_t, runs, rotary_dim, neox, threads);
 }
 
 void rotate_from_and_add(Array<Tensor> k_parts, Array<Tensor> v_parts, int64_t layer,
                          TensorView k_dst_t, TensorView v_dst_t, TensorView dst_t, TensorView cos_t,
                          TensorView sin_t, TensorView add_k, TensorView add_v, TensorView group,
-                         TensorView add_cos, TensorView add_sin, int64_t rotary_dim, int64_t neox,
-                         int64_t threads) {
+                         TensorView add_cos, TensorView add_sin, Optional<TensorView> runs,
+                         int64_t rotary_dim, int64_t neox, int64_t threads) {
   expect(v_dst_t.dtype() == k_dst_t.dtype(), "V of K's dtype");
   const Parts parts(k_parts, v_parts, layer, k_dst_t);
   const Bias bias{add_k, add_v, group, add_cos, add_sin};
-  copy_rows(parts.rows, k_dst_t, v_dst_t, dst_t, cos_t, sin_t, rotary_dim, neox, threads, &bias);
+  copy_rows(parts.rows, k_dst_t, v_dst_t, dst_t, cos_t, sin_t, runs, rotary_dim, neox, threads,
+            &bias);
 }
 
 // Tokens `index_t` of the parts' layer, as they are.

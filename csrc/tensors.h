@@ -27,6 +27,14 @@ inline const int64_t* indices(const TensorView& t, int64_t n, const char* messag
   return static_cast<const int64_t*>(t.data_ptr());
 }
 
+// uint8 [n] on the CPU, dense.
+inline const uint8_t* flags(const TensorView& t, int64_t n, const char* message) {
+  expect(t.device().device_type == kDLCPU && is(t, kDLUInt, 8) && t.ndim() == 1 && t.size(0) == n &&
+             (n < 2 || t.stride(0) == 1),
+         message);
+  return static_cast<const uint8_t*>(t.data_ptr());
+}
+
 // int32 [n] on the CPU, dense: a group's number, or -1.
 inline const int32_t* groups_of(const TensorView& t, int64_t n, int64_t groups,
                                 const char* message) {

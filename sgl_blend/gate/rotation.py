@@ -72,7 +72,7 @@ class SelfAttention:
         self.seen: dict[int, LayerKeys] = {}
         self._split = split
 
-    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
+    def bring_in(self, layer: int) -> None:
         """Nothing is reused."""
 
     def __call__(

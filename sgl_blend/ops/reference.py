@@ -66,11 +66,18 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
-    """``cache[slots] = values``, all of one dtype. fp8 goes as bytes: torch writes it by index on
-    some devices only."""
+def put(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    values: torch.Tensor,
+    runs: torch.Tensor | None = None,
+) -> None:
+    """``cache[slots] = values``, all of one dtype; not where ``runs`` (uint8, as many as slots) is
+    1. fp8 goes as bytes: torch writes it by index on some devices only."""
     if cache.dtype in FP8:
         cache, values = cache.view(torch.uint8), values.view(torch.uint8)
+    if runs is not None:
+        values = torch.where((runs != 0)[:, None, None], cache[slots], values)
     cache[slots] = values
 
 
@@ -85,10 +92,11 @@ def rotate_from(
     rotary_dim: int,
     neox: bool,
     bias: Bias | None = None,
+    runs: torch.Tensor | None = None,
 ) -> None:
     if bias is None:
-        put(k_cache, dst_slots, rotate(k_src, cos, sin, rotary_dim, neox))
-        put(v_cache, dst_slots, v_src)
+        put(k_cache, dst_slots, rotate(k_src, cos, sin, rotary_dim, neox), runs)
+        put(v_cache, dst_slots, v_src, runs)
         return
     moved = torch.cat(
         (_turned(k_src, cos, sin, rotary_dim, neox), k_src[..., rotary_dim:].float()), -1
@@ -96,8 +104,8 @@ def rotate_from(
     add = bias.k[bias.group.clamp(min=0)]
     add = torch.cat((_turned(add, bias.cos, bias.sin, rotary_dim, neox), add[..., rotary_dim:]), -1)
     plain = rotate(k_src, cos, sin, rotary_dim, neox)
-    put(k_cache, dst_slots, _where(bias.group, cast(moved + add, k_src.dtype), plain))
-    put(v_cache, dst_slots, biased(v_src, bias.v, bias.group))
+    put(k_cache, dst_slots, _where(bias.group, cast(moved + add, k_src.dtype), plain), runs)
+    put(v_cache, dst_slots, biased(v_src, bias.v, bias.group), runs)
 
 
 def biased(x: torch.Tensor, bias: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,15 @@ def rotate_copy(
     rotary_dim: int,
     neox: bool,
     bias: Bias | None = None,
+    runs: torch.Tensor | None = None,
 ) -> None:
     """Copy tokens inside one layer's pool: V as it is, K rotated. Writes ``dst_slots`` only.
 
     k_cache [num_slots, Hk, D], v_cache [num_slots, Hk, Dv]; src_slots, dst_slots int64 [n];
     cos, sin fp32 [n, rotary_dim / 2] from ``Rope.delta``. K beyond ``rotary_dim`` is copied.
     ``dst_slots`` must be free of repeats and share no slot with ``src_slots``: tokens are copied
-    in parallel. bias: added to K and V in fp32, before the one rounding.
+    in parallel. bias: added to K and V in fp32, before the one rounding. runs: uint8 [n]; the slot
+    of a token where it is 1 stays as it is.
 
     Raises:
         KernelError: arguments that do not fit, or overlapping slots (checked on the CPU).
@@ -45,11 +47,14 @@ def rotate_copy(
     )
     cos, sin = checked_rotation(k_cache, dst.shape[0], cos, sin, rotary_dim)
     bias = None if bias is None else checked_bias(k_cache, v_cache, dst.shape[0], bias, rotary_dim)
+    runs = checked_runs(runs, dst)
     if dst.shape[0] == 0:
         return
     on_device = kernels(k_cache.device)
     if on_device is not None and cuda.rotates(k_cache, v_cache, rotary_dim, (cos, sin), bias):
-        cuda.rotate_copy(on_device, k_cache, v_cache, src, dst, (cos, sin), rotary_dim, neox, bias)
+        cuda.rotate_copy(
+            on_device, k_cache, v_cache, src, dst, (cos, sin), rotary_dim, neox, bias, runs
+        )
         return
     module = cpu_module(k_cache.device)
     if module is None:
@@ -58,13 +63,23 @@ def rotate_copy(
         _require_disjoint(k_cache.shape[0], dst, src)
         _require_groups(bias)
         reference.rotate_from(
-            k_cache[src], v_cache[src], k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias
+            k_cache[src],
+            v_cache[src],
+            k_cache,
+            v_cache,
+            dst,
+            cos,
+            sin,
+            rotary_dim,
+            neox,
+            bias,
+            runs,
         )
         return
     kernel = module.rotate_copy if bias is None else module.rotate_copy_and_add
     launch(
         kernel,
-        (k_cache, v_cache, src, dst, cos, sin, *(bias or ())),
+        (k_cache, v_cache, src, dst, cos, sin, *(bias or ()), runs),
         (rotary_dim, int(neox), torch.get_num_threads()),
     )
 
@@ -145,6 +160,7 @@ def rotate_from(
     rotary_dim: int,
     neox: bool,
     bias: Bias | None = None,
+    runs: torch.Tensor | None = None,
 ) -> None:
     """``rotate_copy`` from outside the pool (chunks loaded from a tier), wherever they lie.
 
@@ -165,6 +181,7 @@ def rotate_from(
     require(parts.tokens == tokens, f"the parts hold {parts.tokens} tokens, dst_slots {tokens}")
     cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
     bias = None if bias is None else checked_bias(k_cache, v_cache, tokens, bias, rotary_dim)
+    runs = checked_runs(runs, dst)
     if tokens == 0:
         return
     on_device = kernels(k_cache.device)
@@ -172,8 +189,9 @@ def rotate_from(
         places = parts.places
         if places is not None:
             cuda.rotate_from(
-                on_device, places, layer, k_cache, v_cache, dst, (cos, sin), rotary_dim, neox, bias
-            )
+                on_device, places, layer, k_cache, v_cache, dst, (cos, sin), rotary_dim, neox, bias,
+                runs,
+            )  # fmt: skip
             return
     module = cpu_module(k_cache.device)
     if module is None:
@@ -181,12 +199,14 @@ def rotate_from(
         _require_disjoint(k_cache.shape[0], dst, None)
         _require_groups(bias)
         k_src, v_src = parts.layer(layer)
-        reference.rotate_from(k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias)
+        reference.rotate_from(
+            k_src, v_src, k_cache, v_cache, dst, cos, sin, rotary_dim, neox, bias, runs
+        )
         return
     kernel = module.rotate_from if bias is None else module.rotate_from_and_add
     launch(
         functools.partial(kernel, *parts.arrays, layer),
-        (k_cache, v_cache, dst, cos, sin, *(bias or ())),
+        (k_cache, v_cache, dst, cos, sin, *(bias or ()), runs),
         (rotary_dim, int(neox), torch.get_num_threads()),
     )
 
@@ -230,6 +250,18 @@ def checked_bias(
     )
     cos, sin = checked_rotation(k_cache, tokens, bias.cos, bias.sin, rotary_dim)
     return Bias(bias.k.contiguous(), bias.v.contiguous(), group.contiguous(), cos, sin)
+
+
+def checked_runs(runs: torch.Tensor | None, dst: torch.Tensor) -> torch.Tensor | None:
+    """``runs`` checked against the tokens that are copied, contiguous."""
+    if runs is None:
+        return None
+    require(
+        runs.dtype == torch.uint8 and runs.shape == dst.shape and runs.device == dst.device,
+        f"runs is {runs.dtype} {list(runs.shape)} on {runs.device}; expected uint8 "
+        f"{list(dst.shape)} on {dst.device}",
+    )
+    return runs.contiguous()
 
 
 def _require_groups(bias: Bias | None) -> None:

@@ -55,9 +55,15 @@ class KvCopy:
             self.src_slots[index], self.dst_slots[index], self.src_pos[index], self.dst_pos[index]
         )
 
-    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+    def run(
+        self,
+        pool: PoolView,
+        layer: int,
+        shift: Shift | None = None,
+        runs: torch.Tensor | None = None,
+    ) -> None:
         """Copy V, and K rotated by the position difference, within ``layer``'s pool; ``shift`` is
-        added."""
+        added, and what ``runs`` is left out."""
         rope = pool.rope(layer)
         k, v = pool.moved(layer)
         if rope is None:
@@ -65,12 +71,12 @@ class KvCopy:
             if shift is not None:
                 old_k = ops.biased(old_k, shift.k, shift.document)
                 old_v = ops.biased(old_v, shift.v, shift.document)
-            ops.put(k, self.dst_slots, old_k)
-            ops.put(v, self.dst_slots, old_v)
+            ops.put(k, self.dst_slots, old_k, runs)
+            ops.put(v, self.dst_slots, old_v, runs)
             return
         turn, how = self._turns.move(rope), (rope.rotary_dim, rope.neox)
-        more = () if shift is None else (ops.Bias(*shift, *self._turns.forth(rope)),)
-        ops.rotate_copy(k, v, self.src_slots, self.dst_slots, *turn, *how, *more)
+        bias = None if shift is None else ops.Bias(*shift, *self._turns.forth(rope))
+        ops.rotate_copy(k, v, self.src_slots, self.dst_slots, *turn, *how, bias, runs)
 
 
 @dataclass
@@ -78,13 +84,14 @@ class Arriving:
     """Tokens that a pass brings in, in all layers from ``first`` on.
 
     document: int32 [n], by which of the pass's shifts each is corrected, -1: by none; None: none
-    is. over: some of them run in this pass, and what they have computed stays.
+    is. runs: uint8 [n], 1: the token runs in this pass, and what it computes stays; None: none
+    does.
     """
 
     tokens: Incoming
     first: int
     document: torch.Tensor | None = None
-    over: bool = False
+    runs: torch.Tensor | None = None
 
     @classmethod
     def together(cls, parts: list[Arriving]) -> list[Arriving]:
@@ -94,15 +101,18 @@ class Arriving:
         out = []
         for part in parts:
             if isinstance(part.tokens, KvCopy):
-                kind = (part.first, part.document is not None, part.over)
+                kind = (part.first, part.document is not None, part.runs is not None)
                 groups.setdefault(kind, []).append(part)
             else:
                 out.append(part)
-        for (first, _, over), alike in groups.items():
+        for (first, *_), alike in groups.items():
             copy = KvCopy.cat([p.tokens for p in alike if isinstance(p.tokens, KvCopy)])
             documents = [p.document for p in alike if p.document is not None]
+            runs = [p.runs for p in alike if p.runs is not None]
             if copy is not None:
-                out.append(cls(copy, first, torch.cat(documents) if documents else None, over))
+                out.append(
+                    cls(copy, first, *(torch.cat(x) if x else None for x in (documents, runs)))
+                )
         return sorted(out, key=lambda part: part.first)
 
 
@@ -132,22 +142,16 @@ class BatchAttention:
         if pool.k(0).is_cuda and segments and attention_cuda.serves(pool.k(0), pool.v(0)):
             self._device_rows = attention_cuda.FlashInferRows(segments)
 
-    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
-        copies = [c for c in self.copies if layer >= c.first]
-        computed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        if written is not None and any(c.over for c in copies):
-            pool = (self.pool.k(layer), self.pool.v(layer))
-            computed = [(part, written, part[written]) for part in pool]
+    def bring_in(self, layer: int) -> None:
         shifts = None
         if self.correction is not None and layer >= FIRST_LAYER:
             shifts = self.correction.shifts(self.pool, layer)
-        for c in copies:
-            if shifts is None or c.document is None:
-                c.tokens.run(self.pool, layer)
-            else:
-                c.tokens.run(self.pool, layer, Shift(*shifts, c.document))
-        for part in computed:
-            ops.put(*part)
+        for c in self.copies:
+            if layer >= c.first:
+                shift = None
+                if shifts is not None and c.document is not None:
+                    shift = Shift(*shifts, c.document)
+                c.tokens.run(self.pool, layer, shift, c.runs)
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
@@ -239,7 +243,7 @@ class QuestionAttention:
         self.late = late
         self.late_heads = 0
 
-    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
+    def bring_in(self, layer: int) -> None:
         for copy in self.copies:
             copy.run(self.pool, layer)
 

@@ -132,8 +132,14 @@ class HostTokens(Protocol):
 
     src_pos: torch.Tensor
 
-    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
-        """Bring ``layer``'s K (rotated) and V into the request's slots."""
+    def run(
+        self,
+        pool: PoolView,
+        layer: int,
+        shift: Shift | None = None,
+        runs: torch.Tensor | None = None,
+    ) -> None:
+        """Bring ``layer``'s K (rotated) and V into the request's slots (``rows.Incoming``)."""
 
     def take(
         self, pool: PoolView, layer: int, index: torch.Tensor

@@ -56,9 +56,15 @@ class Shift(NamedTuple):
 class Incoming(Protocol):
     """Tokens on their way into a request's slots: a ``KvCopy``, or loaded chunks."""
 
-    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+    def run(
+        self,
+        pool: PoolView,
+        layer: int,
+        shift: Shift | None = None,
+        runs: torch.Tensor | None = None,
+    ) -> None:
         """Write ``layer``'s KV, rotated to the new positions where it is rotated, and shifted, into
-        the pool."""
+        the pool; not that of tokens that run themselves (``runs`` uint8 [n], 1)."""
 
 
 class PoolView(Protocol):
@@ -85,12 +91,9 @@ class RowAttention(Protocol):
 
     scratch: bool
 
-    def bring_in(self, layer: int, written: torch.Tensor | None = None) -> None:
-        """Write the reused tokens' KV of ``layer`` into the pool.
-
-        written: int64 [R], slots whose KV the rows have computed and written already; it stays.
-        None: the rows are scratch rows, which write nothing.
-        """
+    def bring_in(self, layer: int) -> None:
+        """Write the reused tokens' KV of ``layer`` into the pool; what the rows have computed, and
+        may have written already, stays."""
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None

@@ -100,42 +100,31 @@ class BlendPass(PiecePass):
         return KvCopy(b.src_slots, self.piece.kv_slots[dst_pos], b.src_pos, dst_pos)
 
     def copy_rest(self, first_document: int = 0) -> list[Arriving]:
-        """The reused tokens that do not run; none while all of them do.
-
-        With sources of both kinds all are copied: which of either kind run is known on the device
-        alone, and what those that do have computed is kept.
-        """
-        b, first = self.blend, self.copy_from
+        """The reused tokens that do not run; those that do are told apart by flags. None while all
+        of them run: which do is known on the device alone, how many on the host."""
+        b, host, document = self.blend, self.blend.host, None
+        n = b.tokens.count
+        running = n if self.alive is None else self.alive.numel()
+        if running == n and not b.given:
+            return []
+        runs = torch.zeros(n, dtype=torch.uint8, device=self.device)
         if self.alive is None:
-            host = b.host
-            return [] if host is None or not b.given else [Arriving(host.kv, first)]
-        document = None
+            runs.fill_(1)
+        else:
+            runs.index_fill_(0, self.alive, 1)
         if b.document is not None and self.corrects:
             document = (b.document + first_document).to(torch.int32)
-        if b.host is not None:
-            return self._copy_over(b.host, document)
-        n = b.tokens.count
-        runs = torch.zeros(n, dtype=torch.bool, device=self.device)
-        runs.index_fill_(0, self.alive, True)
-        rest = torch.sort(runs.int(), stable=True).indices[: n - self.alive.numel()]
-        if not rest.numel():
-            return []
-        copy = self._pool_copy(b.reused).take(rest)
-        return [Arriving(copy, first, None if document is None else document[rest])]
-
-    def _copy_over(self, host: HostSources, document: torch.Tensor | None) -> list[Arriving]:
-        """All reused tokens; ``document``: of those that are not given."""
-        first = self.copy_from
-        copies = [Arriving(c, first, over=True) for c in self.copy_all()]
-        if document is not None:
-            for c in copies:
-                if isinstance(c.tokens, KvCopy):
-                    c.document = document[host.pool_index]
-                else:
-                    of_host = torch.full_like(host.kv.src_pos, -1, dtype=torch.int32)
-                    of_host[host.host_tokens] = document[host.host_index]
-                    c.document = of_host
-        return copies
+        if host is None:
+            return [Arriving(self._pool_copy(b.reused), self.copy_from, document, runs)]
+        out = []
+        for copy in self.copy_all():
+            if isinstance(copy, KvCopy):
+                part = None if document is None else document[host.pool_index]
+                out.append(Arriving(copy, self.copy_from, part, runs[host.pool_index]))
+            else:
+                part = None if document is None else _of_host(host, document, -1)
+                out.append(Arriving(copy, self.copy_from, part, _of_host(host, runs, 0)))
+        return out
 
     def recomputed(self) -> Recomputed:
         """The reused tokens that run, for the correction of the others."""
@@ -171,6 +160,14 @@ class BlendPass(PiecePass):
         ops.put(out, host.pool_index, cache[b.src_slots])
         ops.put(out, host.host_index, host.kv.values(pool, layer)[host.host_tokens])
         return out
+
+
+def _of_host(host: HostSources, of_reused: torch.Tensor, given: int) -> torch.Tensor:
+    """[m], for the host's tokens, of values [n] for the reused ones; those that are given exact get
+    ``given``."""
+    out = torch.full_like(host.kv.src_pos, given, dtype=of_reused.dtype)
+    out[host.host_tokens] = of_reused[host.host_index]
+    return out
 
 
 @dataclass

@@ -40,9 +40,15 @@ class HostKV:
         self._turns = ops.Turns(src_pos, dst_pos)
         self._stream = stream
 
-    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+    def run(
+        self,
+        pool: PoolView,
+        layer: int,
+        shift: Shift | None = None,
+        runs: torch.Tensor | None = None,
+    ) -> None:
         """Write V, and K rotated by the position difference, into ``layer``'s pool; ``shift`` is
-        added.
+        added, and what ``runs`` is left out.
 
         Raises :class:`~sgl_blend.tiering.chunks.LoadFailed` when the layer does not arrive.
         """
@@ -58,11 +64,11 @@ class HostKV:
                     for x, bias in zip(values, biases, strict=True)
                 )
             for cache, x in zip((k, v), values, strict=True):
-                ops.put(cache, self.dst_slots, x)
+                ops.put(cache, self.dst_slots, x, runs)
             return
         turn, how = self._turns.move(rope), (rope.rotary_dim, rope.neox)
-        more = () if shift is None else (ops.Bias(*shift, *self._turns.forth(rope)),)
-        ops.rotate_from(parts, at, k, v, self.dst_slots, *turn, *how, *more)
+        bias = None if shift is None else ops.Bias(*shift, *self._turns.forth(rope))
+        ops.rotate_from(parts, at, k, v, self.dst_slots, *turn, *how, bias, runs)
 
     def take(
         self, pool: PoolView, layer: int, index: torch.Tensor

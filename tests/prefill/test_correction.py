@@ -90,7 +90,7 @@ def _expected(t: Tokens, k, v, rope, strength: float) -> tuple[torch.Tensor, tor
 
 
 def _bring_in(pool, arriving, pieces, layer=1) -> None:
-    BatchAttention(pool, [], arriving, None, Correction(pieces)).bring_in(layer, torch.arange(0))
+    BatchAttention(pool, [], arriving, None, Correction(pieces)).bring_in(layer)
 
 
 @settings(deadline=None, max_examples=40)
@@ -172,10 +172,11 @@ def test_copies_that_are_not_alike_stay_apart():
     plain, corrected = t.arriving(), t.arriving()
     plain.document = None
     late, over = t.arriving(first=2), t.arriving()
-    over.over = True
-    kinds = [(p.first, p.document is not None, p.over) for p in (late, plain, corrected, over)]
-    got = Arriving.together([late, plain, corrected, over])
-    assert sorted(kinds) == sorted((p.first, p.document is not None, p.over) for p in got)
+    over.runs = torch.ones(len(t.rest), dtype=torch.uint8)
+    kind = lambda p: (p.first, p.document is not None, p.runs is not None)  # noqa: E731
+    parts = [late, plain, corrected, over]
+    got = Arriving.together(parts)
+    assert sorted(map(kind, parts)) == sorted(map(kind, got))
     assert [p.first for p in got] == [0, 0, 0, 2]
 
 

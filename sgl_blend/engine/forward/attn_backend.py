@@ -111,7 +111,7 @@ class BlendAttnBackend:
                 if scales.write:  # it divides in place
                     k, v = k.clone(), v.clone()
                 pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales.write)
-            core.bring_in(layer.layer_id, written=slots)
+            core.bring_in(layer.layer_id)
         last = layer.layer_id == self._stop
         if last and not core.scratch:
             raise StopPass

@@ -68,14 +68,20 @@ class Loaded:
             ops.Parts([pool.k(i)[slots][None]], [pool.v(i)[slots][None]]) for i in range(layers)
         ]
 
-    def run(self, pool: PoolView, layer: int, shift: Shift | None = None) -> None:
+    def run(
+        self,
+        pool: PoolView,
+        layer: int,
+        shift: Shift | None = None,
+        runs: torch.Tensor | None = None,
+    ) -> None:
         rope = pool.rope(layer)
         turn = rope.delta(self.src_pos, self.dst_pos)
         forth = rope.delta(torch.zeros_like(self.dst_pos), self.dst_pos)
         bias = None if shift is None else ops.Bias(*shift, *forth)
         ops.rotate_from(
             self.parts[layer], 0, pool.k(layer), pool.v(layer), self.dst_slots, turn.cos, turn.sin,
-            rope.rotary_dim, rope.neox, bias,
+            rope.rotary_dim, rope.neox, bias, runs,
         )  # fmt: skip
 
     def take(
@@ -155,7 +161,12 @@ def fused_bites(world: World) -> dict[str, Any]:
     """Negative control: copies that are brought in over what the rows have written are noticed, by
     their KV and by what ``hkvd`` chooses."""
     bring_in = BatchAttention.bring_in
-    over = lambda self, layer, written=None: bring_in(self, layer)  # noqa: E731
+
+    def over(self, layer):
+        for copy in self.copies:
+            copy.runs = None
+        bring_in(self, layer)
+
     with fused_write(world), half_from_the_host(world):
         for policy in ("leading", "query", "hkvd"):
             run = lambda p=policy: _against_reference(world, _ask(world, 0, p))  # noqa: E731
