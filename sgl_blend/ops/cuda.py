@@ -198,12 +198,13 @@ def attention_mass(
     logit_cap: float,
     kv_pos0: int,
     key_pos: torch.Tensor | None,
+    norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``mass.attention_mass``."""
+    """``mass.attention_mass``. norms: fp32 [S, Hk], of the keys' values."""
     by_head = torch.empty((k_cache.shape[1], slots.shape[0]), dtype=torch.float32, device=q.device)
     launch(
         module.attention_mass,
         (q, k_cache, slots, q_pos, key_pos, lse * LOG2_E, weights, by_head),
         (kv_pos0, window, scale, logit_cap),
     )
-    return by_head.sum(dim=0)
+    return by_head.sum(dim=0) if norms is None else (by_head * norms.T).sum(dim=0)

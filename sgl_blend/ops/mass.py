@@ -22,14 +22,16 @@ def attention_mass(
     logit_cap: float = 0.0,
     kv_pos0: int = 0,
     key_pos: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 [S]: softmax probability of each pool key, summed over heads and, by ``row_weights``
     (fp32 [R]), over rows; ``row_attention_with_mass``'s, in a pass of its own over K.
 
     q [R, Hq, D], k_cache [num_slots, Hk, D], kv_slots and q_pos as in ``row_attention``. lse: fp32
     [R, Hq], natural logarithm of the sum of exp(score) over all that a row sees, keys outside the
-    pool and sinks included. key_pos: int64 [S], the keys' positions; None: ``kv_pos0 + j``. Plain
-    torch on the CPU.
+    pool and sinks included. key_pos: int64 [S], the keys' positions; None: ``kv_pos0 + j``. values:
+    the pool's V [num_slots, Hk, Dv], where a probability counts as much as the key's value is long,
+    head by head. Plain torch on the CPU.
 
     Raises:
         KernelError: arguments that do not fit.
@@ -51,17 +53,22 @@ def attention_mass(
     if key_pos is not None:
         key_pos = checks.index("key_pos", key_pos, q.device)
         require(key_pos.shape == slots.shape, f"{key_pos.shape[0]} key_pos, {slots.shape[0]} slots")
+    norms = None
+    if values is not None:
+        checks.pool(k_cache, values, ("k_cache", "values"))
+        norms = values[slots].float().norm(dim=2)
     lse, weights = lse.float().contiguous(), row_weights.float().contiguous()
     on_device = kernels(q.device)
     if on_device is not None and slots.shape[0] and cuda.sums_mass(q, k_cache):
         return cuda.attention_mass(
             on_device, q, k_cache, slots, pos, lse, weights,
             scale=scale, window=window, logit_cap=logit_cap, kv_pos0=kv_pos0, key_pos=key_pos,
+            norms=norms,
         )  # fmt: skip
     checks.in_range("kv_slots", slots, k_cache.shape[0])
     if key_pos is None:
         key_pos = torch.arange(kv_pos0, kv_pos0 + slots.shape[0], device=q.device)
     return reference.attention_mass(
         q, k_cache[slots], key_pos, pos, lse, weights,
-        scale=scale, window=window, logit_cap=logit_cap,
+        scale=scale, window=window, logit_cap=logit_cap, norms=norms,
     )  # fmt: skip

@@ -213,9 +213,10 @@ def attention_mass(
     scale: float,
     window: int,
     logit_cap: float,
+    norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 [S]: exp(score - ``lse`` [R, Hq]) of the keys ``k`` [S, Hk, D], summed over heads and,
-    by ``weights`` [R], over rows."""
+    """fp32 [S]: exp(score - ``lse`` [R, Hq]) of the keys ``k`` [S, Hk, D], summed over heads, by
+    ``norms`` [S, Hk] where they are given, and, by ``weights`` [R], over rows."""
     group = q.shape[1] // k.shape[1]
     mass = torch.zeros(k.shape[0], dtype=torch.float32, device=q.device)
     hidden = ~visible(q_pos, key_pos, window)[:, None]
@@ -225,5 +226,6 @@ def attention_mass(
         if logit_cap > 0:
             scores = logit_cap * torch.tanh(scores / logit_cap)
         probs = torch.exp(scores - lse[:, part, None]).masked_fill_(hidden, 0.0)
-        mass += (probs.sum(dim=1) * weights[:, None]).sum(dim=0)
+        summed = (probs.sum(dim=1) * weights[:, None]).sum(dim=0)
+        mass += summed if norms is None else summed * norms[:, head]
     return mass

@@ -6,7 +6,8 @@
 ``model.py``           what it asks of the model and of other ranks
 ``rows.py``            types that the attention files share
 ``attention.py``       attention of gapped rows by true token position
-``attention_cuda.py``  the same on CUDA, by FlashInfer
+``question.py``        attention of a question's rows, and how much of it goes to each token
+``attention_cuda.py``  both on CUDA, by FlashInfer
 ``scores.py``          a score for each slot of the KV pool (policy ``stored``)
 =====================  ==========================================================
 """

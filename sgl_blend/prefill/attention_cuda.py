@@ -49,10 +49,12 @@ def serves(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
 
 
 class FlashInferRows:
-    """Attention for one set of rows; ``plan`` work is shared by all layers of one kind."""
+    """Attention for one set of rows; ``plan`` work is shared by all layers of one kind. masked:
+    rows see by position, and without it all keys of their segment."""
 
-    def __init__(self, segments: list[RowSegment]) -> None:
+    def __init__(self, segments: list[RowSegment], masked: bool = True) -> None:
         self.segments = segments
+        self.masked = masked
         self.device = segments[0].kv_slots.device
         self.rows = [s.last - s.first for s in segments]
         self.keys = [s.kv_slots.numel() for s in segments]
@@ -79,11 +81,7 @@ class FlashInferRows:
         self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
         """q [R, Hq, D], caches [slots, Hk, D] -> [R, Hq, Dv]."""
-        key = (spec.window, spec.logit_cap, spec.scale, q.shape[1:], k_cache.shape[1:], q.dtype)
-        wrapper = self._planned.get(key)
-        if wrapper is None:
-            wrapper = self._planned[key] = self._plan(spec, q, k_cache, v_cache)
-        cache = (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
+        wrapper, cache = self._ready(spec, q, k_cache, v_cache)
         scales = {"k_scale": spec.k_scale, "v_scale": spec.v_scale}
         if spec.sinks is None:
             out: torch.Tensor = wrapper.run(q.contiguous(), cache, **scales)
@@ -91,6 +89,27 @@ class FlashInferRows:
         # Its kernels with a sink of their own serve no custom mask. ``lse``: fp32 [R, Hq].
         out, lse = wrapper.run(q.contiguous(), cache, return_lse=True, lse_base="ln", **scales)
         return (out * torch.sigmoid(lse - spec.sinks.float())[..., None]).to(out.dtype)
+
+    def run_with_lse(
+        self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``run``, without sinks and with V as the pool holds it; and the natural logarithm of
+        the sum of exp(score), fp32 [R, Hq]."""
+        wrapper, cache = self._ready(spec, q, k_cache, v_cache)
+        out, lse = wrapper.run(
+            q.contiguous(), cache, return_lse=True, lse_base="ln", k_scale=spec.k_scale
+        )
+        return out, lse
+
+    def _ready(
+        self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> tuple[BatchPrefillWithPagedKVCacheWrapper, tuple[torch.Tensor, torch.Tensor]]:
+        """The wrapper that was planned for the layer, and the caches as it takes them."""
+        key = (spec.window, spec.logit_cap, spec.scale, q.shape[1:], k_cache.shape[1:], q.dtype)
+        wrapper = self._planned.get(key)
+        if wrapper is None:
+            wrapper = self._planned[key] = self._plan(spec, q, k_cache, v_cache)
+        return wrapper, (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
 
     def _plan(
         self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -119,6 +138,8 @@ class FlashInferRows:
             seq_lens=self._host(self.keys),
         )
         _keep_while_copying(wrapper)
+        if not self.masked:
+            return wrapper
         if (wrapper._custom_mask_buf, wrapper._mask_indptr_buf) != (None, None):
             raise KernelError("FlashInfer has planned a mask that it was not given")
         sizes = [-(-rows * keys // 8) for rows, keys in zip(self.rows, self.keys, strict=True)]

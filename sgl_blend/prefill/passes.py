@@ -31,10 +31,11 @@ from sgl_blend import ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
 from sgl_blend.plan import ranges
-from sgl_blend.prefill.attention import Arriving, BatchAttention, QuestionAttention, Scratch
+from sgl_blend.prefill.attention import Arriving, BatchAttention
 from sgl_blend.prefill.correction import FIRST_LAYER, Correction, Recomputed
 from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
+from sgl_blend.prefill.question import QuestionAttention, Scratch
 from sgl_blend.prefill.risk import estimate
 from sgl_blend.prefill.rows import PoolView, RowSegment
 from sgl_blend.prefill.running import BlendPass, PiecePass

@@ -92,13 +92,17 @@ def test_attention_mass(launches):
     k, v, src, _, _, _ = world()
     q, weights = k[:12].reshape(6, 4, 64), torch.rand(6)
     pos = torch.arange(20, 26)
-    want = ops.row_attention_with_mass(q, k, v, src, pos, scale=0.1, row_weights=weights).mass
+    how = {"scale": 0.1, "row_weights": weights}
+    want = ops.row_attention_with_mass(q, k, v, src, pos, **how).mass
+    by_value = ops.row_attention_with_mass(q, k, v, src, pos, by_value=True, **how).mass
     scores = torch.einsum("rhd,nhd->rhn", q.float(), k[src].float().repeat_interleave(2, 1)) * 0.1
     hidden = ~reference.visible(pos, torch.arange(25), -1)
     lse = scores.masked_fill(hidden[:, None], -torch.inf).logsumexp(-1)
     got = ops.attention_mass(q, k, src, pos, lse, weights, scale=0.1)
-    assert launches() == 1
+    valued = ops.attention_mass(q, k, src, pos, lse, weights, scale=0.1, values=v)
+    assert launches() == 2
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(valued, by_value, rtol=1e-3, atol=1e-6)
 
 
 def test_what_no_kernel_serves_goes_to_torch(launches, monkeypatch):

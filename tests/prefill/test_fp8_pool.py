@@ -8,7 +8,8 @@ from kernels import FP8, make_rope, same
 
 from sgl_blend import ops
 from sgl_blend.gate.yardstick import plain_attention
-from sgl_blend.prefill.attention import BatchAttention, KvCopy, QuestionAttention, Scratch
+from sgl_blend.prefill.attention import BatchAttention, KvCopy
+from sgl_blend.prefill.question import QuestionAttention, Scratch
 from sgl_blend.prefill.rows import AttentionSpec, RowSegment
 from sgl_blend.prefill.scores import ScoreTable
 

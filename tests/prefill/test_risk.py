@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sgl_blend.prefill.attention import QuestionAttention, Scratch
+from sgl_blend.prefill.question import QuestionAttention, Scratch
 from sgl_blend.prefill.risk import risk_of
 from sgl_blend.prefill.rows import AttentionSpec
 

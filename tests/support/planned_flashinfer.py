@@ -64,22 +64,26 @@ class Planned(REAL):
             for x in (
                 self._qo_indptr_buf,
                 self._paged_kv_indptr_buf,
-                self._mask_indptr_buf,
                 self._paged_kv_last_page_len_buf,
             )
         ]
-        assert all(x.is_cuda for x in (self._qo_indptr_buf, self._mask_indptr_buf))
-        assert set(at[3]) == {1}
-        pages, mask = on_host(self._paged_kv_indices_buf).long(), on_host(self._custom_mask_buf)
+        assert self._qo_indptr_buf.is_cuda and set(at[2]) == {1}
+        masked = self._custom_mask_buf is not None
+        if masked:
+            assert self._custom_mask_buf.is_cuda and self._mask_indptr_buf.is_cuda
+            mask, begins = on_host(self._custom_mask_buf), on_host(self._mask_indptr_buf).tolist()
+        pages = on_host(self._paged_kv_indices_buf).long()
         k_cache, v_cache = map(on_host, paged_kv_cache)
         group, out, sums = self._num_qo_heads // self._num_kv_heads, [], []
         for i in range(len(at[0]) - 1):
             rows = on_host(q)[at[0][i] : at[0][i + 1]].float()
             mine = pages[at[1][i] : at[1][i + 1]]
             k, v = (c[mine, 0].float().repeat_interleave(group, 1) for c in (k_cache, v_cache))
-            cells = torch.arange(len(rows) * len(mine))
-            seen = mask[at[2][i] + cells // 8] >> (cells % 8).to(torch.uint8) & 1
-            seen = seen.bool().view(len(rows), len(mine))
+            seen = torch.ones(len(rows), len(mine), dtype=torch.bool)
+            if masked:
+                cells = torch.arange(len(rows) * len(mine))
+                seen = mask[begins[i] + cells // 8] >> (cells % 8).to(torch.uint8) & 1
+                seen = seen.bool().view(len(rows), len(mine))
             scores = torch.einsum("qhd,khd->hqk", rows, k) * self._sm_scale * k_scale
             if self._logits_soft_cap:
                 scores = self._logits_soft_cap * torch.tanh(scores / self._logits_soft_cap)

@@ -4,6 +4,7 @@ the CUDA runtime are pretended: they note what they are asked for)."""
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from types import SimpleNamespace
 
@@ -147,12 +148,22 @@ def slot_of(fresh: FreshChunk):
 # -- what is loaded ------------------------------------------------------------------------------
 
 
+class Chunk:
+    """A chunk that has been loaded whole."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = k, v
+
+    def range_of(self, layer: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        return 0, self.k, self.v
+
+
 def test_what_is_loaded_comes_on_one_stream_which_the_model_waits_for(watch):
     side = SideStreams()
     pool = Pool(100)
     pool.ks, pool.vs = ([on_device(x.clone()) for x in part] for part in (pool.ks, pool.vs))
     k, v = (locked(torch.randn(LAYOUT.n_layers, 7, 2, LAYOUT.head_dim)) for _ in "kv")
-    chunk = SimpleNamespace(range_of=lambda layer: (0, k, v))
+    chunk = Chunk(k, v)
     load = SimpleNamespace(wait=lambda layer, chunks: None)
     at = [on_device(torch.arange(first, first + 7)) for first in (3, 20, 40)]
     for _ in range(2):
@@ -235,8 +246,6 @@ def test_memory_that_grows_is_page_locked_when_all_of_it_is_there(runtime):
             one.connect()
             assert not one.mapping.page_lock()
         # Whatever the store does later: its file is as long as it will ever be.
-        import os
-
         os.ftruncate(client.mapping._fd, MEMORY)
         assert client.mapping.page_lock() and more.mapping.page_lock()
         assert [step[0] for step in runtime.log] == ["register"]

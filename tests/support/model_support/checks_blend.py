@@ -13,7 +13,8 @@ from model_support.compare import apart, kv_apart, require_layer0
 from model_support.world import LIBRARY, Chosen, World, budget, check, must_fail, watch
 from sgl_blend import ops
 from sgl_blend.ops import Rope
-from sgl_blend.prefill.attention import BatchAttention, QuestionAttention
+from sgl_blend.prefill.attention import BatchAttention
+from sgl_blend.prefill.question import QuestionAttention
 from sgl_blend.prefill.rows import RowSegment
 
 #: fp32, relative: the reference sums in another order, through another attention

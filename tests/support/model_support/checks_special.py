@@ -18,7 +18,8 @@ from model_support.compare import LOGITS_FP32, apart
 from model_support.engine import Engine
 from model_support.world import World, check, model_for, must_fail, watch
 from sgl_blend.ops import Rope, reference
-from sgl_blend.prefill.attention import BatchAttention, QuestionAttention
+from sgl_blend.prefill.attention import BatchAttention
+from sgl_blend.prefill.question import QuestionAttention
 
 #: bf16: relative error of re-rotated K at layer 0 (issue; LMCache's undo and redo costs 0.39 %)
 K_BF16 = 0.0025

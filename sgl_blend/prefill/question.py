@@ -1,0 +1,294 @@
+"""Attention of a question's rows, before the rows of the batch run.
+
+They are scratch rows, whose KV never enters the pool. They see the cached keys, re-rotated, and
+themselves; how much they attend to each reused token is summed. On CUDA FlashInfer attends to the
+cached keys, what the rows see of themselves is joined to it by the log-sum-exp of both, and one
+more pass over the keys makes the sum (``ops.attention_mass``). Tensors only; no SGLang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sgl_blend import ops
+from sgl_blend.errors import KernelError
+from sgl_blend.ops.reference import softmax
+from sgl_blend.prefill import attention_cuda
+from sgl_blend.prefill.rows import AttentionSpec, Incoming, PoolView, RowSegment
+
+
+@dataclass
+class Scratch:
+    """One request's scratch rows: rows [first, last) of the scratch pass.
+
+    The first ``lead`` of them are what is computed before the first reused token (they see the
+    prefix and each other), the rest is the question (it sees all). positions: int64 [R], of all
+    rows; the leading ones begin where the prefix ends. key_slots / key_pos (int64 [S]): the cached
+    keys, first the prefix's, then the reused tokens'. weights: fp32, of each question row in the
+    mass. reused: slice of the keys that are reused tokens. mass: fp32, one per reused token, filled
+    by the pass. by_value: attention counts in it as much as the norm of the V that it takes
+    (InfoFlow KV, arXiv:2603.05353). late: as ``mass``, of layers from ``QuestionAttention.late``
+    on, and never by value. keys_at, first_pos: ``key_pos`` and the first of ``positions`` as the
+    host knows them (None: those lie in its memory).
+    """
+
+    first: int
+    last: int
+    lead: int
+    positions: torch.Tensor
+    key_slots: torch.Tensor
+    key_pos: torch.Tensor
+    weights: torch.Tensor
+    reused: slice
+    mass: torch.Tensor
+    by_value: bool = False
+    late: torch.Tensor | None = None
+    keys_at: Callable[[], np.ndarray] | None = None
+    first_pos: int = -1
+    _near: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def near(self, window: int) -> torch.Tensor:
+        """int64, ascending: the keys that some row sees through a sliding window."""
+        index = self._near.get(window)
+        if index is None:
+            first = self.first_pos if self.keys_at else int(self.positions[0])
+            at = self.keys_at() if self.keys_at else self.key_pos.numpy()
+            device = self.key_slots.device
+            index = self._near[window] = ops.upload(np.flatnonzero(at >= first - window), device)
+        return index
+
+
+class QuestionAttention:
+    """Scratch rows over cached keys and over themselves; sums attention mass per reused token.
+
+    late: the layer from which on ``late_heads`` are counted, one for each head and layer: all
+    attention of a question there adds up to so much.
+    """
+
+    scratch = True
+
+    def __init__(
+        self,
+        pool: PoolView,
+        rows: list[Scratch],
+        copies: list[Incoming],
+        late: int = 0,
+    ) -> None:
+        self.pool = pool
+        self.rows = rows
+        self.copies = copies
+        self.late = late
+        self.late_heads = 0
+        self._device_rows: attention_cuda.FlashInferRows | None = None
+        if rows and pool.k(0).is_cuda and attention_cuda.serves(pool.k(0), pool.v(0)):
+            self._device_rows = attention_cuda.FlashInferRows(_questions(rows), masked=False)
+
+    def bring_in(self, layer: int) -> None:
+        for copy in self.copies:
+            copy.run(self.pool, layer)
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q [R, Hq, D], k [R, Hk, D], v [R, Hk, Dv] -> [R, Hq, Dv]."""
+        if k is None or v is None:
+            raise KernelError(
+                f"layer {spec.layer} gives scratch rows no keys and values of their own"
+            )
+        k = _as_cached(k, self.pool.k(spec.layer), spec.k_scale)
+        v = _as_cached(v, self.pool.v(spec.layer), spec.v_scale)
+        if spec.layer >= self.late:
+            self.late_heads += q.shape[1]
+        over_cache: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+        if self._device_rows is not None and spec.window < 0 and q.dtype != torch.float32:
+            over_cache = self._over_cache(self._device_rows, spec, q)
+        parts = []
+        for s in self.rows:
+            mine = slice(s.first, s.last)
+            if spec.window >= 0:
+                parts.append(self._windowed(spec, s, q[mine], k[mine], v[mine]))
+                continue
+            if s.lead:
+                parts.append(self._leading(spec, s, q[mine], k[mine], v[mine]))
+            if over_cache is not None:
+                given = (q[mine], k[mine], v[mine], *next(over_cache))
+                parts.append(self._joined(spec, s, *given))
+            else:
+                parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
+        return spec.value(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _leading(
+        self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Exact rows: everything before them is in the prefix or among themselves."""
+        return ops.row_attention(
+            q[: s.lead],
+            self.pool.k(spec.layer),
+            self.pool.v(spec.layer),
+            s.key_slots[: s.reused.start],
+            s.positions[: s.lead],
+            scale=spec.pool_scale,
+            window=spec.window,
+            logit_cap=spec.logit_cap,
+            sinks=spec.sinks,
+            k_extra=k[: s.lead],
+            v_extra=v[: s.lead],
+            extra_pos=s.positions[: s.lead],
+        )
+
+    def _question(
+        self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        # All keys and leading rows precede the question: number them in this order.
+        turn = torch.arange(s.key_slots.numel(), s.key_slots.numel() + len(k), device=q.device)
+        out = ops.row_attention_with_mass(
+            q[s.lead :],
+            self.pool.k(spec.layer),
+            self.pool.v(spec.layer),
+            s.key_slots,
+            turn[s.lead :],
+            scale=spec.pool_scale,
+            logit_cap=spec.logit_cap,
+            sinks=spec.sinks,
+            k_extra=k,
+            v_extra=v,
+            extra_pos=turn,
+            row_weights=s.weights,
+            by_value=s.by_value,
+        )
+        self._add_mass(spec, s, out.mass[s.reused])
+        return out.out
+
+    def _over_cache(
+        self, rows: attention_cuda.FlashInferRows, spec: AttentionSpec, q: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each question's attention over the cached keys alone: [m, Hq, Dv], in the pool's unit of
+        V, and the log-sum-exp, fp32 [m, Hq]."""
+        k, v = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        asking = torch.cat([q[s.first + s.lead : s.last] for s in self.rows])
+        out, lse = rows.run_with_lse(spec, asking, k, v)
+        sizes = [s.last - s.first - s.lead for s in self.rows]
+        return zip(out.split(sizes), lse.split(sizes), strict=True)
+
+    def _joined(
+        self,
+        spec: AttentionSpec,
+        s: Scratch,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cached: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> torch.Tensor:
+        """``_question``, where attention over the cached keys is known: ``cached``, ``lse``."""
+        q = q[s.lead :]
+        own, of_own = _among_themselves(spec, q, k, v, s.lead)
+        both = torch.logaddexp(lse, of_own)
+        if spec.sinks is not None:
+            both = torch.logaddexp(both, spec.sinks.float())
+        out = (
+            cached.float() * (lse - both).exp()[..., None] + own * (of_own - both).exp()[..., None]
+        )
+        keys = s.key_slots[s.reused]
+        mass = ops.attention_mass(
+            q,
+            self.pool.k(spec.layer),
+            keys,
+            torch.full((len(q),), len(keys), device=q.device),  # behind all of them
+            both,
+            s.weights,
+            scale=spec.pool_scale,
+            logit_cap=spec.logit_cap,
+            values=self.pool.v(spec.layer) if s.by_value else None,
+        )
+        self._add_mass(spec, s, mass)
+        return out.to(q.dtype)
+
+    def _add_mass(self, spec: AttentionSpec, s: Scratch, mass: torch.Tensor) -> None:
+        """mass: fp32, of each reused token in this layer; by value in the pool's unit of V."""
+        s.mass += mass * spec.v_scale if s.by_value else mass
+        if spec.layer >= self.late:
+            if s.by_value:
+                # Of each head's norm the kernel has made use already: their mean undoes it nearly.
+                values = self.pool.v(spec.layer)[s.key_slots[s.reused]].float()
+                mass = mass / values.norm(dim=2).mean(dim=1).clamp(min=1e-9)
+            self._add_late(s, mass)
+
+    def _add_late(self, s: Scratch, mass: torch.Tensor) -> None:
+        s.late = mass.clone() if s.late is None else s.late + mass
+
+    def _windowed(
+        self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """All scratch rows in a sliding-window layer.
+
+        In plain torch. Between keys with holes, each row's window begins at another index, which
+        the kernel does not serve; a few rows and one window make little work.
+        """
+        k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        near = s.near(spec.window)  # what no row sees is not even read
+        slots = s.key_slots[near]
+        pos = torch.cat([s.key_pos[near], s.positions])
+        hidden = (pos > s.positions[:, None]) | (pos < s.positions[:, None] - spec.window)
+        rows, heads, _ = q.shape
+        group = heads // k.shape[1]
+        hidden = hidden.repeat_interleave(group, dim=0)
+        weights = torch.cat([s.weights.new_zeros(s.lead), s.weights]).repeat_interleave(group)
+        out = q.new_empty(rows, heads, v.shape[2])
+        mass, plain = s.mass.new_zeros(2, s.key_slots.numel())
+        for head in range(k.shape[1]):
+            part = slice(head * group, (head + 1) * group)
+            keys = torch.cat([k_cache[slots, head], k[:, head]]).float()
+            values = torch.cat([v_cache[slots, head], v[:, head]]).float()
+            scores = q[:, part].float().flatten(0, 1) @ keys.T * spec.pool_scale
+            if spec.logit_cap > 0:
+                scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
+            sinks = None if spec.sinks is None else spec.sinks[part].float().repeat(rows)[:, None]
+            probs = softmax(scores.masked_fill(hidden, float("-inf")), sinks)
+            out[:, part] = (probs @ values).unflatten(0, (rows, group)).to(out.dtype)
+            summed = (probs[:, : slots.numel()] * weights[:, None]).sum(dim=0)
+            plain.index_add_(0, near, summed)
+            if s.by_value:
+                summed = summed * values[: slots.numel()].norm(dim=1) * spec.v_scale
+            mass.index_add_(0, near, summed)
+        s.mass += mass[s.reused]
+        if spec.layer >= self.late:
+            self._add_late(s, plain[s.reused])
+        return out
+
+
+def _questions(rows: list[Scratch]) -> list[RowSegment]:
+    """The questions' rows, one after another, over their cached keys."""
+    out, row = [], 0
+    for s in rows:
+        last = row + s.last - s.first - s.lead
+        out.append(RowSegment(row, last, s.positions[s.lead :], s.key_slots))
+        row = last
+    return out
+
+
+def _among_themselves(
+    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lead: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [m, Hq, Dv] and its log-sum-exp [m, Hq]: of the question's rows ``q`` [m, Hq, D] over
+    the scratch rows' own k [lead + m, Hk, D] and v, each seeing those up to itself."""
+    rows, heads, _ = q.shape
+    asking = q.float().unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("rhgd,khd->rhgk", asking, k.float()) * spec.pool_scale
+    if spec.logit_cap > 0:
+        scores = spec.logit_cap * torch.tanh(scores / spec.logit_cap)
+    at = torch.arange(len(k), device=q.device)
+    scores = scores.masked_fill((at > at[lead:, None])[:, None, None], float("-inf"))
+    out = torch.einsum("rhgk,khd->rhgd", scores.softmax(-1), v.float())
+    return out.flatten(1, 2), scores.logsumexp(-1).view(rows, heads)
+
+
+def _as_cached(x: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
+    """Fresh K or V as ``cache`` would hold it: what an ordinary row's would be read as."""
+    if x.dtype == cache.dtype:
+        return x
+    return ops.cast(x.float() / scale, cache.dtype)

@@ -1,0 +1,85 @@
+"""A question's attention as a GPU computes it, in parts that are joined, against the CPU's in one.
+
+FlashInfer's kernels are plain torch (``planned_flashinfer.py``), ``attention_mass`` runs in the
+emulator. Needs: CPU, FlashInfer.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from on_device import on_device, on_host, watching
+from planned_flashinfer import planning
+
+from sgl_blend import ops
+from sgl_blend.prefill.question import QuestionAttention, Scratch
+from sgl_blend.prefill.rows import AttentionSpec
+
+SLOTS, LEAD, LAYERS = 120, 3, 3
+FP16 = torch.float16
+
+
+def questions(lead: int, by_value: bool, move) -> list[Scratch]:
+    """Two requests' scratch rows: 9 and 5 over 70 and 41 keys, of which 60 and 20 are reused."""
+    gen = torch.Generator().manual_seed(1)
+    out, row = [], 0
+    for rows, keys, reused in ((9, 70, slice(6, 66)), (5, 41, slice(20, 40))):
+        slots = torch.randperm(SLOTS, generator=gen)[:keys]
+        weights = torch.rand(rows - lead, generator=gen)
+        mass = torch.zeros(reused.stop - reused.start)
+        positions = torch.arange(100, 100 + rows)
+        at = torch.arange(keys)
+        tensors = map(move, (positions, slots, at, weights))
+        out.append(Scratch(row, row + rows, lead, *tensors, reused, move(mass), by_value))
+        row += rows
+    return out
+
+
+def asked(pool, spec, rows, move, moved) -> tuple[torch.Tensor, QuestionAttention]:
+    gen = torch.Generator().manual_seed(2)
+    attention = QuestionAttention(pool, rows, [], late=1)
+    outs = []
+    for layer in range(LAYERS):
+        q, k, v = (torch.randn(14, n, 64, generator=gen).to(FP16) for n in (4, 2, 2))
+        outs.append(moved(attention(spec._replace(layer=layer), *map(move, (q, k, v)))))
+    return torch.stack(outs), attention
+
+
+@pytest.mark.parametrize("dtype", [FP16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("lead", [0, LEAD])
+@pytest.mark.parametrize(("cap", "with_sinks"), [(0.0, False), (4.0, False), (0.0, True)])
+def test_joined_parts_are_the_whole(monkeypatch, dtype, by_value, lead, cap, with_sinks):
+    gen = torch.Generator().manual_seed(0)
+    scales = (1.0, 1.0) if dtype is FP16 else (0.05, 2.0)
+    cache = [ops.cast(torch.randn(SLOTS, 2, 64, generator=gen) / s, dtype) for s in scales]
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0]) if with_sinks else None
+
+    def pool_of(k, v):
+        return SimpleNamespace(k=lambda layer: k, v=lambda layer: v)
+
+    here = questions(lead, by_value, lambda x: x)
+    spec = AttentionSpec(0, 0.125, -1, cap, sinks, *scales)
+    want, plain = asked(pool_of(*cache), spec, here, lambda x: x, lambda x: x)
+
+    module = emulated.kernels()
+    serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
+    monkeypatch.setattr("sgl_blend.ops.mass.kernels", serve)
+    before = module.launches()
+    with watching() as watch, planning():
+        there = questions(lead, by_value, on_device)
+        spec = spec._replace(sinks=None if sinks is None else on_device(sinks))
+        pool = pool_of(*map(on_device, cache))
+        got, joined = asked(pool, spec, there, on_device, on_host)
+    assert watch.waits == [], "\n".join(watch.table())
+    assert module.launches() - before == LAYERS * len(there)
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    assert joined.late_heads == plain.late_heads == 8
+    for ours, theirs in zip(there, here, strict=True):
+        assert float(theirs.mass.min()) > 0
+        for name in ("mass", "late"):
+            mine, other = on_host(getattr(ours, name)), getattr(theirs, name)
+            torch.testing.assert_close(mine, other, rtol=2e-3, atol=1e-5)
