@@ -98,6 +98,8 @@ def _packed(model, _start_shared) -> Server:
     args += ["--enable-mixed-chunk", "--disable-overlap-schedule", "--blend-continuation", "extend"]
     args += ["--enable-custom-logit-processor", "--enable-priority-scheduling"]
     args += ["--reasoning-parser", "qwen3", "--tool-call-parser", "qwen25", "--enable-metrics"]
+    # A random-weight model that may write spaces between JSON's marks may write nothing else.
+    args += ["--constrained-json-disable-any-whitespace"]
     return _start_shared(model, [*args, "--max-total-tokens", "16384"])
 
 

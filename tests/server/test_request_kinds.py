@@ -277,6 +277,8 @@ def test_tools_and_reasoning_are_of_the_output(packed):
     text = "\n\n".join([docs[2], docs[0], docs[1], "Which word is next?"])
     function = {
         "name": "look",
+        # Otherwise its arguments may be any JSON, a string without an end among it.
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"at": {"type": "integer", "minimum": 0, "maximum": 9}},
