@@ -88,6 +88,13 @@ class BlendConfig:
         True,
         "query: attention to a token counts as much as the norm of the V that it takes",
     )
+    query_head_share: float = option(
+        0.35,
+        "query: share of the recomputed tokens for which attention to documents' first ones counts "
+        "more, 1 + 30 exp(-offset / 8) times as much; without coverage",
+        least=0.0,
+        most=1.0,
+    )
     correction: float = option(
         0.7,
         "shift the KV of a document's tokens that are not recomputed by this share of the mean "
@@ -96,7 +103,7 @@ class BlendConfig:
         most=1.0,
     )
     head_tokens: int = option(
-        2,
+        0,
         "first tokens of each reused document that are recomputed whatever the policy chooses, as "
         "long as they take no more than half of what is; the correction does not go by them",
         least=0,

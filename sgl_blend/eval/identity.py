@@ -49,6 +49,7 @@ NEUTRAL: Mapping[str, Any] = {
     "query_layers": 0.75,
     "query_smoothing": 2,
     "query_values": False,
+    "query_head_share": 0,
     "stored_depth": 0.75,
     "leading_tokens": 0,
     "min_reused_tokens": 64,

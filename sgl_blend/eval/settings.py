@@ -37,7 +37,7 @@ WITHOUT_TWIN = ("none", "all", "random")
 WITHOUT_RATIO = ("none", "all")
 DEFAULT = "default"
 #: options that a request states as 0 to have a policy as published
-PLAIN = ("correction", "anchor_share", "head_tokens", "query_values")
+PLAIN = ("correction", "anchor_share", "head_tokens", "query_values", "query_head_share")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ strength:
 Exact where all tokens are recomputed (there is no i), and where cached KV is exact (the mean is
 zero). Layer 0's KV does not depend on the context and is left alone. Tensor-parallel ranks correct
 their own heads; a latent cache's two parts take the place of K and V. A document is a reused span;
-where a prompt comes in pieces, what of it lies in one. Its head, where that is recomputed in any
-case (``head_tokens``), is off by other amounts and left out of the mean.
+where a prompt comes in pieces, what of it lies in one. Its head (the first ``HEAD_APART`` tokens,
+and ``head_tokens``) is off by other amounts and left out of the mean.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 """
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.selection.anchors import anchors, head_tokens
+from sgl_blend.selection.anchors import HEAD_APART, anchors, head_tokens, head_weights
 from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
@@ -24,6 +24,7 @@ def keeps_scores(config: BlendConfig) -> bool:
 
 
 __all__ = [
+    "HEAD_APART",
     "POLICIES",
     "Need",
     "Policy",
@@ -31,6 +32,7 @@ __all__ = [
     "anchors",
     "budget_of",
     "head_tokens",
+    "head_weights",
     "highest",
     "keeps_scores",
 ]

@@ -1,4 +1,5 @@
-"""Anchors: recomputed tokens that no policy chooses, evenly spaced, or at documents' heads.
+"""Anchors: recomputed tokens that no policy chooses, evenly spaced, or at documents' heads; and by
+how much more those at heads count where a policy chooses.
 
 What a policy chooses is not typical of its document: the question looks at the tokens that answer
 it, ``hkvd`` takes the ones that are off the most. Where the error of the others is estimated from
@@ -17,6 +18,12 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+#: how much more attention to a document's first token counts, and the tokens over which that falls
+#: to 1 / e: about as KV of documents that were computed alone is off
+HEAD_WEIGHT, HEAD_SCALE = 30.0, 8.0
+#: first tokens of a document whose error says nothing of its other tokens'
+HEAD_APART = 4
+
 
 def head_tokens(lengths: Sequence[int], first: int, headless: bool = False) -> torch.Tensor:
     """bool [sum of ``lengths``]: which tokens are among the ``first`` of their document. headless:
@@ -27,6 +34,17 @@ def head_tokens(lengths: Sequence[int], first: int, headless: bool = False) -> t
     if headless:
         heads[: lengths[0]] = False
     return torch.from_numpy(heads)
+
+
+def head_weights(lengths: Sequence[int], headless: bool = False) -> torch.Tensor:
+    """fp32 [sum of ``lengths``]: 1 + HEAD_WEIGHT * exp(-offset / HEAD_SCALE) of each token, by its
+    offset in its document. headless: the first document has begun before; its tokens get 1."""
+    import torch
+
+    weights = [1 + HEAD_WEIGHT * np.exp(np.arange(n) / -HEAD_SCALE) for n in lengths]
+    if headless:
+        weights[0][:] = 1
+    return torch.from_numpy(np.concatenate(weights or [np.zeros(0)]).astype(np.float32))
 
 
 def anchors(

@@ -39,8 +39,10 @@ class ReusedTokens:
     cover this share of the summed score, at least ``floor`` and at most ``budget`` tokens.
     seed: the same for the same prompt; 0 for a policy that is not ``seeded``. anchors: bool, for
     each token that there is to choose from: does it go before all others (``anchors.py``)? Never
-    more do than are certain to be recomputed. None: none does. there: the tensors, by their names,
-    on the device where scores are made; what is missing is copied when it is asked for.
+    more do than are certain to be recomputed. None: none does. weights: fp32 [n], by how much
+    more each token's attention counts where the last ``weighed`` tokens of the budget are chosen,
+    for ``Need.QUERY`` without coverage. None: all are chosen alike. there: the tensors, by their
+    names, on the device where scores are made; what is missing is copied when it is asked for.
     """
 
     positions: torch.Tensor
@@ -51,6 +53,8 @@ class ReusedTokens:
     coverage: float = 0.0
     floor: int = 0
     anchors: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    weighed: int = 0
     there: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def on(self, device: torch.device, name: str) -> torch.Tensor:

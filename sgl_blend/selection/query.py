@@ -7,6 +7,7 @@ are needed, so its true cost is far below HKVD's at the same ratio.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
@@ -21,17 +22,28 @@ class Query(Policy):
     """The tokens with the largest attention mass, summed over layers, heads and question rows.
 
     A fact spans several tokens, and the one that the question attends to is not always the one
-    whose KV went stale: the mass is spread over neighbours first (``query_smoothing``).
+    whose KV went stale: the mass is spread over neighbours first (``query_smoothing``). Of
+    equally much attention a staler token deserves more: by attention times a guess of that
+    (``anchors.head_weights``) the last ``weighed`` tokens are chosen.
     """
 
     name = "query"
     need = Need.QUERY
-    reads = ("positions",)
+    reads = ("positions", "weights")
 
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
     ) -> torch.Tensor:
-        return highest(reused, self.ranking(reused, scored(self, score), config))
+        import torch
+
+        rank = self.ranking(reused, scored(self, score), config)
+        if reused.weights is None or reused.coverage:
+            return highest(reused, rank)
+        anchors = 0 if reused.anchors is None else int(reused.anchors.sum())
+        ahead = highest(replace(reused, budget=max(anchors, reused.budget - reused.weighed)), rank)
+        taken = rank.new_zeros(reused.count, dtype=torch.bool)
+        taken[ahead] = True
+        return highest(replace(reused, anchors=taken), rank * reused.on(rank.device, "weights"))
 
     def ranking(
         self, reused: ReusedTokens, score: torch.Tensor, config: BlendConfig

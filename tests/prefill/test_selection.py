@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_blend.config import BlendConfig
-from sgl_blend.selection import POLICIES, Need, ReusedTokens, anchors
+from sgl_blend.selection import POLICIES, Need, ReusedTokens, anchors, head_weights
 from sgl_blend.selection.query import spread
 
 #: runs of positions with holes between them
@@ -40,6 +40,30 @@ def test_query_keeps_the_neighbours_of_a_peak():
     assert query.select(tokens, score, BlendConfig()).tolist() == [2, 3, 4]
     plain = query.select(tokens, score, BlendConfig(query_smoothing=0)).tolist()
     assert plain == [0, 3, 7]
+
+
+def test_attention_to_a_documents_head_counts_more():
+    weights = head_weights([3, 1, 40])
+    assert weights.dtype == torch.float32 and weights.numel() == 44
+    assert weights[[0, 3, 4]].tolist() == [31.0, 31.0, 31.0]
+    assert torch.allclose(weights[12], torch.tensor(1 + 30 / torch.e)) and weights[-1] < 1.3
+    begun = head_weights([3, 1, 40], headless=True)
+    assert begun[:3].tolist() == [1.0] * 3 and torch.equal(begun[3:], weights[3:])
+    assert head_weights([]).numel() == 0
+
+
+def test_the_last_tokens_of_the_budget_are_chosen_by_what_counts_more():
+    score = torch.tensor([0.1, 0.2, 0.9, 0.15, 0.8, 0.1])
+    tokens = ReusedTokens(torch.arange(0, 12, 2), torch.arange(6), torch.full((6,), 6), 3, seed=0)
+    tokens = replace(tokens, weights=torch.tensor([20.0, 1.0, 1.0, 10.0, 1.0, 1.0]))
+    query = POLICIES.get("query")
+    chosen = {n: query.select(replace(tokens, weighed=n), score, BlendConfig()) for n in range(4)}
+    assert [c.tolist() for c in chosen.values()] == [[1, 2, 4], [0, 2, 4], [0, 2, 3], [0, 2, 3]]
+    # Anchors go before either, also where they take more than is not weighed.
+    last = replace(tokens, weighed=3, anchors=torch.arange(6) >= 4)
+    assert query.select(last, score, BlendConfig()).tolist() == [0, 4, 5]
+    covering = replace(tokens, weighed=3, coverage=0.5)
+    assert query.select(covering, score, BlendConfig()).tolist() == [2, 4]
 
 
 _lengths = st.lists(st.integers(1, 60), min_size=1, max_size=12)

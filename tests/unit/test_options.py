@@ -44,6 +44,7 @@ def test_all_options_are_read():
         "blend_anchor_share": 0.1,
         "blend_head_tokens": 4,
         "blend_query_values": False,
+        "blend_query_head_share": 0.2,
         "blend_max_risk": 3,
         "someone_elses": {"a": 1},
     }
@@ -57,6 +58,7 @@ def test_all_options_are_read():
         head_tokens=4,
         anchor_share=0.1,
         query_values=False,
+        query_head_share=0.2,
         max_risk=3.0,
     )
 
@@ -97,6 +99,7 @@ def test_a_policy_without_a_score_may_be_told_that_coverage_is_off():
         ({"blend_head_tokens": 2.5}, r"blend_head_tokens is 2\.5"),
         ({"blend_head_tokens": True}, r"blend_head_tokens is True"),
         ({"blend_query_values": 1}, r"blend_query_values is 1: expected true or false"),
+        ({"blend_query_head_share": 2}, r"blend_query_head_share is 2: expected a number from 0"),
         ({"blend_policy": "hkvdd"}, r"blend_policy: unknown policy 'hkvdd'; did you mean 'hkvd'"),
         ({"blend_policy": 3}, r"blend_policy: unknown policy '3'"),
         ({"blend_polcy": "hkvd"}, r"unknown key 'blend_polcy'; did you mean 'blend_policy'"),
@@ -162,6 +165,11 @@ def test_validation_sees_sampling_params_of_the_request():
         ({}, {"blend_policy": "all", "blend_correction": 1}, "blend_correction is 1.0: .* 'all'"),
         ({"policy": "none"}, {"blend_head_tokens": 4}, "blend_head_tokens is 4: .* 'none'"),
         ({"policy": "hkvd"}, {"blend_query_values": True}, "blend_query_values is true: .* 'hkvd'"),
+        (
+            {},
+            {"blend_query_head_share": 0.2, "blend_policy": "random"},
+            "blend_query_head_share is 0.2: policy 'random' does not ask the question",
+        ),
         ({"policy": "none"}, {"blend_anchor_share": 0.2}, "blend_anchor_share is 0.2: .* 'none'"),
         (
             {"leading_tokens": 8},

@@ -14,7 +14,16 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.ops import upload_together
 from sgl_blend.plan import BLENDED, EXACT, BlendPlan, ReuseSpan, exact_head, ranges
 from sgl_blend.prefill.pieces import PieceBlend, Told
-from sgl_blend.selection import POLICIES, Need, Policy, ReusedTokens, anchors, head_tokens
+from sgl_blend.selection import (
+    HEAD_APART,
+    POLICIES,
+    Need,
+    Policy,
+    ReusedTokens,
+    anchors,
+    head_tokens,
+    head_weights,
+)
 
 if TYPE_CHECKING:
     from sgl_blend.engine.request.state import RequestState
@@ -42,8 +51,12 @@ def blend_of(
     policy = state.policy if scored else POLICIES.get("none")
     # A span that goes on where the piece before ended has no head here.
     headless = bool(scored) and scored[0].start == begin and _reused_before(state, begin)
-    heads = head_tokens([s.length for s in scored], state.ways.head_tokens, headless)
+    lengths = [s.length for s in scored]
+    heads = head_tokens(lengths, state.ways.head_tokens, headless)
     reused = _to_choose_from(scored, policy, ratio, state, config, tokens, heads)
+    if state.ways.query_head_share and policy.need is Need.QUERY:
+        weighed = round(state.ways.query_head_share * reused.budget)
+        reused = replace(reused, weights=head_weights(lengths, headless), weighed=weighed)
     pooled = [s for s in scored if s.slots is not None]
     no_slots = torch.zeros(0, dtype=torch.int64, device=device)
     blend = PieceBlend(
@@ -65,7 +78,7 @@ def blend_of(
         blend.documents = len(scored)
         of = np.repeat(np.arange(len(scored)), [s.length for s in scored])
         blend.document = torch.from_numpy(of)
-        blend.heads = heads
+        blend.heads = head_tokens(lengths, max(HEAD_APART, ways.head_tokens), headless)
     if policy.need is Need.NOTHING:
         blend.fixed = policy.select(reused, None, config)
     if scored:

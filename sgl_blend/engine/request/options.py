@@ -1,10 +1,11 @@
 """What a request may say about blending, in ``sampling_params.custom_params``.
 
 ``blend``, ``blend_query_values`` and ``blend_explain`` (bool; the last asks for spans and scores of
-single tokens in the report), ``blend_ratio``, ``blend_coverage``, ``blend_correction`` and
-``blend_anchor_share`` (numbers, 0 to 1), ``blend_head_tokens`` (a count), ``blend_max_risk`` (0
-or more; 0: no bound), ``blend_policy`` (a policy's name), ``blend_boundaries`` (flat ascending list
-of token offsets into the prompt). An HTTP header says the same (``header.py``).
+single tokens in the report), ``blend_ratio``, ``blend_coverage``, ``blend_correction``,
+``blend_anchor_share`` and ``blend_query_head_share`` (numbers, 0 to 1), ``blend_head_tokens`` (a
+count), ``blend_max_risk`` (0 or more; 0: no bound), ``blend_policy`` (a policy's name),
+``blend_boundaries`` (flat ascending list of token offsets into the prompt). An HTTP header says the
+same (``header.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ KEYS = (
     "blend_head_tokens",
     "blend_anchor_share",
     "blend_query_values",
+    "blend_query_head_share",
     "blend_explain",
     "blend_max_risk",
 )
@@ -49,6 +51,7 @@ class RequestOptions:
     head_tokens: int | None = None
     anchor_share: float | None = None
     query_values: bool | None = None
+    query_head_share: float | None = None
     explain: bool = False
     #: not enabled because it says nothing and the server is set so
     off_by_default: bool = False
@@ -106,6 +109,7 @@ def parse_options(
         head_tokens=_count(custom_params, "blend_head_tokens"),
         anchor_share=_share(custom_params, "blend_anchor_share"),
         query_values=_switch(custom_params, "blend_query_values"),
+        query_head_share=_share(custom_params, "blend_query_head_share"),
         max_risk=_bound(custom_params, "blend_max_risk"),
         explain=explain,
         off_by_default=off_by_default,
@@ -140,10 +144,13 @@ def check_options(options: RequestOptions, config: BlendConfig) -> None:
             f"custom_params.blend_correction is {options.correction}: policy {name!r} leaves "
             "nothing to correct, or recomputes nothing to go by"
         )
-    if options.query_values and policy.need is not Need.QUERY:
-        raise RequestError(
-            f"custom_params.blend_query_values is true: policy {name!r} does not ask the question"
-        )
+    for key in ("query_values", "query_head_share"):
+        wish = getattr(options, key)
+        if wish and policy.need is not Need.QUERY:
+            raise RequestError(
+                f"custom_params.blend_{key} is {'true' if wish is True else wish}: policy {name!r} "
+                "does not ask the question"
+            )
     if options.max_risk and policy.name == "none":
         raise RequestError(
             f"custom_params.blend_max_risk is {options.max_risk}: policy 'none' recomputes "

@@ -15,6 +15,7 @@ class Ways(NamedTuple):
     head_tokens: int = 0
     anchor_share: float = 0.0
     query_values: bool = False
+    query_head_share: float = 0.0
 
     @classmethod
     def of(cls, config: BlendConfig, options: RequestOptions | None = None) -> Ways:

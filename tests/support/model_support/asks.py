@@ -27,6 +27,7 @@ class Ask:
     anchor_share: float | None = None
     head_tokens: int | None = None
     query_values: bool | None = None
+    query_head_share: float | None = None
     max_risk: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
 

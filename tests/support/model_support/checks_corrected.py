@@ -52,6 +52,8 @@ def corrected_as_reference(world: World) -> dict[str, Any]:
         parts.append(
             _against_reference(world, _corrected(world, order, "query", query_values=True))
         )
+        heavy = {"query_head_share": (0.3, 0.5, 1.0)[order], "chunks": (97, 60) if order else ()}
+        parts.append(_against_reference(world, _corrected(world, order, "query", **heavy)))
     return _worst(parts)
 
 

@@ -43,7 +43,9 @@ from sgl_blend.tree.integrity import tree_nodes
 
 #: engines run policies by themselves unless an option says otherwise: what is added to them by
 #: default has checks of its own (``checks_corrected.py``)
-BARE = {"correction": 0.0, "anchor_share": 0.0, "head_tokens": 0, "query_values": False}
+BARE = {"correction": 0.0, "anchor_share": 0.0, "head_tokens": 0, "query_values": False} | {
+    "query_head_share": 0.0
+}
 
 
 class Engine:
@@ -200,7 +202,7 @@ class Engine:
             custom["blend_ratio"] = ask.ratio
         if ask.coverage is not None:
             custom["blend_coverage"] = ask.coverage
-        for name in ("correction", "anchor_share", "head_tokens", "query_values", "max_risk"):
+        for name in (*BARE, "max_risk"):
             if getattr(ask, name) is not None:
                 custom[f"blend_{name}"] = getattr(ask, name)
         if ask.boundaries is not None:

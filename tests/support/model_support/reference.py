@@ -8,8 +8,8 @@ arrive at. CacheBlend (arXiv:2405.16444, section 4); query: attention mass of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ class RefPiece:
     attention still counts (query). anchors: positions that are taken before any other. documents:
     of the reused tokens, by which those that are not recomputed are corrected; strength: how much.
     by_value: attention counts as much as V is long. heads: positions that the mean leaves out.
+    counts: by how much more attention to a token counts, by position (all others: once), where the
+    last ``weighed`` tokens are chosen.
     """
 
     begin: int
@@ -53,6 +55,8 @@ class RefPiece:
     strength: float = 0.0
     by_value: bool = False
     heads: Sequence[int] = ()
+    counts: Mapping[int, float] = field(default_factory=dict)
+    weighed: int = 0
 
 
 class Blended(NamedTuple):
@@ -273,7 +277,13 @@ class Reference:
             by_key = question_mass(probs)
             mass += by_key[p.begin : p.begin + p.reused.numel()]
             x = self.finish(layer, x, out)
-        return highest(p.reused, spread(p, mass), p.budgets[0], p.cover, p.anchors)
+        rank, budget = spread(p, mass), p.budgets[0]
+        if p.cover is not None or not p.weighed:
+            return highest(p.reused, rank, budget, p.cover, p.anchors)
+        plain = max(budget - p.weighed, 0 if p.anchors is None else p.anchors.numel())
+        ahead = highest(p.reused, rank, plain, None, p.anchors)
+        counts = torch.tensor([p.counts.get(int(pos), 1.0) for pos in p.reused])
+        return highest(p.reused, rank * counts, budget, None, ahead)
 
 
 def question_mass(probs: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""A bound on the estimated risk, stated over HTTP: in ``custom_params`` and in the header. Needs:
+CPU, the shared blending server."""
+
+from __future__ import annotations
+
+import pytest
+import requests
+from talk import Docs, ask, check_report, check_same
+
+REASON = "risk above max_risk"
+
+
+@pytest.fixture
+def documents(blend):
+    """Documents and a prompt of them; ``show()`` empties the server's caches and shows it each
+    document alone."""
+    docs = Docs(71, count=5)
+    prompt = docs.prompt([3, 1, 4, 0])
+
+    def show():
+        blend.flush()
+        docs.warm(blend)
+
+    return prompt, show
+
+
+def test_a_prompt_above_its_bound_is_answered_exactly(blend, documents):
+    prompt, show = documents
+    exact = ask(blend, prompt, custom={"blend": False})
+    show()
+    free = ask(blend, prompt)
+    risk = free.blend["risk"]
+    assert risk > 0 and free.blend["fallback"] is None and free.blend["reused"] > 0
+    show()
+    over = ask(blend, prompt, custom={"blend_max_risk": risk / 2})
+    check_same(over, exact)
+    found = free.blend["reused"] + free.blend["recomputed"]
+    assert over.blend["fallback"] == REASON and over.blend["cost"] > 1
+    assert over.blend["risk"] == pytest.approx(risk, rel=0.01)
+    assert over.blend["recomputed"] == found and over.blend["reused"] == 0
+    assert over.blend["exact"] == over.meta["prompt_tokens"]
+    # It is filed as exact: whoever asks for exact computation finds it.
+    again = ask(blend, prompt, custom={"blend": False})
+    check_same(again, exact)
+    assert again.blend["prefix"] >= len(prompt) - 1
+
+
+def test_a_prompt_under_its_bound_is_blended_as_without_one(blend, documents):
+    prompt, show = documents
+    show()
+    free = ask(blend, prompt)
+    show()
+    under = ask(blend, prompt, custom={"blend_max_risk": 2 * free.blend["risk"]})
+    check_report(under)
+    check_same(under, free)
+    assert under.blend == free.blend
+
+
+def test_the_header_states_a_bound(blend, documents):
+    prompt, show = documents
+    show()
+    body = {"model": "default", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+    url = blend.url + "/v1/completions"
+    answer = requests.post(url, json=body, headers={"x-blend": "max_risk=1e-6"}, timeout=120)
+    told = answer.json()["choices"][0]["meta_info"]["blend"] if answer.ok else answer.text
+    assert told["fallback"] == REASON and told["risk"] > 1e-6
+    refused = requests.post(url, json=body, headers={"x-blend": "max_risk=-1"}, timeout=120)
+    assert refused.status_code == 400 and "max_risk" in refused.text
