@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import requests
+from routes import report_of
 from talk import Docs, ask, check_report, check_same
 
 REASON = "risk above max_risk"
@@ -62,7 +63,7 @@ def test_the_header_states_a_bound(blend, documents):
     body = {"model": "default", "prompt": prompt, "max_tokens": 4, "temperature": 0}
     url = blend.url + "/v1/completions"
     answer = requests.post(url, json=body, headers={"x-blend": "max_risk=1e-6"}, timeout=120)
-    told = answer.json()["choices"][0]["meta_info"]["blend"] if answer.ok else answer.text
-    assert told["fallback"] == REASON and told["risk"] > 1e-6
+    report = report_of(answer.json())
+    assert report["fallback"] == REASON and report["risk"] > 1e-6
     refused = requests.post(url, json=body, headers={"x-blend": "max_risk=-1"}, timeout=120)
     assert refused.status_code == 400 and "max_risk" in refused.text
