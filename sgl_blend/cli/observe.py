@@ -16,6 +16,13 @@ from sgl_blend.harness.client import Client, ServerError
 
 #: kinds of prompt tokens, cheapest first
 KINDS = ("prefix", "reused", "recomputed", "computed")
+#: which of several ranks' figures of the gate is shown
+_WORST: Mapping[str, Callable[[list[float]], float]] = {
+    "state": min,
+    "ratio": max,
+    "kl": max,
+    "top1": min,
+}
 
 
 class Samples:
@@ -42,13 +49,21 @@ class Samples:
         ]
         return sum(values) if values else None
 
-    def by(self, name: str, *labels: str) -> dict[str, float]:
-        """A metric's sums by the values of ``labels``, largest first, without zeros."""
+    def by(self, name: str, *labels: str, **fixed: str) -> dict[str, float]:
+        """A metric's sums by the values of ``labels``, largest first, without zeros; of the series
+        that have the ``fixed`` ones."""
         sums: dict[str, float] = {}
         for has, value in self._found.get(name, ()):
+            if any(has.get(k) != v for k, v in fixed.items()):
+                continue
             key = ", ".join(has.get(label, "") for label in labels)
             sums[key] = sums.get(key, 0.0) + value
         return dict(sorted(((k, v) for k, v in sums.items() if v), key=lambda kv: -kv[1]))
+
+    def worst(self, name: str, of: Callable[[list[float]], float]) -> float | None:
+        """One of a gauge's values, of those that several data-parallel ranks have."""
+        values = [value for _, value in self._found.get(name, ())]
+        return of(values) if values else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +80,11 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One look. tokens: prompt tokens by ``KINDS``, since the server started. ttft_s: mean seconds
-    to the first token since then. recent: the same figures since the frame before, per second
-    (``tokens``, ``requests``) or as a mean (``ttft_s``). blending: None where the server does not
-    say. notes: what could not be read, and what to do."""
+    """One look. tokens: prompt tokens by ``KINDS``, since the server started; sources: the
+    ``reused`` ones by tier. ttft_s: mean seconds to the first token since then. saved_s: seconds of
+    it that blending has saved, estimated, over ``blended`` prompts. recent: the same figures since
+    the frame before, per second (``tokens``, ``requests``) or as a mean (``ttft_s``). blending:
+    None where the server does not say. notes: what could not be read, and what to do."""
 
     url: str
     model: str | None
@@ -78,7 +94,10 @@ class Frame:
     queued: float | None = None
     requests: float | None = None
     tokens: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, float] = field(default_factory=dict)
     ttft_s: float | None = None
+    saved_s: float | None = None
+    blended: float = 0.0
     recent: Mapping[str, Any] = field(default_factory=dict)
     fallbacks: Mapping[str, float] = field(default_factory=dict)
     loads: Mapping[str, float] = field(default_factory=dict)
@@ -178,10 +197,8 @@ class Observer:
             notes.append(f"no metrics: {e}")
             return {}, []
         s = Samples(text)
-        tokens = {
-            kind: s.total("sgl_blend:prompt_tokens_total", kind=kind) or 0.0 for kind in KINDS[1:]
-        }
-        tokens = {"prefix": s.total("sglang:cached_tokens_total") or 0.0, **tokens}
+        name = "sgl_blend:prompt_tokens_total"
+        tokens = {kind: s.total(name, kind=kind) or 0.0 for kind in KINDS}
         seconds = s.total("sglang:time_to_first_token_seconds_sum") or 0.0
         count = s.total("sglang:time_to_first_token_seconds_count") or 0.0
         requests = s.total("sglang:num_requests_total") or 0.0
@@ -190,7 +207,10 @@ class Observer:
             "queued": s.total("sglang:num_queue_reqs"),
             "requests": requests,
             "tokens": tokens,
+            "sources": s.by(name, "source", kind="reused"),
             "ttft_s": seconds / count if count else None,
+            "saved_s": s.total("sgl_blend:ttft_saved_seconds_sum"),
+            "blended": s.total("sgl_blend:ttft_saved_seconds_count") or 0.0,
             "recent": self._recent(_Totals(self._clock(), tokens, requests, (seconds, count))),
             "fallbacks": s.by("sgl_blend:fallback_total", "reason"),
             "loads": s.by("sgl_blend:store_loads_total", "outcome"),
@@ -198,7 +218,7 @@ class Observer:
             "chunks": s.by("sgl_blend:store_chunks_total", "outcome"),
             "errors": s.by("sgl_blend:store_errors_total", "call", "reason"),
             "gate": {
-                **{k: s.total(f"sgl_blend:gate_{k}") for k in ("state", "ratio", "kl", "top1")},
+                **{k: s.worst(f"sgl_blend:gate_{k}", of) for k, of in _WORST.items()},
                 "failures": s.by("sgl_blend:gate_failures_total", "check"),
             },
         }

@@ -108,6 +108,7 @@ def picture(frame: Frame, problem: str = "") -> RenderableType:
     if frame.tiers:
         parts += ["", _tiers(frame)]
     counts = (
+        ("reused from", frame.sources),
         ("fell back to full prefill", frame.fallbacks),
         ("asked the store", frame.loads),
         ("new chunks", frame.chunks),
@@ -141,6 +142,12 @@ def _head(frame: Frame) -> RenderableType:
         lines.append(
             f"time to first token: {text}" + ("" if lately is None else f", lately {lately:.3f} s")
         )
+        if frame.saved_s is not None and frame.blended:
+            each = frame.saved_s / frame.blended
+            lines.append(
+                f"saved by blending: {frame.saved_s:,.1f} s over {frame.blended:,.0f} prompts, "
+                f"{each:.3f} s each (estimate)"
+            )
     gate = frame.gate
     if gate.get("ratio") is not None:
         measured = [

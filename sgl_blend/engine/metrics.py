@@ -1,4 +1,10 @@
-"""Counters under the prefix ``sgl_blend:``, exported where SGLang has ``--enable-metrics``."""
+"""Counters under the prefix ``sgl_blend:``, exported where SGLang has ``--enable-metrics``.
+
+Prompts are counted once, when their prefill is complete: what is counted adds up to the reports
+of the requests, and the tokens by their origin to the tokens of all prompts. Of several
+tensor-parallel ranks, which all prefill the same prompts, one exports (as SGLang's do);
+data-parallel ones add up.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Gauge, Histogram
     from prometheus_client import Counter as PromCounter
 
+    from sgl_blend.engine.request.counts import Counts
     from sgl_blend.gate.fidelity import Mean
     from sgl_blend.gate.state import GateState
 
@@ -21,7 +28,19 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "tokens": (
         "sgl_blend:prompt_tokens_total",
-        "Prompt tokens prefilled, by how: reused, recomputed, computed.",
+        "Tokens of the prompts prefilled, by how their KV came to be (prefix, reused, recomputed, "
+        "computed) and by the tier that it was found in.",
+        ("kind", "source"),
+    ),
+    "prompts": (
+        "sgl_blend:prompts_total",
+        "Prompts prefilled: blended, fallback, other (nothing was found that could be reused).",
+        ("outcome",),
+    ),
+    "layers": (
+        "sgl_blend:blended_token_layers_total",
+        "Tokens times layers of blended prompts behind their prefix: full, as exact prefill "
+        "computes them; computed, as they were.",
         ("kind",),
     ),
     "store": (
@@ -68,7 +87,17 @@ _GAUGES: dict[str, tuple[str, str]] = {
         "sgl_blend:gate_top1",
         "Share of equal most likely tokens, where last measured.",
     ),
+    "pace": (
+        "sgl_blend:prefill_seconds_per_token",
+        "What a token of ordinary prefill takes: the median of the latest batches' tokens.",
+    ),
 }
+_SAVED = (
+    "sgl_blend:ttft_saved_seconds",
+    "Estimated for each blended prompt: the tokens whose layers were not computed, times "
+    "prefill_seconds_per_token; 0 where blending computed more than exact prefill does.",
+)
+_SAVED_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _RISK = ("sgl_blend:risk", "Estimated risk of blended prompts (meta_info).")
 _RISK_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -91,6 +120,7 @@ class Metrics:
         self._counters: dict[str, PromCounter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._risk: Histogram | None = None
+        self._saved: Histogram | None = None
         if labels is None:
             return
         from prometheus_client import REGISTRY, Gauge, Histogram
@@ -104,6 +134,8 @@ class Metrics:
             self._gauges[key] = gauge.labels(**labels)
         risk = Histogram(*_RISK, list(labels), registry=into, buckets=_RISK_BUCKETS)
         self._risk = risk.labels(**labels)
+        saved = Histogram(*_SAVED, list(labels), registry=into, buckets=_SAVED_BUCKETS)
+        self._saved = saved.labels(**labels)
 
     def _count(self, key: str, n: int = 1, **labels: str) -> None:
         if key in self._counters:
@@ -114,15 +146,33 @@ class Metrics:
             if key in self._gauges:
                 self._gauges[key].set(value)
 
-    def fallback(self, reason: str) -> None:
-        self.fallbacks[reason] += 1
-        self._count("fallback", reason=reason)
+    def prompt(self, counts: Counts, fallback: str | None, pace: float | None) -> None:
+        """A prompt's prefill is complete. pace: seconds a token of ordinary prefill takes, None
+        where that is not known yet."""
+        if fallback is not None:
+            self.fallbacks[fallback] += 1
+            self._count("fallback", reason=fallback)
+        self._tokens("prefix", "device", counts.prefix)
+        self._tokens("computed", "", counts.computed)
+        again = counts.recomputed_by()
+        for source, found in counts.sources.items():
+            self._tokens("recomputed", source, again[source])
+            self._tokens("reused", source, found - again[source])
+        blended = bool(counts.sources)
+        outcome = "blended" if blended else "other" if fallback is None else "fallback"
+        self._count("prompts", outcome=outcome)
+        if not blended:
+            return
+        self._count("layers", counts.full_token_layers, kind="full")
+        self._count("layers", counts.token_layers, kind="computed")
+        if pace is not None and self._saved is not None:
+            self._show(pace=pace)
+            self._saved.observe(max(0.0, counts.tokens_saved() * pace))
 
-    def piece(self, computed: int, reused: int, recomputed: int) -> None:
-        for kind, n in (("computed", computed), ("reused", reused), ("recomputed", recomputed)):
-            if n:
-                self.tokens[kind] += n
-                self._count("tokens", n, kind=kind)
+    def _tokens(self, kind: str, source: str, n: int) -> None:
+        if n:
+            self.tokens[kind] += n
+            self._count("tokens", n, kind=kind, source=source)
 
     def risk(self, estimate: float) -> None:
         """Of one prompt that was blended, or was about to be."""

@@ -18,6 +18,7 @@ import torch
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine import seams
+from sgl_blend.engine.forward.clock import ForwardClock
 from sgl_blend.engine.forward.company import why_not
 from sgl_blend.engine.forward.fingerprint import model_fingerprint
 from sgl_blend.engine.forward.kv_scales import applied_scales
@@ -165,8 +166,9 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     )
     if ctx.tp_rank == 0:
         say_what_was_measured(model, measured)
-    metrics = Metrics(_metric_labels(ctx))
+    metrics = Metrics(_metric_labels())
     tiers = connect_store(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
+    clock = ForwardClock(pool.k(0).device, None if tiers is None else tiers.service.speeds)
     planner = Planner(
         PlannerContext(
             tree=tree,
@@ -178,11 +180,12 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
             gate=gate,
             company=lambda forward_batch, batch: why_not(forward_batch, batch, model),
             scores=_score_table(config, pool, num_layers),
+            pace=clock.pace,
         )
     )
     # Kernels are built at launch, not in the first blended request.
     cpu_module(pool.k(0).device)
-    _install(model_runner, planner, pool, ranks, num_layers, config, gate)
+    _install(model_runner, planner, clock, pool, ranks, num_layers, config, gate)
     probes = SglangModel(prefills, pool, num_layers, ranks, config, gate, ids)
     metrics.gate_state(gate)
     seconds = seconds_for(config.gate_seconds, pool.k(0).device)
@@ -216,6 +219,7 @@ def _install_idle(planner: Planner) -> None:
         if live is not None:
             live.before_idle(scheduler)
         original(scheduler, *args, **kw)
+        planner.settle()
         if tiers is not None:
             tiers.after_idle()
 
@@ -223,13 +227,33 @@ def _install_idle(planner: Planner) -> None:
         seams.install(seams.SCHEDULER_IDLE, on_idle, "around")
 
 
-def _metric_labels(ctx: TreeCacheBuildContext) -> dict[str, str] | None:
-    from sglang.srt.runtime_context import get_observability
+def _metric_labels() -> dict[str, str] | None:
+    """The labels of SGLang's own metrics, as ``SchedulerMetricsCollector`` has them (SGLang
+    0.5.23); None where this rank exports none."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+    from sglang.srt.runtime_context import (
+        get_disagg,
+        get_observability,
+        get_parallel,
+        get_serving,
+    )
 
-    if not get_observability().enable_metrics:
+    wanted, ranks = get_observability(), get_parallel()
+    first = ranks.attn_tp_rank == 0 and ranks.attn_cp_rank == 0
+    if not wanted.enable_metrics or not (first or wanted.enable_metrics_for_all_schedulers):
         return None
-    name = getattr(ctx.server_args, "served_model_name", None) or ctx.server_args.model_path
-    return {"model_name": str(name), "tp_rank": str(ctx.tp_rank)}
+    engine = DisaggregationMode.to_engine_type(get_disagg().disaggregation_mode)
+    labels = {
+        "model_name": get_serving().served_model_name,
+        "engine_type": "dynamic" if get_disagg().enable_pd_role_switch else engine,
+        "tp_rank": ranks.tp_rank,
+        "pp_rank": ranks.pp_rank,
+        "moe_ep_rank": ranks.moe_ep_rank,
+    }
+    if ranks.dp_rank is not None:
+        labels["dp_rank"] = ranks.dp_rank
+    labels |= wanted.extra_metric_labels or {}
+    return {name: str(value) for name, value in labels.items()}
 
 
 def _keep_off_graphs() -> None:
@@ -252,6 +276,7 @@ def _keep_off_graphs() -> None:
 def _install(
     runner: ModelRunner,
     planner: Planner,
+    clock: ForwardClock,
     pool: ModelPool,
     ranks: TensorRanks | OneRank,
     num_layers: int,
@@ -277,8 +302,7 @@ def _install(
             return original(self, input_ids, positions, forward_batch, *args, **kwargs)
         if batch is None or not batch.blended:
             with contextlib.ExitStack() as around:
-                if tiers is not None:
-                    around.enter_context(tiers.clock.ordinary(forward_batch))
+                around.enter_context(clock.ordinary(forward_batch))
                 if batch is not None:
                     around.enter_context(scoring(scores, pool, batch.pieces, forward_batch, absorb))
                 return original(self, input_ids, positions, forward_batch, *args, **kwargs)

@@ -51,7 +51,8 @@ class PieceBlend:
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
     piece before its first reused one, then the question's, the first of them at ``asked_from``.
     fixed: indices into ``reused`` chosen ahead, for ``Need.NOTHING``. chosen: how many tokens the
-    pass (last) kept, None before it. told: what its choice looked like; None: nobody asked.
+    pass (last) kept, None before it; kept: which, as indices into ``reused``. told: what its choice
+    looked like; None: nobody asked.
     query_values: attention counts as much as the norm of the V that it takes, for ``Need.QUERY``.
     correction: how much of the recomputed tokens' mean error the others are corrected by
     (``correction.py``). Where it is not 0: document int64 [n], which of ``documents`` each reused
@@ -75,6 +76,7 @@ class PieceBlend:
     lead: int = 0
     fixed: torch.Tensor | None = None
     chosen: int | None = None
+    kept: torch.Tensor | None = None
     host: HostSources | None = None
     document: torch.Tensor | None = None
     documents: int = 0

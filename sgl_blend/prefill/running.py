@@ -69,7 +69,7 @@ class BlendPass(PiecePass):
     def keep(self, chosen: torch.Tensor) -> None:
         """From now on only ``chosen`` (ascending indices into ``reused``) and ``must`` run."""
         self.alive = chosen
-        self.blend.chosen = chosen.numel()
+        self.blend.chosen, self.blend.kept = chosen.numel(), chosen
         self.rows = torch.sort(torch.cat([self.must, self.blend.reused[chosen]])).values
 
     @property

@@ -81,15 +81,15 @@ def test_live_samples_find_a_sound_build_sound(model, start, tmp_path, ranks):
         args += ["--tp-size", "2"]
     server = start(model, args, env)
     try:
-        assert metric(server, "gate_state") == ranks
+        # One of several ranks exports, so that sums are of requests.
+        assert metric(server, "gate_state") == 1
         d = Docs(121)
         d.warm(server)
         for i in range(20):
             [a] = send(server, d, 1)
             assert a.blend["reused"] > 100 and a.blend["ratio"] == 0.1
-            done = (i + 1) * ranks
             assert eventually(
-                lambda done=done: metric(server, "gate_samples_total", outcome="compared") == done,
+                lambda done=i + 1: metric(server, "gate_samples_total", outcome="compared") == done,
                 60.0,
             )
         # Own ratios and exact requests are no samples.
@@ -99,9 +99,9 @@ def test_live_samples_find_a_sound_build_sound(model, start, tmp_path, ranks):
         found = probe.last_after(idle, moment + 1)
         assert not found["leak"] and found["protected"] == found["locked_nodes"] == 0, found
         assert found["integrity"] is None
-        assert metric(server, "gate_samples_total", outcome="compared") == 20 * ranks
-        assert metric(server, "gate_state") == ranks
-        assert 0 < metric(server, "gate_kl") / ranks < 0.5
+        assert metric(server, "gate_samples_total", outcome="compared") == 20
+        assert metric(server, "gate_state") == 1
+        assert 0 < metric(server, "gate_kl") < 0.5
         assert server.alive()
     finally:
         server.stop()

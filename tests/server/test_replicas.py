@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from polling import eventually
+from scraping import Gained, check_sums
 from talk import Docs, all_at_once, ask, check_report, check_same
 
 EXACT = {"blend": False}
@@ -12,7 +13,7 @@ ALL = {"blend_policy": "all"}
 
 @pytest.fixture(scope="module")
 def two(model, start):
-    return start(model, ["--enable-blend", "--dp-size", "2"])
+    return start(model, ["--enable-blend", "--dp-size", "2", "--enable-metrics"])
 
 
 def test_each_replica_has_its_tree_and_both_have_one_store(two):
@@ -30,6 +31,24 @@ def test_each_replica_has_its_tree_and_both_have_one_store(two):
 
     # What is offered is written in the background.
     assert eventually(brought, 60.0)
+
+
+def test_the_metrics_of_both_add_up(two):
+    docs, gained = Docs(75), Gained(two)
+    docs.warm(two, routed_dp_rank=0)
+    docs.warm(two, routed_dp_rank=1)
+    gained.settled(2 * len(docs.docs))
+    gained = Gained(two)
+    orders = [[i % 6, (i + 2) % 6, (i + 3) % 6] for i in range(6)]
+    jobs = [
+        lambda i=i, o=o: ask(two, docs.prompt(o), routed_dp_rank=i % 2)
+        for i, o in enumerate(orders)
+    ]
+    answers = all_at_once(jobs)
+    assert sum(a.blend["reused"] for a in answers) > 1000
+    check_sums(gained, answers)
+    ranks = gained("sgl_blend:prompts_total", "dp_rank")
+    assert ranks == {("0",): 3, ("1",): 3}
 
 
 def test_both_replicas_answer_as_full_prefill(two):

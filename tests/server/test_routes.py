@@ -7,7 +7,8 @@ import pytest
 import requests
 import sglang as sgl
 from routes import ROUTES, Route, details_of, events, in_header, report_of
-from talk import ask, counts, words
+from scraping import Gained, check_sums
+from talk import SEP, Docs, all_at_once, ask, counts, words
 
 from sgl_blend.harness.server import Server
 
@@ -156,7 +157,7 @@ def test_a_request_with_several_prompts_has_one_report_over_them(blend):
 @pytest.fixture(scope="module")
 def asked(model, start) -> Server:
     args = ["--enable-blend", "--blend-default", "off", "--tokenizer-worker-num", "2"]
-    return start(model, args)
+    return start(model, [*args, "--enable-metrics"])
 
 
 def test_every_route_with_two_tokenizer_workers_and_the_default_off(asked):
@@ -168,6 +169,16 @@ def test_every_route_with_two_tokenizer_workers_and_the_default_off(asked):
         nothing = report_of(route.send(asked, shelf.prompt()).json())
         assert nothing["fallback"] == "off by default", (route.path, nothing)
         assert nothing["exact"] == counts(nothing)
+
+
+def test_the_metrics_with_two_tokenizer_workers_add_up(asked):
+    docs, gained = Docs(36), Gained(asked)
+    answers = [ask(asked, [1, *d, SEP, *docs.tokens(40)], new=1) for d in docs.docs]
+    some = {"blend_policy": "query"}
+    jobs = [lambda i=i: ask(asked, docs.prompt([i, (i + 2) % 6]), custom=some) for i in range(6)]
+    answers += all_at_once(jobs)
+    assert sum(a.blend["reused"] for a in answers) > 500
+    check_sums(gained, answers)
 
 
 @sgl.function

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 from polling import eventually
+from scraping import Gained, check_sums
 from store_servers import (
     ALL,
     ARGS,
@@ -28,7 +29,7 @@ from store_servers import (
     start_store,
     warm,
 )
-from talk import Docs, all_at_once, ask, check_report, check_same
+from talk import SEP, Docs, all_at_once, ask, check_report, check_same
 
 from sgl_blend.harness.server import Server
 
@@ -48,7 +49,8 @@ def store(folder):
 
 @pytest.fixture(scope="module")
 def server(model, start, store) -> Server:
-    return start(model, [*ARGS, "--blend-store-endpoint", store[0].endpoint])
+    args = [*ARGS, "--enable-metrics", "--blend-store-endpoint", store[0].endpoint]
+    return start(model, args)
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +293,22 @@ def in_pieces(model, start, store) -> Server:
     some = start(model, [*ARGS, *args, "--blend-store-endpoint", store[0].endpoint])
     yield some
     some.stop()
+
+
+def test_the_metrics_tell_tiers_apart(server, store):
+    """One document lies on the device again, the others in the store; some of both are
+    recomputed."""
+    docs = Docs(19, count=4, size=(150, 300))
+    warm(server, docs, store[0].endpoint)
+    gained = Gained(server)
+    answers = [ask(server, [1, *docs.docs[2], SEP, *docs.tokens(40)], new=1, custom=EXACT)]
+    for policy in ("query", "hkvd", "random"):
+        more = {"blend_policy": policy, "blend_ratio": 0.3, "blend_head_tokens": 0}
+        answers.append(ask(server, docs.prompt([0, 2, 1]), custom=more))
+        assert set(sources(answers[-1])) == {"device", "memory"}, answers[-1].blend
+    check_sums(gained, answers)
+    tokens = gained("sgl_blend:prompt_tokens_total", "kind", "source")
+    assert all(tokens["recomputed", tier] > 0 for tier in ("device", "memory")), tokens
 
 
 @pytest.fixture(scope="module")

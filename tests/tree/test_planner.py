@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from cache_world import World, doc
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sgl_blend import attach
@@ -21,7 +22,7 @@ N, OUTPUTS = 200, 3
 class Prefill:
     """One request of a world without KV, prefilled by a planner piece by piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = N) -> None:
         self.world = World()
         self.planner = Planner(
             PlannerContext(
@@ -35,7 +36,14 @@ class Prefill:
             )
         )
         self.req = self.world.request(doc(1, N), blend=True)
-        self.piece(0, N)
+        self.piece(0, rows)
+
+    def next(self, prefix: int, blend: bool = True, rid: str | None = None) -> None:
+        """Another request of the same prompt, of which so much is a prefix."""
+        self.req = self.world.request(doc(1, N), blend=True)
+        self.req.sampling_params.custom_params = {"blend": blend}
+        self.req.rid = rid or self.req.rid
+        self.piece(prefix, N - prefix)
 
     def piece(self, begin: int, rows: int) -> None:
         self.req.init_next_round_input()
@@ -72,6 +80,34 @@ def test_the_report_tells_of_the_first_prefill_alone():
     prefill.retract()
     prefill.piece(N, OUTPUTS)
     assert prefill.report == before
+
+
+def test_a_prefill_that_was_broken_off_is_not_counted():
+    """A chunked prompt goes back into the queue between two pieces, and is prefilled from its
+    start."""
+    prefill = Prefill(rows=N // 2)
+    metrics = prefill.planner.c.metrics
+    assert not metrics.tokens and not metrics.fallbacks
+    prefill.req.reset_for_retract()
+    prefill.piece(0, N)
+    assert dict(metrics.tokens) == {"computed": N} == {"computed": prefill.report["computed"]}
+
+
+def test_the_metrics_add_up_to_the_reports():
+    """Prefix included; what is prefilled again after a retraction, and health checks, are not
+    prompts of anybody's."""
+    prefill = Prefill()
+    metrics = prefill.planner.c.metrics
+    prefill.retract()
+    prefill.piece(N, OUTPUTS)
+    assert dict(metrics.tokens) == {"computed": N}
+    prefill.next(prefix=N // 2)
+    assert dict(metrics.tokens) == {"computed": N + N // 2, "prefix": N // 2}
+    prefill.next(prefix=0, rid=f"{HEALTH_CHECK_RID_PREFIX}_1")
+    assert sum(metrics.tokens.values()) == 2 * N
+    prefill.next(prefix=0, blend=False)
+    assert sum(metrics.tokens.values()) == 3 * N
+    assert dict(metrics.fallbacks) == {"disabled by the request": 1}
 
 
 def test_an_approximate_prefix_that_ends_where_the_prompt_did_is_recorded():

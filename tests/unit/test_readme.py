@@ -69,9 +69,7 @@ def test_every_reason_to_fall_back_is_listed():
             "forward/company.py",
         )
     )
-    reasons = set(
-        re.findall(r'(?:return|reason =|fallback =|_fall_back\(state,) "([^"]+)"', source)
-    )
+    reasons = set(re.findall(r'(?:return|reason =|fallback =) "([^"]+)"', source))
     assert len(reasons) > 8
     reasons |= {TURNED_OFF, *PREVENTS.values()}
     assert {r for r in reasons if f"`{r}`" not in COMPATIBILITY} == set()

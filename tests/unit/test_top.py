@@ -38,10 +38,16 @@ STATS = {
 
 def metrics(scale: int = 1, more: str = "") -> str:
     """As a server with two tensor-parallel ranks and two data-parallel ones says it."""
-    lines = [f'sglang:cached_tokens_total{{cache_source="device",tp_rank="0"}} {100 * scale}']
-    for kind, n in (("reused", 600), ("recomputed", 60), ("computed", 240)):
+    lines = []
+    for kind, source, n in (
+        ("prefix", "device", 100),
+        ("reused", "device", 400),
+        ("reused", "disk", 200),
+        ("recomputed", "device", 60),
+        ("computed", "", 240),
+    ):
         for rank in (0, 1):
-            labels = f'model_name="llama",tp_rank="{rank}",kind="{kind}"'
+            labels = f'model_name="llama",tp_rank="{rank}",kind="{kind}",source="{source}"'
             lines.append(f"sgl_blend:prompt_tokens_total{{{labels}}} {n * scale}")
     lines += [
         f'sglang:num_requests_total{{is_streaming="True"}} {4 * scale}',
@@ -56,6 +62,8 @@ def metrics(scale: int = 1, more: str = "") -> str:
         'sgl_blend:fallback_total{reason="images",tp_rank="0"} 9',
         'sgl_blend:fallback_total{reason="images",tp_rank="1"} 9',
         'sgl_blend:store_errors_total{call="lookup",reason="late",tp_rank="0"} 1',
+        'sgl_blend:ttft_saved_seconds_sum{tp_rank="0"} 3.5',
+        'sgl_blend:ttft_saved_seconds_count{tp_rank="0"} 7',
         'sgl_blend:gate_state{tp_rank="0"} 1',
         'sgl_blend:gate_ratio{tp_rank="0"} 0.1',
         'sgl_blend:gate_kl{tp_rank="0"} 0.02',
@@ -103,6 +111,10 @@ def test_samples_of_the_first_rank_add_up():
     assert s.total("sglang:num_running_reqs") == 3
     assert s.total("sglang:nothing") is None
     assert s.by("sgl_blend:fallback_total", "reason") == {"images": 9, "no reusable tokens": 7}
+    by_source = s.by("sgl_blend:prompt_tokens_total", "source", kind="reused")
+    assert by_source == {"device": 400, "disk": 200}
+    # A gauge of several data-parallel ranks is no sum.
+    assert s.worst("sglang:num_running_reqs", min) == 1 and s.worst("nothing", min) is None
     assert list(s.by("sgl_blend:fallback_total", "reason")) == ["images", "no reusable tokens"]
 
 
@@ -112,6 +124,8 @@ def test_a_frame(fake):
     assert (frame.model, frame.version, frame.blending) == ("llama", "0.5.23", True)
     assert frame.tokens == {"prefix": 100, "reused": 600, "recomputed": 60, "computed": 240}
     assert frame.not_computed == 0.7 and frame.ttft_s == 0.2 and frame.running == 3
+    assert frame.sources == {"device": 400, "disk": 200}
+    assert (frame.saved_s, frame.blended) == (3.5, 7)
     assert frame.recent == {} and frame.notes == ()
     assert asked == ["ipc:///somewhere"] == [frame.store]
     device, memory = frame.tiers
@@ -140,6 +154,8 @@ def test_the_picture_shows_all_of_it(fake):
         "3 running, - waiting, 10 done",
         "0.200 s (mean of all)",
         "ratio 0.1, KL 0.02",
+        "saved by blending: 3.5 s over 7 prompts, 0.500 s each (estimate)",
+        "reused from: device 400, disk 200",
         "60.0%",
         "3,072 tokens",
         "1 GiB",

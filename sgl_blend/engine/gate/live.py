@@ -90,7 +90,7 @@ class LiveGate:
             or state.probe is not None
             or end != len(req.origin_input_ids)
             or state.exact
-            or state.counts_closed
+            or state.counted
             or state.record is None
             or not state.by_default
             # Its adapter may not be loaded any more when the sample is computed again.

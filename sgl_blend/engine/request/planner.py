@@ -8,17 +8,20 @@ because overlap scheduling may give the row to another request before the forwar
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 from sgl_blend import attach, ops
 from sgl_blend.config import MAX_GENERATION, BlendConfig
 from sgl_blend.engine.forward.company import capture_nothing
 from sgl_blend.engine.request.blending import blend_of, seed_of
+from sgl_blend.engine.request.counts import Counts
 from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import RequestState, StateMark, namespace_of, state_of
@@ -44,7 +47,8 @@ class PlannerContext:
     """What planning needs beside the batch. max_positions: what the rotation tables cover.
     tiers: None where nothing but the device holds chunks.
     scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch)
-    -> reason | None``: why no request of a batch can be blended (``engine/forward/company.py``)."""
+    -> reason | None``: why no request of a batch can be blended (``engine/forward/company.py``).
+    pace: seconds that a token of ordinary prefill takes, None while that is not known."""
 
     tree: ChunkRadixCache
     config: BlendConfig
@@ -55,6 +59,7 @@ class PlannerContext:
     company: Callable[[Any, Any], str | None]
     tiers: StoreTier | None = None
     scores: ScoreTable | None = None
+    pace: Callable[[], float | None] = lambda: None
 
 
 @dataclass(eq=False)
@@ -78,6 +83,8 @@ class Planner:
         #: picks requests whose answers are checked later (``engine.gate.live.LiveGate``); None: no
         #: sampling
         self.live: Any = None
+        #: complete prompts that are not in the metrics yet, with why they fell back
+        self._complete: deque[tuple[Counts, str | None]] = deque()
 
     def after_init_new(self, forward_batch: Any, cls: Any, batch: Any, *args: Any, **kw: Any):
         """AFTER ``ForwardBatch.init_new``: attach the pieces when any request is blended."""
@@ -103,7 +110,7 @@ class Planner:
                 state.decided = True
                 if spans and company is not None and state.probe is None:
                     # What an earlier piece has reused stays as it is, and labelled as it is.
-                    self._fall_back(state, company)
+                    state.fallback = company
                     spans = []
                 self._set(mine[-1], spans, forward_batch.input_ids.device)
                 # A sampled prompt may end in a piece that reuses nothing.
@@ -135,6 +142,12 @@ class Planner:
             if self.c.tiers is not None and p.piece.begin + p.piece.rows >= p.state.prompt_tokens:
                 self.c.tiers.release(p.req)
 
+    def settle(self) -> None:
+        """Put complete prompts into the metrics, once it is known what they are made of."""
+        while self._complete and self._complete[0][0].there():
+            counts, fallback = self._complete.popleft()
+            self.c.metrics.prompt(counts, fallback, self.c.pace())
+
     def _weigh(self, p: _Planned) -> None:
         """Note a piece's risk; what was given up for it was computed, and nothing of it is
         approximate."""
@@ -147,7 +160,7 @@ class Planner:
         if blend.given_up:
             state.reset_to(p.before, p.req)
             self._label(p.req, state, p.piece.begin, p.piece.begin + p.piece.rows, [])
-            self._fall_back(state, "risk above max_risk")
+            state.fallback = "risk above max_risk"
 
     def without(self, planned: list[_Planned], chunks: list[Any]) -> None:
         """Plan again without ``chunks``, which did not arrive: their tokens are computed."""
@@ -203,10 +216,8 @@ class Planner:
         state.suffix_start = self.c.tree.suffix_start(
             tokens[:n_prompt], n_prompt, state.options.boundaries
         )
-        if state.counts.prefix + state.counts.computed + state.counts.recomputed > 0:
-            state.counts_closed = True  # the report tells of the first prefill
-        else:
-            state.counts.prefix = begin
+        if not state.counted:  # the report tells of the first prefill that was complete
+            state.counts = Counts(self.c.num_layers, prefix=begin)
         matched = attach.PREFIX.get(req)
         if matched is not None and matched[0] < begin:
             record = self._record(req, state)
@@ -218,14 +229,12 @@ class Planner:
         """What of the piece is reused; empty when the request falls back."""
         begin, end = piece.begin, piece.begin + piece.rows
         if state.fallback is not None:
-            if not (state.decided or state.counts_closed or state.probe):
-                self.c.metrics.fallback(state.fallback)
             return []
         if state.probe is not None and state.probe.spans is not None:
             return state.probe.spans
         reason = self.lookup.obstacle(req, state)
         if reason is not None:
-            self._fall_back(state, reason)
+            state.fallback = reason
             return []
         limit = min(end - 1, state.suffix_start)
         # Whether to blend at all is decided once, on the whole prompt; each piece then finds
@@ -240,13 +249,9 @@ class Planner:
             found = sum(s.length for s in spans)
             if found < self.c.config.min_reused_tokens:
                 if found:
-                    self._fall_back(state, "fewer reusable tokens than min_reused_tokens")
+                    state.fallback = "fewer reusable tokens than min_reused_tokens"
                 return []
         return [s for s in (s.within(begin, limit) for s in spans) if s is not None]
-
-    def _fall_back(self, state: RequestState, reason: str) -> None:
-        state.fallback = reason
-        self.c.metrics.fallback(reason)
 
     def _ratio(self, state: RequestState, spans: list[ReuseSpan]) -> float:
         """The request's ratio, or a higher one that costs nothing while slow chunks are loading."""
@@ -298,23 +303,21 @@ class Planner:
 
     def _count(self, req: Any, piece: Piece) -> None:
         state = state_of(req, self.c.config, self.c.gate)
-        if state.counts_closed or state.probe is not None:
+        if state.counted or state.probe is not None:
             return
         c, b = state.counts, piece.blend
-        n = 0 if b is None else b.tokens.count + b.given
-        again = 0 if b is None else n if b.given_up else b.recomputed()
-        c.reused += n - again
-        c.recomputed += again
-        c.computed += piece.rows - n
+        c.add(piece.rows, b)
         c.token_layers += token_layers(piece, self.c.num_layers, self.c.config)
         c.full_token_layers += piece.rows * self.c.num_layers
         if b is not None:
-            for s in b.plan.spans:
-                c.sources[s.tier] += s.length
             hosted = sum(s.length for s in b.plan.spans if s.parts)
             if hosted:
                 self.c.metrics.store("loaded", hosted)
-        self.c.metrics.piece(piece.rows - n, n - again, again)
+        if piece.begin + piece.rows >= state.prompt_tokens:
+            state.counted = True
+            if not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):  # SGLang counts none either
+                self._complete.append((c, state.fallback))
+                self.settle()
         if self.c.config.report:
             put_report(req, state, piece)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.counts import Counts
 from sgl_blend.engine.request.detail import Detail
 from sgl_blend.engine.request.options import RequestOptions, check_options, parse_options
 from sgl_blend.engine.request.ways import Ways
@@ -21,20 +21,6 @@ from sgl_blend.selection import POLICIES, Need, Policy
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import MultimodalInputs, Req
-
-
-@dataclass
-class Counts:
-    """Prompt tokens by how their KV came to be. ``prefix + reused + recomputed + computed`` is
-    the prompt's length; ``reused`` are those not recomputed."""
-
-    prefix: int = 0
-    reused: int = 0
-    recomputed: int = 0
-    computed: int = 0
-    token_layers: int = 0
-    full_token_layers: int = 0
-    sources: Counter = field(default_factory=Counter)
 
 
 class StateMark(NamedTuple):
@@ -75,7 +61,8 @@ class RequestState:
     generation: int = 0
     decided: bool = False
     counts: Counts = field(default_factory=Counts)
-    counts_closed: bool = False
+    #: the prompt's prefill has been complete, and was counted; what is prefilled again is not
+    counted: bool = False
     record: BlendRecord | None = None
     prompt_tokens: int = 0
     suffix_start: int = 0

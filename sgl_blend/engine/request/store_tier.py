@@ -26,7 +26,6 @@ import torch
 
 from sgl_blend import attach, ops
 from sgl_blend.config import BlendConfig
-from sgl_blend.engine.forward.clock import ForwardClock
 from sgl_blend.engine.launch.own_store import lives_with_server
 from sgl_blend.engine.request.state import RequestState, state_of, unservable
 from sgl_blend.engine.request.store_space import StoreSpace
@@ -77,7 +76,6 @@ class StoreTier:
         self.service, self.ranks = service, ranks
         self.rank, self.device, self.metrics = rank, device, metrics
         self.chunking = store_chunking(config.store_chunk_tokens)
-        self.clock = ForwardClock(service.speeds, device)
         self.space = space
         self.weights = WeightUpdates(space, tree, self.let_go)
         # A store that lives and dies with this server is a cache of its own: /flush_cache empties
