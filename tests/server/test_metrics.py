@@ -4,7 +4,9 @@ SGLang's own counters beside them. Needs: CPU, real servers."""
 from __future__ import annotations
 
 import requests
+from monitoring import expressions, rules
 from polling import eventually
+from prometheus_process import Prometheus
 from scraping import Gained, check_sums, scrape
 from talk import Docs, all_at_once, ask, body_of, check_report, words
 
@@ -65,3 +67,35 @@ def test_labels_are_sglangs(packed):
         if name.startswith("sgl_blend:"):
             for labels, _ in samples:
                 assert labels.items() >= theirs.items(), name
+
+
+def test_a_real_prometheus_has_an_answer_to_every_panel(packed, tmp_path):
+    """It scrapes the server, loads the alerts, and evaluates what the dashboard and the alerts ask
+    for."""
+    with Prometheus(tmp_path, packed.url) as prometheus:
+        docs = Docs(133)
+        docs.warm(packed)
+        ask(packed, docs.prompt([3, 0, 2]))
+
+        def seen() -> bool:
+            said = prometheus.ask('sum(sgl_blend:prompt_tokens_total{kind="reused"})')
+            return bool(said) and float(said[0]["value"][1]) > 0
+
+        assert eventually(seen, 60.0), prometheus.log()
+        for expr in expressions().values():
+            prometheus.ask(expr)
+        [up] = prometheus.ask('up{job="sglang"}')
+        assert up["value"][1] == "1"
+        [state] = prometheus.ask(expressions()["panel Blending A 1"])
+        assert state["value"][1] == "1"
+        groups = prometheus.get("/api/v1/rules")["groups"]
+        loaded = [rule for group in groups for rule in group["rules"]]
+        assert {r["name"] for r in loaded} == {r["alert"] for r in rules()}
+        assert eventually(
+            lambda: all(
+                r["health"] == "ok"
+                for g in prometheus.get("/api/v1/rules")["groups"]
+                for r in g["rules"]
+            ),
+            60.0,
+        )
