@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 from polling import eventually
+from router_process import Router
 from scraping import Gained, check_sums
 from store_servers import (
     ALL,
@@ -29,7 +30,7 @@ from store_servers import (
     start_store,
     warm,
 )
-from talk import SEP, Docs, all_at_once, ask, check_report, check_same
+from talk import SEP, Docs, all_at_once, ask, body_of, check_report, check_same
 
 from sgl_blend.harness.server import Server
 
@@ -309,6 +310,25 @@ def test_the_metrics_tell_tiers_apart(server, store):
     check_sums(gained, answers)
     tokens = gained("sgl_blend:prompt_tokens_total", "kind", "source")
     assert all(tokens["recomputed", tier] > 0 for tier in ("device", "memory")), tokens
+
+
+def test_behind_sglangs_router(server, other, store, tmp_path):
+    """It routes by prefixes and knows nothing of documents: whichever server a prompt comes to, the
+    documents are there, on its device or in the store."""
+    docs = Docs(20, count=4, size=(150, 300))
+    with Router(tmp_path, [server.url, other.url]) as router:
+        docs.warm(router)
+        settle(store[0].endpoint)
+        orders = ([2, 0, 3], [1, 3, 0], [0, 2, 1], [3, 1, 2], [2, 1, 0], [0, 3, 1])
+        answers = [ask(router, docs.prompt(order)) for order in orders]
+        for order, answer in zip(orders, answers, strict=True):
+            length = sum(len(docs.docs[i]) for i in order)
+            assert sum(sources(answer).values()) > 0.8 * length, answer.blend
+        body = body_of(docs.prompt([1, 0, 2]))
+        off = {"x-request-id-blend": "off"}
+        answer = requests.post(f"{router.url}/generate", json=body, headers=off, timeout=120)
+        assert answer.json()["meta_info"]["blend"]["fallback"] == "disabled by the request"
+        assert "reused=0" in answer.headers["x-blend"]
 
 
 @pytest.fixture(scope="module")

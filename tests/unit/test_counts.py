@@ -21,7 +21,7 @@ def piece(spans, kept=None, fixed=None, budget=0, given_up=False):
     """What ``Counts.add`` reads of a piece's blend. spans: (length, tier, exact)."""
     at, made = 0, []
     for length, tier, exact in spans:
-        made.append(ReuseSpan(at, length, 0, exact=exact, tier=tier))
+        made.append(ReuseSpan(at, length, 0, None, exact=exact, tier=tier))
         at += length
     chosen = kept if kept is not None else fixed
     return SimpleNamespace(
@@ -83,7 +83,7 @@ def test_what_is_still_on_its_way_from_the_device_is_waited_for():
     c._splits.append(Split(["device", "disk"], np.array([0, 1]), torch.tensor([1]), arrived))
     assert not c.there()
     arrived.now = True
-    assert c.there() and dict(c.recomputed_by()) == {"device": 0, "disk": 1}
+    assert c.there() and dict(c.recomputed_by()) == {"disk": 1}
 
 
 def test_exported_tokens_add_up_to_the_prompts():

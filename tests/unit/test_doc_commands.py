@@ -3,22 +3,29 @@ runs. CPU; those that need one are run in tests/server."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from monitoring import tool
+from sglang.srt.server_args import ServerArgs
+from sglang_router.launch_router import parse_router_args
 
 from sgl_blend.cli.completion import SHELLS
 from sgl_blend.cli.main import COMMANDS, main, make_parser
+from sgl_blend.engine.launch.flags import add_cli_args
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 #: what is typed behind the command, up to where its output goes
 _COMMAND = re.compile(r"^(?:.*&& )?(?:\S*/)?sgl-blend (.*?)(?: [>|].*)?$")
+_SERVER = "python -m sglang.launch_server "
 #: commands that end by themselves, in seconds, without a server
 _QUICK = ("size", "completion")
 
@@ -39,6 +46,23 @@ def printed() -> dict[str, list[str]]:
 PRINTED = printed()
 
 
+def others() -> dict[str, list[str]]:
+    """Every other command of docs/deployment.md, and each launch of a server on all pages."""
+    found = {}
+    for page in PAGES:
+        for block in _BLOCK.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                server = line.startswith(_SERVER)
+                if server or (page.name == "deployment.md" and not _COMMAND.search(line)):
+                    words = shlex.split(line, comments=True)
+                    if words:
+                        found[f"{page.name}: {' '.join(words)}"] = words
+    return found
+
+
+OTHERS = others()
+
+
 def test_they_are_found():
     assert {"size", "completion", "doctor", "top"} <= {words[0] for words in PRINTED.values()}
 
@@ -57,6 +81,63 @@ def test_it_runs(name, capsys, monkeypatch):
         assert list((ROOT / words[1]).glob("*.safetensors"))
     assert main(words) == 0
     assert capsys.readouterr().out
+
+
+def launched(words: list[str]) -> argparse.Namespace:
+    """What a server's flags say. Raises SystemExit for an unknown one."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ServerArgs.add_cli_args(parser)
+    if "--enable-blend" not in parser.format_usage():
+        add_cli_args(None, parser)
+    return parser.parse_args(words)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> set[str]:
+    """The files that the keys' command writes."""
+    folder = tmp_path_factory.mktemp("keygen") / "keys"
+    assert main(["store", "keygen", str(folder)]) == 0
+    return {f"keys/{path.relative_to(folder)}" for path in folder.rglob("*.key*")}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_command_is_understood(name, keys, monkeypatch):
+    """By its own parser, or by what it names."""
+    monkeypatch.chdir(ROOT)
+    words = OTHERS[name]
+    while "=" in words[0]:  # variables
+        words = words[1:]
+    files = [words[i + 1] for i, word in enumerate(words) if word == "-f"]
+    assert all((ROOT / name).is_file() for name in files), files
+    match words:
+        case ["python", "-m", "sglang.launch_server", *flags]:
+            assert launched(flags).enable_blend
+        case ["python", "-m", "sglang_router.launch_router", *flags]:
+            assert parse_router_args(flags).worker_urls
+        case ["docker", "build", "-f", _, "-t", "sgl-blend", "."]:
+            pass
+        case ["docker", "compose", "-f", _, "up", "--detach"]:
+            pass
+        case ["kubectl", "apply", "-f", _]:
+            pass
+        case ["kubectl", "create", "secret", "generic", secret, *given]:
+            named = [word.removeprefix("--from-file=") for word in given]
+            assert set(named) <= keys, keys
+            pods = (ROOT / "examples/deploy/kubernetes/shared-store.yaml").read_text()
+            assert f"secretName: {secret}" in pods
+        case ["promtool", "check", "config", config]:
+            subprocess.run([tool("promtool"), *words[1:3], config], check=True)
+        case ["promtool", "test", "rules", rules]:
+            subprocess.run([tool("promtool"), *words[1:3], rules], check=True)
+        case ["python", "examples/monitoring/dashboard.py"]:
+            before = (ROOT / "examples/monitoring/dashboard.json").read_bytes()
+            subprocess.run([sys.executable, words[1]], check=True)
+            assert (ROOT / "examples/monitoring/dashboard.json").read_bytes() == before
+        case ["mooncake_master", flag]:
+            # The tests' own masters are started with it.
+            assert flag.partition("=")[0] in (ROOT / "tests" / "conftest.py").read_text()
+        case _:
+            pytest.fail(f"nothing here knows {words}")
 
 
 @pytest.mark.parametrize("shell", SHELLS)

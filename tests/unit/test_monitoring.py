@@ -26,10 +26,10 @@ EXPRESSIONS = expressions()
 def ours() -> dict[str, tuple[str, set[str]]]:
     """Series name -> (help, labels beside SGLang's), as the server registers them."""
     registry = CollectorRegistry()
-    metrics = Metrics({}, registry)
+    metrics = Metrics({"model_name": "m"}, registry)
     labels = {}
     for one in metrics._counters.values():
-        labels[one._name] = set(one._labelnames)
+        labels[one._name] = set(one._labelnames) - {"model_name"}
     found = {}
     for family in registry.collect():
         more = labels.get(family.name, set())
@@ -58,7 +58,7 @@ def sglangs() -> dict[str, tuple[str, set[str]]]:
 def stores() -> dict[str, tuple[str, set[str]]]:
     found = {}
     driver = Driver(StoreConfig(memory_bytes=1 << 20))
-    snapshot = {**driver.core.stats(), "counters": {"lookup_keys": 1}}
+    snapshot = {**driver.core.operations.stats(), "counters": {"lookup_keys": 1}}
     driver.close()
     for family in StoreCollector(SimpleNamespace(snapshot=snapshot)).collect():
         end = "_total" if family.type == "counter" else ""
