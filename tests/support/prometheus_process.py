@@ -56,7 +56,13 @@ class Prometheus:
             return False
 
     def log(self) -> str:
-        return self._log.read_text()[-2000:]
+        """What it says of its targets, and the end of its log."""
+        try:
+            targets = self.get("/api/v1/targets")["activeTargets"]
+        except requests.RequestException:
+            targets = []
+        said = [f"{t['scrapeUrl']}: {t['health']} {t['lastError']}" for t in targets]
+        return "\n".join([*said, self._log.read_text()[-2000:]])
 
     def get(self, path: str, **params: str) -> Any:
         answer = requests.get(self.url + path, params=params, timeout=30).json()
