@@ -238,9 +238,12 @@ def _metric_labels() -> dict[str, str] | None:
         get_serving,
     )
 
-    wanted, ranks = get_observability(), get_parallel()
+    wanted = get_observability()
+    if not wanted.enable_metrics:
+        return None
+    ranks = get_parallel()
     first = ranks.attn_tp_rank == 0 and ranks.attn_cp_rank == 0
-    if not wanted.enable_metrics or not (first or wanted.enable_metrics_for_all_schedulers):
+    if not (first or wanted.enable_metrics_for_all_schedulers):
         return None
     engine = DisaggregationMode.to_engine_type(get_disagg().disaggregation_mode)
     labels = {
