@@ -33,8 +33,14 @@ def pids_in(folder: Path) -> list[int]:
 
 
 def running(pids: list[int]) -> list[int]:
-    alive = [psutil.Process(p) for p in pids if psutil.pid_exists(p)]
-    return [p.pid for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [pid for pid in pids if runs(pid)]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it may end between any two looks
+        return False
 
 
 @pytest.fixture(autouse=True)
