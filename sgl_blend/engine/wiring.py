@@ -109,6 +109,7 @@ class OneRank:
 def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     """Factory of the radix cache backend ``blend``. Raises a :class:`BlendError` subclass when
     the model or its configuration is not served; SGLang then ends the launch."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.runtime_context import get_parallel
 
     from sgl_blend.chunking import ChunkingConfig
@@ -181,6 +182,8 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
             company=lambda forward_batch, batch: why_not(forward_batch, batch, model),
             scores=_score_table(config, pool, num_layers),
             pace=clock.pace,
+            # Latent attention has a faster form for ordinary rows.
+            pads=isinstance(model_runner.attn_backend, TorchNativeAttnBackend) and not pool.latent,
         )
     )
     # Kernels are built at launch, not in the first blended request.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from cache_world import World, doc
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -13,7 +15,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.metrics import Metrics
-from sgl_blend.engine.request.planner import Planner, PlannerContext
+from sgl_blend.engine.request.options import RequestOptions
+from sgl_blend.engine.request.planner import PlannedBatch, Planner, PlannerContext
 from sgl_blend.gate.state import GateState
 
 N, OUTPUTS = 200, 3
@@ -22,7 +25,7 @@ N, OUTPUTS = 200, 3
 class Prefill:
     """One request of a world without KV, prefilled by a planner piece by piece."""
 
-    def __init__(self, rows: int = N) -> None:
+    def __init__(self, rows: int = N, pads: bool = False) -> None:
         self.world = World()
         self.planner = Planner(
             PlannerContext(
@@ -33,6 +36,7 @@ class Prefill:
                 metrics=Metrics(),
                 gate=GateState(0.1),
                 company=lambda forward_batch, batch: None,
+                pads=pads,
             )
         )
         self.req = self.world.request(doc(1, N), blend=True)
@@ -45,7 +49,7 @@ class Prefill:
         self.req.rid = rid or self.req.rid
         self.piece(prefix, N - prefix)
 
-    def piece(self, begin: int, rows: int) -> None:
+    def piece(self, begin: int, rows: int) -> PlannedBatch | None:
         self.req.init_next_round_input()
         forward_batch = SimpleNamespace(
             forward_mode=ForwardMode.EXTEND,
@@ -59,8 +63,12 @@ class Prefill:
             prefix_lens=[begin],
             extend_lens=[rows],
             return_hidden_states=False,
+            req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(1, 300, dtype=torch.int32)),
         )
+        self.req.kv.req_pool_idx = 0
         self.planner.after_init_new(forward_batch, None, batch)
+        self.req.kv.req_pool_idx = None
+        return attach.PIECES.get(forward_batch)
 
     def retract(self) -> None:
         """After some tokens of output; they are prefilled again behind the prompt, which the tree
@@ -129,3 +137,31 @@ def test_output_that_is_prefilled_in_pieces_belongs_to_one_prefill():
     prefill.piece(N + 1, OUTPUTS - 1)
     assert attach.RECORD.get(prefill.req) is record
     assert record.exact_len(N + OUTPUTS) == 120 and len(record.labels) == N + OUTPUTS
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_rows_behind_a_prefix_are_not_padded_to_the_whole_sequence(pads):
+    """Where SGLang's attention would do that, our passes run them; they do not run a prompt's
+    first piece, nor what asked for exact prefill."""
+    prefill = Prefill(pads=pads)
+    prefill.retract()
+    attach.PREFIX.set(prefill.req, (120, N - 120))
+    batch = prefill.piece(N, OUTPUTS)
+    assert (batch is not None) == pads
+    if batch is not None:
+        assert batch.blended and [p.blend for p in batch.pieces] == [None]
+        assert len(batch.pieces[0].kv_slots) == N + OUTPUTS
+    first = Prefill(pads=pads)
+    first.req.reset_for_retract()
+    assert first.piece(0, N) is None
+    exact = Prefill(pads=pads)
+    attach.STATE.get(exact.req).options = RequestOptions(enabled=False)
+    exact.retract()
+    assert exact.piece(N, OUTPUTS) is None
+
+
+def test_beside_what_forbids_blending_sglang_runs_rows_behind_a_prefix():
+    prefill = Prefill(pads=True)
+    prefill.retract()
+    prefill.planner.c = replace(prefill.planner.c, company=lambda *args: "token types in the batch")
+    assert prefill.piece(N, OUTPUTS) is None

@@ -48,7 +48,10 @@ class PlannerContext:
     tiers: None where nothing but the device holds chunks.
     scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch)
     -> reason | None``: why no request of a batch can be blended (``engine/forward/company.py``).
-    pace: seconds that a token of ordinary prefill takes, None while that is not known."""
+    pace: seconds that a token of ordinary prefill takes, None while that is not known.
+    pads: SGLang's attention computes a piece's rows padded to the whole sequence
+    (``torch_native``), so that a piece of few rows behind a long prefix takes as long as the whole
+    prompt."""
 
     tree: ChunkRadixCache
     config: BlendConfig
@@ -60,6 +63,7 @@ class PlannerContext:
     tiers: StoreTier | None = None
     scores: ScoreTable | None = None
     pace: Callable[[], float | None] = lambda: None
+    pads: bool = False
 
 
 @dataclass(eq=False)
@@ -120,6 +124,7 @@ class Planner:
             pieces.append(piece)
             row += rows
         blended = bool(samples) or any(piece.blend is not None for piece in pieces)
+        blended = blended or (company is None and any(map(self._padded, mine)))
         if blended and not batch.return_hidden_states:
             capture_nothing(forward_batch)
         if not blended:
@@ -133,6 +138,11 @@ class Planner:
                 if piece.blend is not None and self.c.tiers is not None:
                     self.c.tiers.attach(req, piece)
             attach.PIECES.set(forward_batch, PlannedBatch(pieces, mine, samples, blended))
+
+    def _padded(self, p: _Planned) -> bool:
+        """Is the piece, which reuses nothing, better run as beside a blended one?"""
+        wants = p.state.wants_blend and p.state.fallback is None
+        return self.c.pads and wants and p.piece.begin > 0
 
     def finish(self, planned: list[_Planned]) -> None:
         """Count what has been prefilled, and let go of what was loaded for it."""
@@ -325,8 +335,8 @@ class Planner:
 @dataclass(frozen=True, eq=False)
 class PlannedBatch:
     """What travels on a ``ForwardBatch``: the pieces to run, how to plan them again, and which
-    rows of its output the correctness gate wants to see: (row, sample). blended: False for a batch
-    that SGLang runs unchanged, and that is scored."""
+    rows of its output the correctness gate wants to see: (row, sample). blended: it runs in our
+    passes; False for a batch that SGLang runs unchanged, and that is scored."""
 
     pieces: list[Piece]
     planned: list[_Planned]
