@@ -42,7 +42,7 @@ class Query(Policy):
         anchors = 0 if reused.anchors is None else int(reused.anchors.sum())
         ahead = highest(replace(reused, budget=max(anchors, reused.budget - reused.weighed)), rank)
         taken = rank.new_zeros(reused.count, dtype=torch.bool)
-        taken[ahead] = True
+        taken.index_fill_(0, ahead, True)  # a number by index would keep the host waiting
         return highest(replace(reused, anchors=taken), rank * reused.on(rank.device, "weights"))
 
     def ranking(
