@@ -45,11 +45,6 @@ class KvCopy:
             torch.cat([p.dst_pos for p in parts]),
         )
 
-    def take(self, index: torch.Tensor) -> KvCopy:
-        return KvCopy(
-            self.src_slots[index], self.dst_slots[index], self.src_pos[index], self.dst_pos[index]
-        )
-
     def run(
         self,
         pool: PoolView,
