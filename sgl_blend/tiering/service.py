@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -29,6 +29,10 @@ LOADERS = 4
 #: longest that a flush of the cache waits for the store, and between two tries in the background,
 #: also to page-lock its memory
 EMPTY_S = 1.0
+#: how often an idle thread looks whether its store has to be told something
+IDLE_S = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ class StoreService:
         self._set_device()
         with self._client("load") as client:
             self._greet(client)
-            while (load := self._loads.get()) is not None:
+            while (load := self._next(self._loads, client)) is not None:
                 try:
                     if self._stale:
                         load.give_up()
@@ -240,7 +244,7 @@ class StoreService:
         self._set_device()
         with self._client("offload") as client:
             self._greet(client)
-            while (job := self._jobs.get()) is not None:
+            while (job := self._next(self._jobs, client)) is not None:
                 try:
                     if self._stale:
                         self.tally.chunk("dropped", len(job.chunks))
@@ -251,6 +255,16 @@ class StoreService:
                 finally:
                     self._jobs.task_done()
             self._jobs.task_done()
+
+    @staticmethod
+    def _next(waiting: queue.Queue[T | None], client: StoreClient) -> T | None:
+        """What is to be done next. An idle client tells the store now and then what it could not
+        be told: chunks that nobody reads any more would stay in its memory until the next load."""
+        while True:
+            try:
+                return waiting.get(timeout=IDLE_S)
+            except queue.Empty:
+                client.settle()
 
     def _greet(self, client: StoreClient) -> None:
         try:

@@ -69,6 +69,42 @@ def test_an_old_server_is_an_error_that_says_so(tmp_path):
     context.term()
 
 
+def test_what_is_released_while_a_call_ends_is_not_forgotten(store, monkeypatch):
+    """Between a call's last word to the store and the moment when it lets go of the connection."""
+    with connect(store.endpoint, NAMESPACE, deadline_s=20) as watch:
+        with connect(store.endpoint, NAMESPACE, deadline_s=20) as client:
+            header, body = make_chunk(100)
+            client.put([header], [body])
+            held = client.prepare_load([header.key])
+            flush, late = client._wire._flush, [held]
+
+            def then_another_thread_is_done():
+                told = flush()
+                if late:
+                    other = threading.Thread(target=client.complete_load, args=[late.pop()])
+                    other.start()
+                    other.join()
+                return told
+
+            monkeypatch.setattr(client._wire, "_flush", then_another_thread_is_done)
+            client.lookup([header.key])
+            assert eventually(lambda: watch.stats()["leases"] == 0)
+
+
+def test_a_store_that_takes_no_word_is_told_when_it_listens_again():
+    with start(small_config()) as store, connect(store.endpoint, NAMESPACE, deadline_s=20) as watch:
+        with connect(store.endpoint, NAMESPACE, deadline_s=20) as client:
+            header, body = make_chunk(100)
+            client.put([header], [body])
+            held = [client.prepare_load([header.key]) for _ in range(2000)]
+            store.process.send_signal(signal.SIGSTOP)
+            for one in held:
+                client.complete_load(one)
+            store.process.send_signal(signal.SIGCONT)
+            told = client.settle
+            assert eventually(lambda: told() or watch.stats()["leases"] == 0)
+
+
 _VANISHING = """
 import os, sys, time
 sys.path[:0] = {path!r}

@@ -21,6 +21,7 @@ from tiering_testing import (
     tokens_of,
 )
 
+from sgl_blend.store.wire.shm import ArenaMapping
 from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.offload import FreshChunk, Job
 from sgl_blend.tiering.wish import Wish
@@ -117,6 +118,23 @@ def test_a_closed_load_holds_nothing(client, store):
         for t in closers:
             t.join()
         assert eventually(lambda: not service.busy)
+        assert eventually(lambda: client.stats()["leases"] == 0)
+    finally:
+        service.close()
+
+
+def test_an_idle_service_tells_what_the_store_did_not_take(client, store, monkeypatch):
+    tokens = tokens_of(210, 500)
+    put(client, tokens, Pool(500))
+    service = service_of(store[0].endpoint, Pool(500))
+    try:
+        wish = Wish(tokens, chunks_of(tokens), len(tokens), 1, TENANT, SPACE, False, 0.1)
+        one = service.request(wish)
+        assert eventually(lambda: one.ready) and client.stats()["leases"] > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(ArenaMapping, "send", lambda *_: False)
+            one.close()
+        assert client.stats()["leases"] > 0
         assert eventually(lambda: client.stats()["leases"] == 0)
     finally:
         service.close()

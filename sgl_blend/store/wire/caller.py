@@ -55,6 +55,11 @@ class Caller:
         with self._wire.turn(until):
             return self._wire.greet(until)
 
+    def settle(self) -> None:
+        """Tell the store what it did not take when this client was done with it, since it stood
+        still. Every call does so too. Waits for nothing, never raises."""
+        self._wire.settle()
+
     @property
     def shm(self) -> bool:
         """Whether payloads go through shared memory."""

@@ -62,6 +62,7 @@ class Connection:
                 self._flush()
             finally:
                 self._lock.release()
+            self.settle()
 
     def call(self, request: p.Request, frames: Sequence, until: float) -> tuple[p.Reply, list]:
         """One request, its reply and payload frames; within a ``turn``. Raises StoreError."""
@@ -237,22 +238,33 @@ class Connection:
     def release(self, held: Sequence[tuple[ArenaMapping, int]]) -> None:
         """End load leases: now if the connection is free, else by the call that holds it."""
         self._released.extend(held)
-        if self._lock.acquire(blocking=False):
+        self.settle()
+
+    def settle(self) -> None:
+        """Tell the store what callers are done with, unless a call holds the connection: whoever
+        lets go of it comes here once more, so that nothing stays unsaid. Does not block."""
+        while self._unsaid and self._lock.acquire(blocking=False):
             try:
-                self._flush()
+                if not self._flush():
+                    return
             finally:
                 self._lock.release()
 
-    def _flush(self) -> None:
+    @property
+    def _unsaid(self) -> bool:
+        return bool(self._released or self._owed or self._abandoned)
+
+    def _flush(self) -> bool:
+        """False when the store does not take all of it now: it is told at a later turn."""
         while self._released:
             mapping, lease = self._released.popleft()
             if mapping is self.mapping:
                 self._owed.append(lease)
             self.unhold([mapping])
-        # What a store that stands still does not take now, it is told at a later turn.
         for leases, verb in ((self._owed, p.CompleteLoad), (self._abandoned, p.AbortStore)):
             while leases and self._send(verb(leases[: p.MAX_PACKET_BATCH])):
                 del leases[: p.MAX_PACKET_BATCH]
+        return not (self._owed or self._abandoned)
 
     def _retire(self) -> None:
         """Let go of a mapping, but not of the leases of those who still hold its views."""
