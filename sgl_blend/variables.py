@@ -5,13 +5,15 @@ VARIABLES = {
     "ENABLE": "1 switches blending on, as --enable-blend does; "
     "for sglang.Engine, which takes no flags",
     "CONFIG": "path of a YAML file with options, as --blend-config",
-    "CACHE_DIR": "folder of the compiled CPU kernels and of the demo's model "
+    "CACHE_DIR": "folder of the compiled kernels and of the demo's model "
     "(default: ~/.cache/sgl_blend)",
 }
 
 #: Variables of others that this package reads: what they change here
 READ_BESIDE = {
     "CXX": "C++ compiler of the CPU kernels (default: c++, then g++)",
+    "CUDA_HOME": "the CUDA toolkit with nvcc (default: what nvcc on PATH belongs to)",
+    "CUDA_PATH": "as CUDA_HOME, where that is not set",
     "SGLANG_USE_CPU_ENGINE": "1: SGLang's own CPU engine runs the model, "
     "not the CPU platform of this package",
     "XDG_RUNTIME_DIR": "folder of the usual address of a chunk store "

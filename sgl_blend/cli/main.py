@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 COMMANDS = (
     *("demo", "bench", "eval", "warm"),
-    *("store", "inspect", "top", "doctor", "size", "explain", "completion"),
+    *("store", "inspect", "top", "doctor", "size", "explain", "build", "completion"),
 )
 
 

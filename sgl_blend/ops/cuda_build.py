@@ -1,19 +1,19 @@
-"""Finds nvcc, compiles ``csrc/cuda`` for a device's architecture once a machine, and loads it.
+"""The compiled ``csrc/cuda`` for a device: built ahead of time, or once a machine at first use.
 
-The libraries lie in the folder of the CPU kernels (``build.py``), each in one whose name is a
-digest of sources, flags, compiler and architecture. A device's kernels are compared with the torch
-reference once, before they are used.
+A library that was built ahead of time (``prebuilt.py``) is taken where it was made of these sources
+and has code for the device. Otherwise nvcc compiles for the device's architecture; these libraries
+lie in the folder of the CPU kernels (``build.py``), each in one whose name is a digest of sources,
+flags, compiler and architecture. A device's kernels are compared with the torch reference once,
+before they are used.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
-import shutil
-import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ import torch
 
 from sgl_blend.errors import KernelError
 from sgl_blend.folders import cache_root
+from sgl_blend.ops import prebuilt
 from sgl_blend.ops.build import exclusive, source_dir
 from sgl_blend.ops.cuda_check import differing
+from sgl_blend.ops.nvcc import code_for, compile_library, find_nvcc, version
 
 logger = logging.getLogger(__name__)
 
 #: what the kernels are compiled for ahead of time: Ampere (A100, A10), Ada, Hopper, Blackwell
 TARGETS = ("80", "86", "89", "90a", "100a", "120")
+#: and in PTX, which drivers translate: the newest that every later architecture takes
+PTX = "90"
 SOURCES = ("rotate_scatter.cu", "select.cu", "attention_mass.cu")
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
@@ -36,17 +40,6 @@ def target_of(capability: tuple[int, int]) -> str:
     """nvcc's name of a compute capability; with what Hopper and Blackwell have beyond it."""
     major, minor = capability
     return f"{major}{minor}" + ("a" if capability in ((9, 0), (10, 0)) else "")
-
-
-def find_nvcc() -> Path | None:
-    """nvcc on PATH, in the usual folder, or as pip installs it beside torch."""
-    found = shutil.which("nvcc")
-    places = [Path(found)] if found else []
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        places += sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
-    return next((p for p in places if os.access(p, os.X_OK)), None)
 
 
 def includes() -> list[str]:
@@ -67,7 +60,16 @@ def _checked(device: torch.device) -> Any | None:
     module = cuda_module(target)
     if module is None:
         return None
-    wrong = differing(module, device)
+    try:
+        wrong = differing(module, device)
+    except (KernelError, RuntimeError) as error:
+        logger.warning(
+            "sgl-blend's CUDA kernels do not run on %s; falling back to torch, which is several "
+            "times slower: %s",
+            torch.cuda.get_device_name(device),
+            error,
+        )
+        return None
     if wrong:
         logger.warning(
             "sgl-blend's CUDA kernels give other results than torch on %s (%s); falling back to "
@@ -82,26 +84,80 @@ def _checked(device: torch.device) -> Any | None:
 @functools.cache
 def cuda_module(target: str) -> Any | None:
     """The compiled kernels for ``target`` (one function a launcher), or ``None`` with a warning
-    where they cannot be built."""
+    where there are none and they cannot be built."""
+    module, problem = _prebuilt(target)
+    if module is not None:
+        return module
     nvcc = find_nvcc()
     if nvcc is None:
         logger.warning(
-            "No nvcc found: sgl-blend's CUDA kernels fall back to torch, which is several times "
-            "slower. Install the CUDA toolkit to get them."
+            "No nvcc found, and %s: sgl-blend's CUDA kernels fall back to torch, which is several "
+            "times slower. Install the CUDA toolkit, or run sgl-blend build where it is.",
+            problem,
         )
         return None
     try:
         return _load(nvcc, target)
-    except (KernelError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+    except (KernelError, OSError, RuntimeError) as error:
         logger.warning(
-            "sgl-blend's CUDA kernels could not be built for sm_%s with %s; falling back to torch, "
-            "which is several times slower: %s",
+            "sgl-blend's CUDA kernels could not be built for sm_%s with %s (and %s); falling back "
+            "to torch, which is several times slower: %s",
             target,
             nvcc,
-            said[-2000:],
+            problem,
+            str(error)[-2000:],
         )
         return None
+
+
+def _prebuilt(target: str) -> tuple[Any | None, str]:
+    """The module of a library that was built ahead of time; else why there is none."""
+    import tvm_ffi
+
+    digest = sources_digest()
+    problem = prebuilt.why_none(digest, target)
+    for made in prebuilt.find(digest):
+        if made.serves(target):
+            try:
+                return tvm_ffi.load_module(str(made.path)), ""
+            except (OSError, RuntimeError, ValueError) as error:
+                problem = f"{made.path} cannot be loaded: {error}"
+    return None, problem
+
+
+def sources_digest() -> str:
+    """Of what a library is made of, whatever the compiler and the architectures."""
+    import tvm_ffi
+
+    facts = (*SOURCES, *FLAGS, ".".join(tvm_ffi.__version__.split(".")[:2]))
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for path in sorted((source_dir() / "cuda").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(
+    nvcc: Path,
+    folder: Path,
+    targets: Sequence[str] = TARGETS,
+    ptx: str | None = PTX,
+    progress: Callable[[str], None] = lambda text: None,
+) -> prebuilt.Prebuilt:
+    """One library for all ``targets``, in ``folder``: named by its sources, so that the same ones
+    have the same name everywhere.
+
+    Raises:
+        KernelError: nvcc refused the sources, or a target.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    library = prebuilt.library_in(folder, sources_digest())
+    made = prebuilt.Prebuilt(library, tuple(targets), ptx, version(nvcc))
+    with exclusive(folder / "building"):
+        library.with_suffix(".json").unlink(missing_ok=True)
+        _compile(nvcc, targets, ptx, library, progress)
+        prebuilt.write(made)
+    return made
 
 
 def _load(nvcc: Path, target: str) -> Any:
@@ -112,27 +168,26 @@ def _load(nvcc: Path, target: str) -> Any:
     library = folder / "kernels.so"
     with exclusive(folder / "building"):
         if not library.is_file():
-            _compile(nvcc, target, library)
+            _compile(nvcc, (target,), None, library)
     return tvm_ffi.load_module(str(library))
 
 
-def _compile(nvcc: Path, target: str, library: Path) -> None:
+def _compile(
+    nvcc: Path,
+    targets: Sequence[str],
+    ptx: str | None,
+    library: Path,
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
     from tvm_ffi.libinfo import find_libtvm_ffi
 
     runtime = Path(find_libtvm_ffi())
-    partial = library.with_suffix(".partial")
-    command = [str(nvcc), *FLAGS, "-shared", f"-gencode=arch=compute_{target},code=sm_{target}"]
-    command += ["--threads", "0", *(f"-I{path}" for path in includes())]
-    command += [str(source_dir() / "cuda" / name) for name in SOURCES]
-    command += [f"-L{runtime.parent}", "-ltvm_ffi", "-o", str(partial)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    partial.replace(library)
+    sources = [source_dir() / "cuda" / name for name in SOURCES]
+    options = [*FLAGS, *code_for(targets, ptx), *(f"-I{path}" for path in includes())]
+    links = [f"-L{runtime.parent}", "-ltvm_ffi"]
+    compile_library(nvcc, sources, library, options, links, progress)
 
 
 def _fingerprint(nvcc: Path) -> str:
-    digest = hashlib.sha256("\0".join((*FLAGS, os.path.realpath(nvcc))).encode())
-    for path in sorted((source_dir() / "cuda").iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    said = subprocess.run([str(nvcc), "--version"], check=True, capture_output=True)
-    digest.update(said.stdout + torch.__version__.encode())
-    return digest.hexdigest()[:16]
+    facts = (sources_digest(), os.path.realpath(nvcc), version(nvcc), torch.__version__)
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]

@@ -9,7 +9,8 @@ import emulated
 import pytest
 import torch
 
-from sgl_blend.ops import cuda_build, cuda_check
+from sgl_blend.errors import KernelError
+from sgl_blend.ops import cuda_build, cuda_check, prebuilt
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,8 @@ def test_wrong_kernels_are_named(name):
 
 @pytest.fixture
 def device(monkeypatch):
-    """Where ``kernels`` looks for a device of sm_90."""
+    """Where ``kernels`` looks for a device of sm_90. Nothing was built ahead of time."""
+    monkeypatch.setattr(prebuilt, "find", lambda digest: [])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
     caches = cuda_build._checked, cuda_build.cuda_module
@@ -65,6 +67,22 @@ def test_only_right_kernels_are_used(monkeypatch, device, caplog):
         assert [cuda_build.kernels(device) for _ in range(2)] == [None, None]
     (record,) = caplog.records
     assert "other results than torch on a device (select_rows)" in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [KernelError("no kernel image"), RuntimeError("no kernel image")])
+def test_kernels_that_do_not_run_are_left(monkeypatch, device, caplog, error):
+    """As where the driver cannot translate a library's PTX."""
+
+    def launch(module, device):
+        raise error
+
+    monkeypatch.setattr(cuda_build, "cuda_module", lambda target: emulated.kernels())
+    monkeypatch.setattr(cuda_build, "differing", launch)
+    with caplog.at_level(logging.WARNING):
+        assert [cuda_build.kernels(device) for _ in range(2)] == [None, None]
+    (record,) = caplog.records
+    assert "do not run on a device" in record.getMessage()
+    assert "no kernel image" in record.getMessage()
 
 
 def test_without_nvcc_torch_takes_over_with_one_warning(monkeypatch, device, caplog):
