@@ -60,7 +60,9 @@ def test_a_wheel_carries_the_library_that_was_built(tmp_path):
     """And what is installed from it finds it: its sources have the library's digest."""
     tree, installed = tmp_path / "tree", tmp_path / "installed"
     for name in ("sgl_blend", "csrc"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda"))
+        shutil.copytree(
+            ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda")
+        )
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     library = prebuilt.library_in(tree / "sgl_blend" / "_cuda", cuda_build.sources_digest())
