@@ -23,6 +23,7 @@ OTHER = "kernels-0123456789abcdef.so"
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
     """Nothing was built yet: what a wheel carries, and what this user has built."""
+    nvcc_once.one_library()
     monkeypatch.setenv("SGL_BLEND_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(prebuilt, "CARRIED", tmp_path / "carried")
     cuda_build.cuda_module.cache_clear()

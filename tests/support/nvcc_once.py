@@ -3,12 +3,13 @@ in pretence, which hands that out. Needs: nvcc."""
 
 from __future__ import annotations
 
+import functools
 import shlex
 from pathlib import Path
 from unittest import mock
 
 from sgl_blend.folders import cache_root
-from sgl_blend.ops import cuda_build, prebuilt
+from sgl_blend.ops import cuda_build, nvcc, prebuilt
 
 TARGET = "90a"
 
@@ -28,28 +29,30 @@ esac
 """
 
 
+@functools.cache
 def one_library() -> prebuilt.Prebuilt:
-    """Of select.cu: all sources, for all targets, take minutes."""
+    """Of select.cu: all sources, for all targets, take minutes. To be asked before a test changes
+    where kernels are kept."""
     with mock.patch.object(cuda_build, "SOURCES", ("select.cu",)):
         folder = cache_root() / "cuda-of-tests"
         digest = cuda_build.sources_digest()
         path = prebuilt.library_in(folder, digest)
         if not path.with_suffix(".json").is_file():
-            nvcc = cuda_build.find_nvcc()
-            assert nvcc is not None, "nvcc is not there"
-            cuda_build.build(nvcc, folder, (TARGET,), None)
+            compiler = nvcc.find_nvcc()
+            assert compiler is not None, "nvcc is not there"
+            cuda_build.build(compiler, folder, (TARGET,), None)
     return prebuilt.Prebuilt(path, (TARGET,), None, "")
 
 
 def pretended(folder: Path, library: Path | None = None, refusal: str = "") -> Path:
     """An nvcc in ``folder``. refusal: what it says where it is to fail. ``folder``/said: the
     arguments of each call, a line each."""
-    nvcc = folder / "nvcc"
+    script = folder / "nvcc"
     refuse = f"echo {shlex.quote(refusal)} >&2; exit 1" if refusal else ""
     made = shlex.quote(str(library or "/dev/null"))
     home = folder / "toolkit"
-    nvcc.write_text(
+    script.write_text(
         _PRETENDED.format(said=folder / "said", home=home, refusal=refuse, library=made)
     )
-    nvcc.chmod(0o755)
-    return nvcc
+    script.chmod(0o755)
+    return script
