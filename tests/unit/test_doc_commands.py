@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -133,6 +134,11 @@ def test_another_command_is_understood(name, keys, monkeypatch):
             before = (ROOT / "examples/monitoring/dashboard.json").read_bytes()
             subprocess.run([sys.executable, words[1]], check=True)
             assert (ROOT / "examples/monitoring/dashboard.json").read_bytes() == before
+        case ["python", "examples/benchmarks/serving.py", *flags]:
+            spec = importlib.util.spec_from_file_location("serving", words[1])
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            assert module.make_parser().parse_args(flags).rounds
         case ["mooncake_master", flag]:
             # The tests' own masters are started with it.
             assert flag.partition("=")[0] in (ROOT / "tests" / "conftest.py").read_text()
