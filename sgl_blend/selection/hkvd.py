@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, highest_of, scored
 
 if TYPE_CHECKING:
     import torch
@@ -28,3 +29,8 @@ class Hkvd(Policy):
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
     ) -> torch.Tensor:
         return highest(reused, scored(self, score))
+
+    def select_all(
+        self, pieces: Sequence[tuple[ReusedTokens, torch.Tensor | None]], config: BlendConfig
+    ) -> list[torch.Tensor]:
+        return highest_of([(reused, scored(self, score)) for reused, score in pieces])

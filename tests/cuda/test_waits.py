@@ -14,6 +14,7 @@ from planned_flashinfer import planning
 from small_model import Served, Small
 
 POLICIES = ["query", "hkvd", "leading", "stored"]
+OPS = ["rotation", "parts", "gather", "deviation", "rows", "mass"]
 CPU = torch.device("cpu")
 
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 def kernels(monkeypatch):
     """The kernels for CUDA, in the emulator, serve the pretended device. Their launches so far."""
     module = emulated.kernels()
-    for name in ("rotation", "deviation", "rows", "mass"):
+    for name in OPS:
         serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
         monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
     return module.launches
@@ -29,7 +30,7 @@ def kernels(monkeypatch):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    for name in ("rotation", "deviation", "rows", "mass"):
+    for name in OPS:
         monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", lambda device: None)
 
 
