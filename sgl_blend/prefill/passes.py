@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sgl_blend import ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
 from sgl_blend.plan import ranges
 from sgl_blend.prefill.attention import Arriving, BatchAttention
 from sgl_blend.prefill.correction import FIRST_LAYER, Correction, Recomputed
+from sgl_blend.prefill.deviations import deviations
 from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
 from sgl_blend.prefill.question import QuestionAttention, Scratch
@@ -272,9 +272,8 @@ def _check_passes(
         _pass(checking, passes, model, pool, None, stop=layer)
         last = step == len(config.check_layers) - 1
         choices = []
-        for s, score, kept in zip(
-            checking, _deviations(checking, layer, pool), filters, strict=True
-        ):
+        scores = deviations(checking, layer, pool, config.check_keys)
+        for s, score, kept in zip(checking, scores, filters, strict=True):
             tokens = s.blend.tokens
             coverage = tokens.coverage if last else 0.0
             tokens = replace(tokens, budget=kept[step][1], coverage=coverage)
@@ -283,27 +282,6 @@ def _check_passes(
             choices.append(_Choice(s, tokens, score, s.alive))
             s.copy_from = layer + 1
         _choose(choices, ranks, config)
-
-
-def _deviations(checking: list[BlendPass], layer: int, pool: PoolView) -> list[torch.Tensor]:
-    """fp32, for each piece: how far its tokens' fresh V at ``layer`` lies from the cached V. Of
-    those whose cached V lies in the pool in one launch."""
-    out: dict[int, torch.Tensor] = {}
-    pooled, slots = [], []
-    for i, s in enumerate(checking):
-        b, alive = s.blend, slice(None) if s.alive is None else s.alive
-        fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]
-        if b.host is None:
-            pooled.append(i)
-            slots.append((fresh, b.src_slots[alive]))
-        else:
-            cached = s.cached_v(b.host, pool, layer)[alive]
-            out[i] = (pool.v(layer)[fresh].float() - cached.float()).square().sum(dim=(1, 2))
-    if pooled:
-        fresh, source = map(torch.cat, zip(*slots, strict=True))
-        apart = ops.v_deviation(pool.v(layer), fresh, source)
-        out |= zip(pooled, apart.split([x.numel() for x, _ in slots]), strict=True)
-    return [out[i] for i in range(len(checking))]
 
 
 def _pass(

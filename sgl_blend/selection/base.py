@@ -23,7 +23,7 @@ class Need(enum.Enum):
     NOTHING = "nothing"
     #: the question's rows run over the re-rotated cached KV; score = attention mass per token
     QUERY = "query"
-    #: all rows run through the check layers; score = squared V deviation per token
+    #: all rows run through the check layers; score = squared V (or KV) deviation per token
     DEVIATION = "deviation"
     #: no pass; score = what was measured when the token was first computed, NaN where nothing was
     STORED = "stored"

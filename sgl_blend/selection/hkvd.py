@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 class Hkvd(Policy):
     """The tokens whose fresh V at the check layer is farthest from the cached V.
 
-    Score: ``|V_fresh - V_cached|^2`` summed over heads and dimensions. With several check
-    layers the choice narrows gradually (section 4.3, gradual filtering): the engine calls
-    ``select`` once per check layer, each time with the survivors and a smaller budget. Coverage
-    is asked for at the last one, over the survivors' scores; the others narrow to fixed counts.
+    Score: ``|V_fresh - V_cached|^2`` summed over heads and dimensions, with ``check_keys`` the same
+    of K beside it (``prefill/deviations.py``). With several check layers the choice narrows
+    gradually (section 4.3, gradual filtering): the engine calls ``select`` once per check layer,
+    each time with the survivors and a smaller budget. Coverage is asked for at the last one, over
+    the survivors' scores; the others narrow to fixed counts.
     """
 
     name = "hkvd"
