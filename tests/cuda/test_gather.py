@@ -136,7 +136,7 @@ def test_tokens_are_taken_from_where_they_lie(module, dtype, index):
     if index is not None:
         want_k, want_v = want_k[index], want_v[index]
     for way in emulated.schedules(module):
-        for blocks in (0, 2):
+        for blocks in (0, 1):  # two, and fewer than there is work for
             room_k, room_v = (torch.full_like(torch.cat((x, x[:1])), 7) for x in (want_k, want_v))
             cuda.take_from(module, places, 2, blocks, room_k[:-1], room_v[:-1], index)
             assert same(room_k[:-1], want_k) and same(room_v[:-1], want_v), way
