@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from sgl_blend.errors import KernelError
@@ -78,17 +79,26 @@ def compile_library(
     runtime = [f"-L{home / at}" for at in _LIBRARIES if (home / at / _RUNTIME).is_file()]
     partial = library.with_suffix(".partial")
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="objects-") as folder:
-        objects = []
-        for i, source in enumerate(sources):
-            progress(f"{source.name} ({i + 1} of {len(sources)})")
-            objects.append(f"{folder}/{source.stem}.o")
-            _run([str(nvcc), *options, "--threads", "0", "-c", str(source), "-o", objects[-1]])
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        progress("compiling " + ", ".join(source.name for source in sources))
+        with ThreadPoolExecutor(min(len(sources), _processors())) as pool:
+            jobs = {}
+            for source, made in zip(sources, objects, strict=True):
+                command = [str(nvcc), *options, "--threads", "0", "-c", str(source), "-o", made]
+                jobs[pool.submit(_run, command)] = source.name
+            for i, job in enumerate(as_completed(jobs)):
+                job.result()
+                progress(f"{jobs[job]} is compiled ({i + 1} of {len(sources)})")
         progress(f"linking {library.name}")
         _run(
             [str(nvcc), "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", *objects, *runtime]
             + [*links, "-o", str(partial)]
         )
     partial.replace(library)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _run(command: list[str]) -> None:
