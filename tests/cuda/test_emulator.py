@@ -9,7 +9,7 @@ import emulated
 import pytest
 import torch
 
-#: as ``enum Fault`` of faults.cpp: name, and what is said of it ("": other results)
+#: as ``enum Fault`` of faults.cuh: name, and what is said of it ("": other results)
 FAULTS = [
     ("none", None),
     ("waits for other copies", ""),
@@ -18,11 +18,11 @@ FAULTS = [
     ("misaligned", r"load16: misaligned address \(block 0,0,0, thread \d+,0,0\)"),
     ("copies in flight", "ended with asynchronous copies in flight"),
     ("copies never committed", "never committed"),
-    ("shuffle of half a warp", r"__shfl_xor_sync at faults.cpp:\d+"),
-    ("shuffles at two places", r"at faults.cpp:\d+ meets __shfl_xor_sync at faults.cpp:\d+"),
+    ("shuffle of half a warp", r"__shfl_xor_sync at faults.cuh:\d+"),
+    ("shuffles at two places", r"at faults.cuh:\d+ meets __shfl_xor_sync at faults.cuh:\d+"),
     ("shuffle from outside its mask", "outside its mask"),
-    ("barriers at two places", r"__syncthreads at faults.cpp:\d+ meets one at faults.cpp:\d+"),
-    ("ends before a barrier", r"ended before __syncthreads at faults.cpp:\d+ .*thread 40,0,0"),
+    ("barriers at two places", r"__syncthreads at faults.cuh:\d+ meets one at faults.cuh:\d+"),
+    ("ends before a barrier", r"ended before __syncthreads at faults.cuh:\d+ .*thread 40,0,0"),
     ("shared memory not set", ""),
 ]
 STEPS = 4

@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU: ``csrc/cuda`` compiled by g++ for the emulator (``csrc/emulator``).
 
 Compiled once a machine, into the folder of the other kernels. ``SOURCES`` may be another copy of
-``csrc`` (``mutants.py``).
+``csrc`` (``mutants.py``). With ``BLEND_TEST_DEVICE=cuda`` the same tests run the kernels of the GPU
+that is there; ``twins`` takes the same way to them, and the emulator in the GPU's place.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from on_gpu import OnGpu
+
 from sgl_blend.folders import cache_root
-from sgl_blend.ops import build
+from sgl_blend.ops import build, cuda_build
 
 SOURCES = Path(os.environ.get("EMULATED_SOURCES") or build.source_dir())
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
@@ -24,7 +28,7 @@ FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 SCHEDULES = [(0, 0), (1, 1), (2, 0), (3, 1)]
 
 
-def _headers() -> Path:
+def headers() -> Path:
     """NVIDIA's headers for bf16, fp16 and fp8, which pip installs beside torch."""
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations if spec else None) or ():
@@ -39,9 +43,9 @@ def compiled(source: Path) -> Any:
     from tvm_ffi.cpp import load
 
     digest = hashlib.sha256(" ".join(FLAGS).encode() + source.read_bytes())
-    for folder in ("cuda", "emulator"):
-        for path in sorted((SOURCES / folder).iterdir()):
-            digest.update(path.name.encode() + path.read_bytes())
+    used = [path for folder in ("cuda", "emulator") for path in (SOURCES / folder).iterdir()]
+    for path in sorted(used) + sorted(source.parent.glob("*.cuh")):
+        digest.update(path.name.encode() + path.read_bytes())
     folder = cache_root() / f"emulated-{source.stem}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     _, ninja = build.tools()
@@ -50,13 +54,23 @@ def compiled(source: Path) -> Any:
             f"emulated_{source.stem}",
             cpp_files=[str(source)],
             extra_cflags=list(FLAGS),
-            extra_include_paths=[str(SOURCES), str(_headers())],
+            extra_include_paths=[str(SOURCES), str(headers())],
             build_directory=str(folder),
         )
 
 
+@functools.cache
 def kernels() -> Any:
-    return compiled(SOURCES / "emulator" / "kernels.cpp")
+    where = os.environ.get("BLEND_TEST_DEVICE", "")
+    if where == "cuda":
+        device = torch.device("cuda", 0)
+        target = cuda_build.target_of(torch.cuda.get_device_capability(device))
+        module = cuda_build.cuda_module(target)
+        if module is None:
+            raise RuntimeError(f"there are no kernels for sm_{target}")
+        return OnGpu(module, device)
+    module = compiled(SOURCES / "emulator" / "kernels.cpp")
+    return OnGpu(module, torch.device("cpu")) if where == "twins" else module
 
 
 def schedules(module: Any) -> Iterator[str]:

@@ -1,0 +1,259 @@
+// Every kernel once on a small case, or a small kernel with a planted fault: for compute-sanitizer,
+// without Python, which would take it minutes. With BLEND_EMULATED, g++ makes it for the emulator.
+//
+//     selftest kernels | fault NUMBER | out-of-bounds | not-set    [ORDER EARLY, of the emulator]
+//
+// Ends with 0: right results; 1: the machine has found a fault; 2: other results.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/faults.cuh"
+#include "cuda/attention_mass.cuh"
+#include "cuda/deviation.cuh"
+#include "cuda/rotate_scatter.cuh"
+#include "cuda/select.cuh"
+
+namespace {
+
+void require(bool fine, const char* what) {
+  if (!fine) throw std::logic_error(what);
+}
+
+// All that was launched is done, and nothing was wrong with it.
+void finish() {
+#if !defined(BLEND_EMULATED)
+  const cudaError_t code = cudaDeviceSynchronize();
+  if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
+#endif
+  if (const char* what = launch_error()) throw std::runtime_error(what);
+}
+
+// Of the device; `given` values, or `n` that are not set.
+template <typename T>
+class Memory {
+ public:
+  explicit Memory(size_t n) : n_(n) {
+    const size_t bytes = (n * sizeof(T) + 63) / 64 * 64;
+#if defined(BLEND_EMULATED)
+    at_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+#else
+    void* at = nullptr;
+    if (cudaMalloc(&at, bytes) != cudaSuccess) throw std::runtime_error("cudaMalloc");
+    at_ = static_cast<T*>(at);
+#endif
+  }
+  explicit Memory(const std::vector<T>& given) : Memory(given.size()) {
+#if defined(BLEND_EMULATED)
+    std::memcpy(at_, given.data(), n_ * sizeof(T));
+#else
+    cudaMemcpy(at_, given.data(), n_ * sizeof(T), cudaMemcpyHostToDevice);
+#endif
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+#if defined(BLEND_EMULATED)
+    std::free(at_);
+#else
+    cudaFree(at_);
+#endif
+  }
+  T* at() const { return at_; }
+  char* bytes() const { return reinterpret_cast<char*>(at_); }
+  std::vector<T> read() const {
+    finish();
+    std::vector<T> out(n_);
+#if defined(BLEND_EMULATED)
+    std::memcpy(out.data(), at_, n_ * sizeof(T));
+#else
+    cudaMemcpy(out.data(), at_, n_ * sizeof(T), cudaMemcpyDeviceToHost);
+#endif
+    return out;
+  }
+
+ private:
+  T* at_;
+  size_t n_;
+};
+
+constexpr int SLOTS = 150, TOKENS = 70, HEADS = 2, DIM = 64, SLOT = HEADS * DIM;
+
+std::vector<int64_t> from(int64_t first, int64_t n) {
+  std::vector<int64_t> out(n);
+  for (int64_t i = 0; i < n; ++i) out[i] = first + i;
+  return out;
+}
+
+// bf16 of small whole numbers: exact.
+std::vector<__nv_bfloat16> pool(int seed) {
+  std::vector<__nv_bfloat16> out(size_t(SLOTS) * SLOT);
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = __float2bfloat16(static_cast<float>(int((i * 7 + seed) % 31) - 15));
+  }
+  return out;
+}
+
+float value(const std::vector<__nv_bfloat16>& pool, int64_t slot, int i) {
+  return __bfloat162float(pool[slot * SLOT + i]);
+}
+
+// A turn by 90 degrees: halves change places, one of them its sign.
+void copies() {
+  const auto keys = pool(0), values = pool(3);
+  const Memory<__nv_bfloat16> k(keys), v(values);
+  const Memory<int64_t> src(from(1, TOKENS)), dst(from(1 + TOKENS, TOKENS));
+  const Memory<float> cos(std::vector<float>(TOKENS * DIM / 2, 0.0f)),
+      sin(std::vector<float>(TOKENS * DIM / 2, 1.0f));
+  std::vector<uint8_t> run(TOKENS, 0);
+  run[5] = 1;
+  const Memory<uint8_t> runs(run);
+  const int64_t stride = SLOT * sizeof(__nv_bfloat16);
+  rotate_scatter<__nv_bfloat16>({k.bytes(), v.bytes(), src.at(), stride, stride, nullptr, 0},
+                                {k.bytes(), v.bytes(), dst.at(), stride, stride, runs.at()},
+                                {cos.at(), sin.at()}, Bias{}, {HEADS, DIM, DIM, DIM}, TOKENS, true,
+                                nullptr);
+  const auto k_now = k.read(), v_now = v.read();
+  for (int64_t t = 0; t < TOKENS; ++t) {
+    const int64_t slot = 1 + TOKENS + t, old = run[t] ? slot : 1 + t;
+    for (int i = 0; i < SLOT; ++i) {
+      require(value(v_now, slot, i) == value(values, old, i), "rotate_scatter: V");
+      const int half = i % DIM < DIM / 2 ? DIM / 2 : -DIM / 2;
+      const float turned = half > 0 ? -value(keys, old, i + half) : value(keys, old, i + half);
+      const float wanted = run[t] ? value(keys, old, i) : turned;
+      require(value(k_now, slot, i) == wanted, "rotate_scatter: K");
+    }
+  }
+}
+
+void deviations() {
+  const auto values = pool(1);
+  const Memory<__nv_bfloat16> v(values);
+  const Memory<int64_t> src(from(1, TOKENS)), fresh(from(1 + TOKENS, TOKENS));
+  const Memory<float> out(size_t{TOKENS});
+  Deviation p{};
+  p.v = v.bytes(), p.fresh = fresh.at(), p.src = src.at(), p.out = out.at();
+  p.v_stride = SLOT * sizeof(__nv_bfloat16);
+  p.heads = HEADS, p.v_dim = DIM, p.n = TOKENS;
+  deviation<__nv_bfloat16>(p, true, nullptr);
+  const auto now = out.read();
+  for (int64_t t = 0; t < TOKENS; ++t) {
+    float sum = 0;
+    for (int i = 0; i < SLOT; ++i) {
+      const float apart = value(values, 1 + t, i) - value(values, 1 + TOKENS + t, i);
+      sum += apart * apart;
+    }
+    require(now[t] == sum, "deviation");
+  }
+}
+
+// Two segments; scores rise in the first and fall in the second.
+void choices() {
+  const int64_t n[2] = {700, 40}, k[2] = {33, 8};
+  std::vector<float> score(n[0] + n[1]);
+  for (int64_t i = 0; i < n[0] + n[1]; ++i) score[i] = i < n[0] ? float(i) : float(-i);
+  const Memory<float> scores(score);
+  const Memory<int64_t> segments(std::vector<int64_t>{0, n[0], k[0], 0, n[0], n[1], k[1], k[0]});
+  const Memory<int64_t> chosen(k[0] + k[1]), rest(n[0] + n[1] - k[0] - k[1]);
+  const Memory<uint8_t> runs(n[0] + n[1]);
+  select({scores.at(), segments.at(), chosen.at(), rest.at(), runs.at()}, 2, nullptr);
+  const auto now = chosen.read(), others = rest.read();
+  const auto flags = runs.read();
+  for (int64_t i = 0; i < k[0]; ++i) require(now[i] == n[0] - k[0] + i, "select: chosen");
+  for (int64_t i = 0; i < k[1]; ++i) require(now[k[0] + i] == i, "select: chosen");
+  for (int64_t i = 0; i < n[0] - k[0]; ++i) require(others[i] == i, "select: rest");
+  for (int64_t i = 0; i < n[0]; ++i) require(flags[i] == (i >= n[0] - k[0]), "select: runs");
+}
+
+// Every key is attended to alike where the scale is 0.
+void masses() {
+  constexpr int ROWS = 40, GROUP = 2;
+  const auto keys = pool(2);
+  const Memory<__nv_bfloat16> k(keys),
+      q(std::vector<__nv_bfloat16>(keys.begin(), keys.begin() + ROWS * GROUP * SLOT));
+  const Memory<int64_t> slots(from(1, TOKENS)), rows(from(TOKENS, ROWS));
+  const Memory<float> lse(std::vector<float>(ROWS * GROUP * HEADS, std::log2(float(TOKENS)))),
+      weights(std::vector<float>(ROWS, 1.0f)), out(size_t{HEADS * TOKENS});
+  Mass p{};
+  p.q = q.at(), p.k = k.bytes(), p.slots = slots.at(), p.row_pos = rows.at();
+  p.lse = lse.at(), p.weights = weights.at(), p.mass = out.at();
+  p.q_row = GROUP * SLOT, p.q_head = DIM;
+  p.k_slot = SLOT * sizeof(__nv_bfloat16), p.k_head = DIM * sizeof(__nv_bfloat16);
+  p.window = -1, p.n = TOKENS, p.rows = ROWS, p.heads = GROUP * HEADS, p.group = GROUP;
+  p.dim = DIM, p.key_type = KeyType::SAME;
+  attention_mass<__nv_bfloat16, DIM>(p, nullptr);
+  for (float mass : out.read()) {
+    require(std::fabs(mass - float(ROWS * GROUP) / TOKENS) < 1e-3f, "attention_mass");
+  }
+}
+
+template <int FAULT = NONE>
+void fault(int number) {
+  if (number == FAULT) {
+    constexpr int STEPS = 4;
+    constexpr bool SUMS = FAULT >= SHUFFLE_OF_HALF_A_WARP;
+    std::vector<float> given(SUMS ? 64 : STEPS * 256);
+    for (size_t i = 0; i < given.size(); ++i) given[i] = float(i % 17);
+    const Memory<float> x(given), out(size_t{64});
+    if (SUMS) {
+      launch(warp_sum<FAULT>, Extent{1}, Extent{64}, 8, nullptr, x.at(), out.at());
+    } else {
+      launch(pipeline<FAULT>, Extent{1}, Extent{64}, 2048, nullptr, x.at(), out.at(), STEPS);
+    }
+    const auto now = out.read();
+    for (int i = 0; i < 64; ++i) {
+      float wanted = 0;
+      for (int j = 0; j < (SUMS ? 32 : 4 * STEPS); ++j) {
+        wanted += SUMS ? given[i / 32 * 32 + j] : given[j / 4 * 256 + (i + 32) % 64 * 4 + j % 4];
+      }
+      require(now[i] == wanted, "results with the fault are others");
+    }
+  } else if constexpr (FAULT + 1 < FAULTS) {
+    fault<FAULT + 1>(number);
+  }
+}
+
+#if !defined(BLEND_EMULATED)
+// For memcheck and initcheck: of memory that is the device's own.
+__global__ void add_next(const float* x, float* out) {
+  out[threadIdx.x] = x[threadIdx.x] + x[threadIdx.x + 1];
+}
+
+void of_memory(bool set) {
+  const Memory<float> given(std::vector<float>(64, 1.0f)), unset(size_t{128}), out(size_t{32});
+  launch(add_next, Extent{1}, Extent{32}, 0, nullptr, set ? given.at() + 48 : unset.at(), out.at());
+  out.read();
+}
+#endif
+
+void run(int count, char** words) {
+  const std::string what = count > 1 ? words[1] : "kernels";
+#if defined(BLEND_EMULATED)
+  if (count > 3) {
+    emulator::settings = {std::atoi(words[count - 2]), std::atoi(words[count - 1]) != 0};
+  }
+#else
+  if (what == "out-of-bounds" || what == "not-set") return of_memory(what == "out-of-bounds");
+#endif
+  if (what == "fault") return fault(std::atoi(words[2]));
+  copies(), deviations(), choices(), masses();
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  try {
+    run(count, words);
+  } catch (const std::logic_error& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  std::puts("right");
+  return 0;
+}
