@@ -72,6 +72,9 @@ class BlendConfig:
         (),
         "hkvd: one multiplier of the ratio a check layer, falling to 1.0 (default: 1.5 to 1.0)",
     )
+    check_keys: bool = option(
+        False, "hkvd: K, turned to its new position, counts in the deviation beside V"
+    )
     query_layers: float = option(
         0.75,
         "query: share of the layers whose attention is averaged, counted from the first, 0 to 1",

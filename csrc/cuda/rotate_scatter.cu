@@ -53,10 +53,10 @@ struct Call {
          place.floats(sin, n * heads.rotary_dim / 2, ANGLES)}};
   }
 
-  void run(const TensorView& k, const Source& source, bool halves) const {
+  void run(const TensorView& k, const Source& source, bool halves, int64_t blocks) const {
     if (n == 0) return;
     by_pool_dtype(k, [&](auto type) {
-      rotate_scatter<decltype(type)>(source, target, angles, bias, heads, n, halves,
+      rotate_scatter<decltype(type)>(source, target, angles, bias, heads, n, halves, blocks,
                                      place.stream());
     });
     place.expect_launched();
@@ -86,13 +86,14 @@ void rotate_copy(TensorView k, TensorView v, TensorView src, TensorView dst, Ten
                       slot_bytes(v),
                       nullptr,
                       0};
-  call.run(k, source, neox != 0);
+  call.run(k, source, neox != 0, 0);
 }
 
 // places: int64 [4, n], for each token the addresses of its K and V in layer 0 and their steps in
-// bytes from layer to layer. Each address and step is a multiple of 16.
-void rotate_from(TensorView places, int64_t layer, TensorView k, TensorView v, TensorView dst,
-                 TensorView cos, TensorView sin, MaybeBias bias_k, MaybeBias bias_v,
+// bytes from layer to layer. Each address and step is a multiple of 16. blocks: at most so many, 0:
+// as many as there is work for.
+void rotate_from(TensorView places, int64_t layer, int64_t blocks, TensorView k, TensorView v,
+                 TensorView dst, TensorView cos, TensorView sin, MaybeBias bias_k, MaybeBias bias_v,
                  MaybeBias group, MaybeBias bias_cos, MaybeBias bias_sin, Optional<TensorView> runs,
                  int64_t rotary_dim, int64_t neox) {
   Call call(k, v, dst, cos, sin, runs, rotary_dim);
@@ -102,7 +103,7 @@ void rotate_from(TensorView places, int64_t layer, TensorView k, TensorView v, T
       nullptr, nullptr, nullptr,
       0,       0,       call.place.indices(places, 4 * call.n, "places: expected int64 [4, n]"),
       layer};
-  call.run(k, source, neox != 0);
+  call.run(k, source, neox != 0, blocks);
 }
 
 }  // namespace

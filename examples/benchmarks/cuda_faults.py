@@ -19,13 +19,11 @@ ROTATE_SCATTER = {
     **_of(
         "rotate_scatter.cuh",
         tokens_that_run_are_overwritten=(
-            "if (i >= n || (dst.runs && dst.runs[i])) return;",
-            "if (i >= n) return;",
+            "if (dst.runs && dst.runs[i]) continue;",
+            "",
         ),
-        no_bound_on_tokens=(
-            "if (i >= n || (dst.runs && dst.runs[i])) return;",
-            "if (dst.runs && dst.runs[i]) return;",
-        ),
+        no_bound_on_tokens=("i < n; i += step", "i < n + 1; i += step"),
+        a_small_grid_leaves_tokens_out=("i < n; i += step", "i < n; i += n"),
         angles_of_another_token=(
             "read_floats(angles.cos + i * half + N * part, cos);",
             "read_floats(angles.cos + i / 2 * half + N * part, cos);",
@@ -36,8 +34,8 @@ ROTATE_SCATTER = {
         ),
         the_bias_is_not_turned=("turn<HALVES>(a, b, cos, sin);", ""),
         V_gets_no_bias=(
-            "if (BIASED && group >= 0) {\n        float x[N], a[N];",
-            "if (BIASED && key && group >= 0) {\n        float x[N], a[N];",
+            "if (BIASED && group >= 0) {\n          float x[N], a[N];",
+            "if (BIASED && key && group >= 0) {\n          float x[N], a[N];",
         ),
         steps_of_V_for_K=("src.places[2 * n + i]", "src.places[3 * n + i]"),
         the_layer_is_ignored=("src.layer * src.places[3 * n + i]", "src.places[3 * n + i]"),
@@ -188,4 +186,36 @@ ATTENTION_MASS = {
     ),
 }
 
-FAULTS = {"rotate_scatter": ROTATE_SCATTER, "select": SELECT, "attention_mass": ATTENTION_MASS}
+GATHER = _of(
+    "gather.cuh",
+    no_bound_on_tokens_of_a_chunk=("if (i >= tokens) return;", ""),
+    no_bound_on_tokens_that_are_taken=("i < p.count; i += step", "i <= p.count; i += step"),
+    a_small_grid_leaves_tokens_out=("i < p.count; i += step", "i < p.count; i += p.count"),
+    the_last_tokens_get_no_block=("(most + block.y - 1) / block.y", "most / block.y"),
+    the_last_words_are_left_out=("total = words.k + words.v;", "total = words.k + words.v - 1;"),
+    one_word_for_all_in_flight=("u - words.k), moved[j]);", "u - words.k), moved[0]);"),
+    misaligned_word=("? k_from + 16 * int64_t(u)", "? k_from + 8 * int64_t(u)"),
+    V_is_read_behind_K=("v_from + 16 * int64_t(u - words.k)", "v_from + 16 * int64_t(u)"),
+    slots_of_the_first_chunk=("p.slots[first + i]", "p.slots[i]"),
+    steps_of_V_for_K=(
+        "slot * p.layers[2 * p.count + layer]",
+        "slot * p.layers[3 * p.count + layer]",
+    ),
+    V_of_the_first_layer=("p.layers[p.count + layer]", "p.layers[p.count]"),
+    every_chunk_at_the_beginning=("p.out + chunk[2] +", "p.out +"),
+    layers_without_V=("layer * tokens * (k_bytes + v_bytes)", "layer * tokens * k_bytes"),
+    V_beside_its_K=(
+        "to + tokens * k_bytes + i * v_bytes",
+        "to + i * (k_bytes + v_bytes) + k_bytes",
+    ),
+    the_index_is_ignored=("p.index ? p.index[i] : i", "i"),
+    the_layer_is_ignored=("p.layer * p.places[3 * p.n + from]", "p.places[3 * p.n + from]"),
+    layers_of_V_for_K=("p.layer * p.places[2 * p.n + from]", "p.layer * p.places[3 * p.n + from]"),
+)
+
+FAULTS = {
+    "rotate_scatter": ROTATE_SCATTER,
+    "select": SELECT,
+    "attention_mass": ATTENTION_MASS,
+    "gather": GATHER,
+}

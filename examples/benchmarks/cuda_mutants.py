@@ -5,7 +5,7 @@
 A copy of ``csrc`` gets the fault, g++ compiles it for the emulator, and the kernel's tests run
 until one fails. Writes ``results/cuda_mutants.json`` and a table of it beside this script. Faults
 that are in it are not tried again but for those of the KERNELs that are named
-(``rotate_scatter``, ``select``, ``attention_mass``). A quarter of a minute a fault.
+(``rotate_scatter``, ``select``, ``attention_mass``, ``gather``). A quarter of a minute a fault.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ CHOOSING = ("min_ratio", "correction", "anchor_share", "head_tokens")
 NEUTRAL: Mapping[str, Any] = {
     "min_ratio": 0.02,
     "check_layers": (1,),
+    "check_keys": False,
     "check_multipliers": (),
     "query_layers": 0.75,
     "query_smoothing": 2,

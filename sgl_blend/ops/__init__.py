@@ -6,6 +6,8 @@
 ``outward.py``        share of attention that leaves the row's document
 ``deviation.py``      squared distance of cached from fresh KV, per token
 ``rotation.py``       copies of KV, K rotated to new positions
+``parts.py``          ``Parts``: KV outside the pool, wherever it lies
+``gather.py``         KV of whole chunks out of the pool
 ``ropes.py``          ``Rope``, ``FrequencyRope``: rotations between positions
 ``deltas.py``         difference of fresh from cached KV, K at one position
 ``rows.py``           scores to row indices
@@ -38,11 +40,13 @@ from sgl_blend.ops.attention import (
 from sgl_blend.ops.cuda import Chosen
 from sgl_blend.ops.deltas import At, kv_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
+from sgl_blend.ops.gather import gather_chunks
 from sgl_blend.ops.mass import attention_mass
 from sgl_blend.ops.outward import outward_share
+from sgl_blend.ops.parts import Parts
 from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
 from sgl_blend.ops.ropes import AnyRope, FrequencyRope, Rope, Rotation, Turns
-from sgl_blend.ops.rotation import Parts, rotate_copy, rotate_from
+from sgl_blend.ops.rotation import reads, rotate_copy, rotate_from
 from sgl_blend.ops.rows import covering_rows, select_rows, top_rows
 from sgl_blend.ops.upload import page_locked, upload, upload_together
 
@@ -61,11 +65,13 @@ __all__ = [
     "biased",
     "cast",
     "covering_rows",
+    "gather_chunks",
     "kv_deltas",
     "kv_deviation",
     "outward_share",
     "page_locked",
     "put",
+    "reads",
     "rotate",
     "rotate_copy",
     "rotate_from",

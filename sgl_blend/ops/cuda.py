@@ -10,13 +10,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sgl_blend.ops.build import launch
-from sgl_blend.ops.upload import upload
+from sgl_blend.ops.upload import upload, upload_together
 
 #: bytes of one load or store
 VECTOR = 16
+#: blocks that read the host's memory at once: enough in flight to fill the bus (reckoned, not
+#: measured), few enough to leave nearly all of the GPU to the model
+BUS_BLOCKS = 32
 LOG2_E = 1.4426950408889634
 NO_BIAS = (None,) * 5
 
@@ -28,6 +32,10 @@ class Chosen(NamedTuple):
     chosen: torch.Tensor
     rest: torch.Tensor
     runs: torch.Tensor
+
+
+def aligned(x: torch.Tensor) -> bool:
+    return x.data_ptr() % VECTOR == 0
 
 
 def in_rows(pool: torch.Tensor) -> bool:
@@ -82,8 +90,9 @@ def rotate_copy(
 
 def rotate_from(
     module: Any,
-    places: torch.Tensor,
+    places: torch.Tensor | None,
     layer: int,
+    blocks: int,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     dst: torch.Tensor,
@@ -93,9 +102,10 @@ def rotate_from(
     bias: Bias | None = None,
     runs: torch.Tensor | None = None,
 ) -> None:
-    """``rotation.rotate_from`` of what ``places`` (int64 [4, n]) names; ``runs`` as above."""
+    """``rotation.rotate_from`` of what ``places`` (int64 [4, n]) names; ``runs`` as above.
+    blocks: at most so many; 0: as many as there is work for."""
     launch(
-        functools.partial(module.rotate_from, places, layer),
+        functools.partial(module.rotate_from, places, layer, blocks),
         (k_cache, v_cache, dst, *turn, *(bias or NO_BIAS), runs),
         (rotary_dim, int(neox)),
     )
@@ -107,22 +117,93 @@ def places_of(
     """int64 [4, n] on ``device``: where each token of the parts [layers, n_i, heads, dim] lies, K's
     and V's address in layer 0, and K's and V's step in bytes from layer to layer. ``None`` where
     the kernel does not serve a part's layout."""
-    for part in (*k, *v):
-        if part.numel() and not (
-            in_rows(part[0]) and part.stride(0) * part.element_size() % VECTOR == 0
-        ):
+    table = []
+    for parts in (k, v):
+        heads, dim = parts[0].shape[2:]
+        size = parts[0].element_size()
+        # For each part: tokens, address, bytes from token to token and from layer to layer, and
+        # whether its heads lie in a row.
+        facts = np.array(
+            [
+                (x.shape[1], x.data_ptr(), st[1] * size, st[0] * size, heads < 2 or st[2] == dim)
+                for x in parts
+                for st in (x.stride(),)
+            ],
+            dtype=np.int64,
+        )
+        facts = facts[facts[:, 0] > 0]
+        if dim * size % VECTOR or (facts[:, 1:4] % VECTOR).any() or not facts[:, 4].all():
             return None
+        counts, begins, to_token, to_layer, _ = facts.T
+        ends = np.cumsum(counts)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        table.append(
+            (
+                np.repeat(begins, counts) + within * np.repeat(to_token, counts),
+                np.repeat(to_layer, counts),
+            )
+        )
+    (k_at, k_step), (v_at, v_step) = table
+    return upload(np.stack((k_at, v_at, k_step, v_step)), device)
 
-    def of(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        at, step = [], []
-        for x in parts:
-            size = x.element_size()
-            at.append(torch.arange(x.shape[1]) * (x.stride(1) * size) + x.data_ptr())
-            step.append(torch.full((x.shape[1],), x.stride(0) * size))
-        return torch.cat(at), torch.cat(step)
 
-    (k_at, k_step), (v_at, v_step) = of(k), of(v)
-    return upload(torch.stack((k_at, v_at, k_step, v_step)), device)
+def take_from(
+    module: Any,
+    places: torch.Tensor | None,
+    layer: int,
+    blocks: int,
+    k: torch.Tensor | None,
+    v: torch.Tensor,
+    index: torch.Tensor | None = None,
+) -> None:
+    """One layer of what ``places`` names, or its tokens ``index``, into k [c, heads, dim] and v
+    [c, heads, dim], dense; only V where k is None. blocks: as above."""
+    count = v.shape[0]
+    none = v.new_empty(0, dtype=torch.uint8)
+    outs = [none if x is None else x.view(torch.uint8).view(-1) for x in (k, v)]
+    launch(
+        functools.partial(module.take_from, places, layer, blocks),
+        (*outs, index),
+        (count, *(x.shape[0] // count for x in outs)),
+    )
+
+
+def gathers(
+    k_caches: Sequence[torch.Tensor], v_caches: Sequence[torch.Tensor], out: torch.Tensor
+) -> bool:
+    """Does the kernel of ``gather_chunks`` serve these pools?"""
+    return aligned(out) and all(map(in_rows, (*k_caches, *v_caches)))
+
+
+def gather_chunks(
+    module: Any,
+    k_caches: Sequence[torch.Tensor],
+    v_caches: Sequence[torch.Tensor],
+    slots: torch.Tensor,
+    chunks: Sequence[tuple[int, int]],
+    out: torch.Tensor,
+) -> None:
+    """``gather.gather_chunks``."""
+    a_token = [x[0].shape[1] * x[0].shape[2] * x[0].element_size() for x in (k_caches, v_caches)]
+    layers = np.array(
+        [
+            [x.data_ptr() for x in k_caches],
+            [x.data_ptr() for x in v_caches],
+            *([x.stride(0) * x.element_size() for x in c] for c in (k_caches, v_caches)),
+        ],
+        dtype=np.int64,
+    )
+    spans = np.array(chunks, dtype=np.int64)
+    counts = spans[:, 1] - spans[:, 0]
+    begins = (np.cumsum(counts) - counts) * len(k_caches) * sum(a_token)
+    there = upload_together(
+        {"layers": layers, "chunks": np.stack((spans[:, 0], counts, begins), axis=1)}, out.device
+    )
+    launch(
+        module.gather_chunks,
+        (out, there["layers"], slots, there["chunks"]),
+        (*a_token, int(counts.max())),
+    )
 
 
 def v_deviation(

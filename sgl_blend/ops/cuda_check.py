@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sgl_blend.ops import cuda, reference
+from sgl_blend.ops.upload import page_locked
 
 TOKENS, HEADS, DIM = 70, 2, 64
 
@@ -33,6 +34,9 @@ def differing(module: Any, device: torch.device) -> list[str]:
         ),
         "select_rows": _selects(module, device),
         "attention_mass": _sums(module, k, src),
+        "gather_chunks": _gathers(module, k, v, src),
+        "rotate_from out of the host's memory": _comes(module, k, v, dst, turn),
+        "take_from": _takes(module, k, v),
     }
     return [name for name, right in found.items() if not right]
 
@@ -50,6 +54,41 @@ def _moves(
     cuda.rotate_copy(module, *ours, src, dst, turn, DIM, True, bias)
     reference.rotate_from(k[src], v[src], *theirs, dst, *turn, DIM, True, bias)
     return all(map(torch.equal, ours, theirs))
+
+
+def _gathers(module: Any, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> bool:
+    """Two chunks of a pool of two layers, the second of which has K and V in each other's place."""
+    chunks = [(3, 20), (20, 70)]
+    want = [x[slots[a:b]].flatten() for a, b in chunks for x in (k, v, v, k)]
+    out = torch.zeros(67 * 4 * HEADS * DIM * 2, dtype=torch.uint8, device=k.device)
+    cuda.gather_chunks(module, [k, v], [v, k], slots, chunks, out)
+    return torch.equal(out, torch.cat(want).view(torch.uint8))
+
+
+def _hosted(x: torch.Tensor) -> list[torch.Tensor]:
+    """The first tokens as two parts of two layers, in page-locked memory."""
+    cuts = [(0, 33), (33, TOKENS)]
+    return [page_locked(torch.stack((x[a:b] * 0, x[a:b])).cpu(), x.device) for a, b in cuts]
+
+
+def _comes(
+    module: Any, k: torch.Tensor, v: torch.Tensor, dst: torch.Tensor, turn: cuda.Turn
+) -> bool:
+    ks, vs = _hosted(k), _hosted(v)
+    ours, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
+    places = cuda.places_of(ks, vs, k.device)
+    cuda.rotate_from(module, places, 1, cuda.BUS_BLOCKS, *ours, dst, turn, DIM, True)
+    reference.rotate_from(k[:TOKENS], v[:TOKENS], *theirs, dst, *turn, DIM, True)
+    return all(map(torch.equal, ours, theirs))
+
+
+def _takes(module: Any, k: torch.Tensor, v: torch.Tensor) -> bool:
+    ks, vs = _hosted(k), _hosted(v)
+    index = torch.arange(0, TOKENS, 3).flip(0).to(k.device)
+    got_k, got_v = (x.new_zeros(len(index), HEADS, DIM) for x in (k, v))
+    places = cuda.places_of(ks, vs, k.device)
+    cuda.take_from(module, places, 1, cuda.BUS_BLOCKS, got_k, got_v, index)
+    return torch.equal(got_k, k[index]) and torch.equal(got_v, v[index])
 
 
 def _selects(module: Any, device: torch.device) -> bool:

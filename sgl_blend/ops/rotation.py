@@ -4,7 +4,6 @@ either is added before the rounding."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 
@@ -12,6 +11,7 @@ from sgl_blend.ops import checks, cuda, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
 from sgl_blend.ops.cuda_build import kernels
+from sgl_blend.ops.parts import Parts
 from sgl_blend.ops.reference import Bias
 from sgl_blend.ops.ropes import Rotation
 
@@ -84,71 +84,6 @@ def rotate_copy(
     )
 
 
-class Parts:
-    """KV of tokens that lie in several places outside the pool, for a range of layers.
-
-    k [layers, n_i, Hk, D] and v [layers, n_i, Hk, Dv], one of each for every place, all of one
-    dtype and on one device; ``tokens`` is the sum of n_i. Checked once, for all layers.
-
-    Raises:
-        KernelError: parts that do not fit each other.
-    """
-
-    def __init__(self, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
-        require(len(k) == len(v) > 0, f"{len(k)} parts of K and {len(v)} parts of V")
-        for i, (a, b) in enumerate(zip(k, v, strict=True)):
-            checks.cached(f"k[{i}]", a, 4, k[0].device)
-            checks.cached(f"v[{i}]", b, 4, k[0].device)
-            for name, part, like in ((f"k[{i}]", a, k[0]), (f"v[{i}]", b, v[0])):
-                require(
-                    part.shape[0] == k[0].shape[0]
-                    and part.shape[1] == a.shape[1]
-                    and part.shape[2:] == like.shape[2:]
-                    and part.dtype == k[0].dtype,
-                    f"{name} {list(part.shape)} {part.dtype} does not fit {list(like.shape)} "
-                    f"{k[0].dtype}, or has other tokens than its K",
-                )
-        self.k, self.v = [x.detach() for x in k], [x.detach() for x in v]
-        self.layers = k[0].shape[0]
-        self.tokens = sum(x.shape[1] for x in k)
-
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's K [n, Hk, D] and V [n, Hk, Dv], joined: copies."""
-        return torch.cat([x[layer] for x in self.k]), torch.cat([x[layer] for x in self.v])
-
-    def take(self, layer: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens ``index`` (int64 [c], into all parts' tokens) of ``layer``: copies of their K
-        [c, Hk, D] and V [c, Hk, Dv].
-
-        Raises:
-            KernelError: no such layer, or an index outside the parts (checked on the CPU).
-        """
-        require(0 <= layer < self.layers, f"layer {layer} of parts that have {self.layers}")
-        index = checks.index("index", index, self.k[0].device)
-        module = cpu_module(index.device)
-        if module is None:
-            checks.in_range("index", index, self.tokens)
-            k, v = self.layer(layer)
-            return k[index], v[index]
-        n = index.shape[0]
-        out = [x[0].new_empty(n, *x[0].shape[2:]) for x in (self.k, self.v)]
-        launch(functools.partial(module.take_from, *self.arrays, layer), (index, *out), ())
-        return out[0], out[1]
-
-    @functools.cached_property
-    def arrays(self) -> tuple[object, object]:
-        """What the kernel takes. Handing over hundreds of tensors costs more than a layer's
-        copy."""
-        from tvm_ffi import convert
-
-        return convert(self.k), convert(self.v)
-
-    @functools.cached_property
-    def places(self) -> torch.Tensor | None:
-        """What the CUDA kernel takes: addresses. ``None`` where it does not serve their layout."""
-        return cuda.places_of(self.k, self.v, self.k[0].device)
-
-
 def rotate_from(
     parts: Parts,
     layer: int,
@@ -164,18 +99,17 @@ def rotate_from(
 ) -> None:
     """``rotate_copy`` from outside the pool (chunks loaded from a tier), wherever they lie.
 
-    parts: n tokens, in the pool's dtype and on its device; ``layer`` counts from their first one.
-    Token i of their concatenation, which the kernel never makes, goes to ``dst_slots[i]``.
+    parts: n tokens, in the pool's dtype and on its device, or in host memory that it reads
+    (``reads``); ``layer`` counts from their first one. Token i of their concatenation, which the
+    kernel never makes, goes to ``dst_slots[i]``.
 
     Raises:
         KernelError: arguments that do not fit, or repeats in ``dst_slots`` (checked on the CPU).
     """
     checks.pool(k_cache, v_cache, ("k_cache", "v_cache"))
-    require(0 <= layer < parts.layers, f"layer {layer} of parts that have {parts.layers}")
+    parts.require_layer(layer)
     checks.same_layout("K's parts", parts.k[0][layer], k_cache, "k_cache")
     checks.same_layout("V's parts", parts.v[0][layer], v_cache, "v_cache")
-    device = parts.k[0].device
-    require(device == k_cache.device, f"the parts are on {device}, not {k_cache.device}")
     dst = checks.index("dst_slots", dst_slots, k_cache.device)
     tokens = dst.shape[0]
     require(parts.tokens == tokens, f"the parts hold {parts.tokens} tokens, dst_slots {tokens}")
@@ -184,15 +118,16 @@ def rotate_from(
     runs = checked_runs(runs, dst)
     if tokens == 0:
         return
-    on_device = kernels(k_cache.device)
-    if on_device is not None and cuda.rotates(k_cache, v_cache, rotary_dim, (cos, sin), bias):
-        places = parts.places
-        if places is not None:
-            cuda.rotate_from(
-                on_device, places, layer, k_cache, v_cache, dst, (cos, sin), rotary_dim, neox, bias,
-                runs,
-            )  # fmt: skip
-            return
+    if reads(parts, k_cache, v_cache, (cos, sin), rotary_dim, bias):
+        cuda.rotate_from(
+            kernels(k_cache.device), parts.places(k_cache.device), layer,
+            parts.blocks(k_cache.device), k_cache, v_cache, dst, (cos, sin), rotary_dim, neox,
+            bias, runs,
+        )  # fmt: skip
+        return
+    require(
+        parts.device == k_cache.device, f"the parts are on {parts.device}, not {k_cache.device}"
+    )
     module = cpu_module(k_cache.device)
     if module is None:
         checks.in_range("dst_slots", dst, k_cache.shape[0])
@@ -208,6 +143,23 @@ def rotate_from(
         functools.partial(kernel, *parts.arrays, layer),
         (k_cache, v_cache, dst, cos, sin, *(bias or ()), runs),
         (rotary_dim, int(neox), torch.get_num_threads()),
+    )
+
+
+def reads(
+    parts: Parts,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    turn: tuple[torch.Tensor, torch.Tensor],
+    rotary_dim: int,
+    bias: Bias | None = None,
+) -> bool:
+    """Does a kernel of the pool's GPU take the parts from where they lie, be it the host's memory,
+    and turn them by ``turn`` on their way?"""
+    return (
+        kernels(k_cache.device) is not None
+        and cuda.rotates(k_cache, v_cache, rotary_dim, turn, bias)
+        and parts.places(k_cache.device) is not None
     )
 
 

@@ -68,7 +68,7 @@ def select_rows(scores: torch.Tensor, counts: Sequence[int], ks: Sequence[int]) 
         scores.split(list(counts)), runs.split(list(counts)), ks, strict=True
     ):
         chosen.append(top_rows(part, k))
-        flags[chosen[-1]] = 1
+        flags.index_fill_(0, chosen[-1], 1)
         rest.append(torch.sort(flags, stable=True).indices[: len(part) - k])
     none = torch.empty(0, dtype=torch.int64, device=scores.device)
     return Chosen(torch.cat([none, *chosen]), torch.cat([none, *rest]), runs)

@@ -22,17 +22,17 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from sgl_blend import ops
 from sgl_blend.config import BlendConfig
 from sgl_blend.errors import ConfigError
 from sgl_blend.plan import ranges
 from sgl_blend.prefill.attention import Arriving, BatchAttention
 from sgl_blend.prefill.correction import FIRST_LAYER, Correction, Recomputed
+from sgl_blend.prefill.deviations import deviations
 from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
 from sgl_blend.prefill.question import QuestionAttention, Scratch
@@ -40,7 +40,7 @@ from sgl_blend.prefill.risk import estimate
 from sgl_blend.prefill.rows import PoolView, RowSegment
 from sgl_blend.prefill.running import BlendPass, PiecePass
 from sgl_blend.prefill.scores import ScoreTable
-from sgl_blend.selection import Need, ReusedTokens, budget_of
+from sgl_blend.selection import Need, ReusedTokens, budget_of, select_together
 
 
 def query_depth(num_layers: int, config: BlendConfig) -> int:
@@ -114,7 +114,7 @@ def run(
     if scored:
         if scores is None:
             raise ConfigError("a piece selects by stored scores, and no scores are kept")
-        _choose(scored, [s.stored(scores) for s in scored], ranks, config)
+        _choose([_Choice(s, s.blend.tokens, s.stored(scores)) for s in scored], ranks, config)
     checking = _of_need(passes, Need.DEVIATION)
     if checking:
         _check_passes(checking, passes, model, pool, ranks, config)
@@ -183,8 +183,8 @@ def _question_pass(
         _share_attention(asking, scratch, attention.late_heads, ranks)
     choosing = _of_need(asking, Need.QUERY)
     if choosing:
-        masses = [q.mass for s, q in zip(asking, scratch, strict=True) if s in choosing]
-        _choose(choosing, masses, ranks, config)
+        asked = [(s, q) for s, q in zip(asking, scratch, strict=True) if s in choosing]
+        _choose([_Choice(s, s.blend.tokens, q.mass) for s, q in asked], ranks, config)
     for s in choosing:
         # What is brought in lies there as it was cached: where it is corrected, it comes again.
         s.copy_from = FIRST_LAYER if s.corrects else depth
@@ -209,40 +209,49 @@ def _share_attention(
         s.attended = mass / whole
 
 
-def _choose(
-    passes: list[BlendPass], scores: list[torch.Tensor], ranks: Ranks, config: BlendConfig
-) -> None:
-    """Each piece keeps the tokens that its policy selects by ``scores``, summed over ranks."""
-    total = ranks.sum(torch.cat(scores))
-    for s, score in zip(passes, total.split([x.numel() for x in scores]), strict=True):
-        tokens = s.blend.tokens
-        kept = _agree(ranks, tokens, s.blend.policy.select(tokens, score, config))
-        _note(s, tokens, score, config, None, kept)
-        s.keep(kept)
+class _Choice(NamedTuple):
+    """A piece that is to keep some of its tokens: how many ``tokens`` says, score fp32 [n] of this
+    rank. alive: int64 [n], which of all reused tokens these are; None: all of them."""
+
+    of: BlendPass
+    tokens: ReusedTokens
+    score: torch.Tensor
+    alive: torch.Tensor | None = None
 
 
-def _note(
-    s: BlendPass,
-    tokens: ReusedTokens,
-    score: torch.Tensor,
-    config: BlendConfig,
-    alive: torch.Tensor | None,
-    kept: torch.Tensor,
-) -> None:
-    """Write down how ``kept`` was chosen among ``alive`` (None: all), where a request asks."""
-    if s.blend.told is not None:
-        if alive is None:
-            alive = torch.arange(tokens.count)
-        s.blend.told.note(tokens.count, alive, s.blend.policy.ranking(tokens, score, config), kept)
+def _choose(choices: list[_Choice], ranks: Ranks, config: BlendConfig) -> None:
+    """Each piece keeps the tokens that its policy selects by the scores, summed over ranks."""
+    total = ranks.sum(torch.cat([c.score for c in choices]))
+    scores = total.split([c.score.numel() for c in choices])
+    wanted = [(c.of.blend.policy, c.tokens, x) for c, x in zip(choices, scores, strict=True)]
+    chosen = _agree(ranks, [c.tokens for c in choices], select_together(wanted, config))
+    for c, score, kept in zip(choices, scores, chosen, strict=True):
+        if c.alive is not None:
+            kept = c.alive[kept]
+        if c.of.blend.told is not None:
+            alive = torch.arange(c.tokens.count) if c.alive is None else c.alive
+            ranking = c.of.blend.policy.ranking(c.tokens, score, config)
+            c.of.blend.told.note(c.tokens.count, alive, ranking, kept)
+        c.of.keep(kept)
 
 
-def _agree(ranks: Ranks, tokens: ReusedTokens, chosen: torch.Tensor) -> torch.Tensor:
-    """Rank 0's choice among ``tokens`` on every rank, also where ranks chose differently many."""
-    if not tokens.coverage:
-        return ranks.agree(chosen)
-    picked = torch.zeros(tokens.count, dtype=torch.uint8, device=chosen.device)
-    picked[chosen] = 1
-    return torch.nonzero(ranks.agree(picked)).flatten()
+def _agree(
+    ranks: Ranks, tokens: list[ReusedTokens], chosen: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Rank 0's choices on every rank, also where ranks chose differently many."""
+    certain = [x for x, t in zip(chosen, tokens, strict=True) if not t.coverage]
+    agreed = iter(())
+    if certain:
+        agreed = iter(ranks.agree(torch.cat(certain)).split([x.numel() for x in certain]))
+    out = []
+    for x, t in zip(chosen, tokens, strict=True):
+        if t.coverage:
+            picked = torch.zeros(t.count, dtype=torch.uint8, device=x.device)
+            picked[x] = 1
+            out.append(torch.nonzero(ranks.agree(picked)).flatten())
+        else:
+            out.append(next(agreed))
+    return out
 
 
 def _check_passes(
@@ -262,38 +271,17 @@ def _check_passes(
     for step, layer in enumerate(config.check_layers):
         _pass(checking, passes, model, pool, None, stop=layer)
         last = step == len(config.check_layers) - 1
-        for s, kept in zip(checking, filters, strict=True):
+        choices = []
+        scores = deviations(checking, layer, pool, config.check_keys)
+        for s, score, kept in zip(checking, scores, filters, strict=True):
             tokens = s.blend.tokens
             coverage = tokens.coverage if last else 0.0
             tokens = replace(tokens, budget=kept[step][1], coverage=coverage)
-            _check(s, layer, tokens, pool, ranks, config)
+            if tokens.anchors is not None and s.alive is not None:
+                tokens = replace(tokens, anchors=tokens.on(s.device, "anchors")[s.alive])
+            choices.append(_Choice(s, tokens, score, s.alive))
             s.copy_from = layer + 1
-
-
-def _check(
-    s: BlendPass,
-    layer: int,
-    tokens: ReusedTokens,
-    pool: PoolView,
-    ranks: Ranks,
-    config: BlendConfig,
-) -> None:
-    """Keep the tokens whose fresh V at ``layer`` is farthest from the cached V; ``tokens`` says
-    how many."""
-    b = s.blend
-    alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
-    fresh = s.piece.kv_slots[b.reused[alive] + s.piece.begin]
-    if b.host is None:
-        score = ops.v_deviation(pool.v(layer), fresh, b.src_slots[alive])
-    else:
-        apart = pool.v(layer)[fresh].float() - s.cached_v(b.host, pool, layer)[alive].float()
-        score = apart.square().sum(dim=(1, 2))
-    score = ranks.sum(score)
-    if tokens.anchors is not None:
-        tokens = replace(tokens, anchors=tokens.on(s.device, "anchors")[alive])
-    kept = alive[_agree(ranks, tokens, b.policy.select(tokens, score, config))]
-    _note(s, tokens, score, config, alive, kept)
-    s.keep(kept)
+        _choose(choices, ranks, config)
 
 
 def _pass(

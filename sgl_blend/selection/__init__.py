@@ -6,7 +6,15 @@ a file here with a :class:`Policy` subclass, and name it in ``POLICIES`` below.
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.selection.anchors import HEAD_APART, anchors, head_tokens, head_weights
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, budget_of, highest
+from sgl_blend.selection.base import (
+    Need,
+    Policy,
+    ReusedTokens,
+    budget_of,
+    highest,
+    highest_of,
+    select_together,
+)
 from sgl_blend.selection.fixed import All, Leading, None_, Random
 from sgl_blend.selection.hkvd import Hkvd
 from sgl_blend.selection.query import Query
@@ -34,5 +42,7 @@ __all__ = [
     "head_tokens",
     "head_weights",
     "highest",
+    "highest_of",
     "keeps_scores",
+    "select_together",
 ]

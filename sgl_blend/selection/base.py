@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +23,7 @@ class Need(enum.Enum):
     NOTHING = "nothing"
     #: the question's rows run over the re-rotated cached KV; score = attention mass per token
     QUERY = "query"
-    #: all rows run through the check layers; score = squared V deviation per token
+    #: all rows run through the check layers; score = squared V (or KV) deviation per token
     DEVIATION = "deviation"
     #: no pass; score = what was measured when the token was first computed, NaN where nothing was
     STORED = "stored"
@@ -106,6 +106,13 @@ class Policy(ABC):
         always among them, and count. :func:`highest` and :func:`first` keep all of this.
         """
 
+    def select_all(
+        self, pieces: Sequence[tuple[ReusedTokens, torch.Tensor | None]], config: BlendConfig
+    ) -> list[torch.Tensor]:
+        """``select`` of each of a batch's pieces. A policy that goes by :func:`highest` may do so
+        for all of them together: :func:`highest_of`."""
+        return [self.select(reused, score, config) for reused, score in pieces]
+
     def ranking(
         self, reused: ReusedTokens, score: torch.Tensor, config: BlendConfig
     ) -> torch.Tensor:
@@ -129,6 +136,41 @@ def highest(reused: ReusedTokens, score: torch.Tensor) -> torch.Tensor:
     if reused.coverage:
         return covering_rows(score, reused.coverage, reused.floor, reused.budget, before)
     return top_rows(score, reused.budget, before)
+
+
+def highest_of(wanted: Sequence[tuple[ReusedTokens, torch.Tensor]]) -> list[torch.Tensor]:
+    """:func:`highest` of each; on a GPU in one launch, but for those with coverage."""
+    import torch
+
+    from sgl_blend.ops import select_rows
+
+    out: dict[int, torch.Tensor] = {}
+    together = [i for i, (reused, score) in enumerate(wanted) if score.is_cuda]
+    together = [i for i in together if not wanted[i][0].coverage]
+    if len(together) > 1:
+        scores = []
+        for i in together:
+            reused, score = wanted[i]
+            if reused.anchors is not None:
+                score = score.masked_fill(reused.on(score.device, "anchors"), math.inf)
+            scores.append(score)
+        counts = [score.numel() for score in scores]
+        ks = [min(wanted[i][0].budget, n) for i, n in zip(together, counts, strict=True)]
+        chosen = select_rows(torch.cat(scores), counts, ks).chosen.split(ks)
+        out = dict(zip(together, chosen, strict=True))
+    return [out[i] if i in out else highest(*one) for i, one in enumerate(wanted)]
+
+
+def select_together(
+    wanted: Sequence[tuple[Policy, ReusedTokens, torch.Tensor]], config: BlendConfig
+) -> list[torch.Tensor]:
+    """What each piece's policy selects by its score; the pieces of one policy together."""
+    out: dict[int, torch.Tensor] = {}
+    for name in dict.fromkeys(policy.name for policy, _, _ in wanted):
+        mine = [i for i, (policy, _, _) in enumerate(wanted) if policy.name == name]
+        pieces = [wanted[i][1:] for i in mine]
+        out |= dict(zip(mine, wanted[mine[0]][0].select_all(pieces, config), strict=True))
+    return [out[i] for i in range(len(wanted))]
 
 
 def first(reused: ReusedTokens, order: torch.Tensor) -> torch.Tensor:

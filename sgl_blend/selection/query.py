@@ -7,10 +7,11 @@ are needed, so its true cost is far below HKVD's at the same ratio.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest_of, scored
 
 if TYPE_CHECKING:
     import torch
@@ -34,22 +35,44 @@ class Query(Policy):
     def select(
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
     ) -> torch.Tensor:
+        (chosen,) = self.select_all([(reused, score)], config)
+        return chosen
+
+    def select_all(
+        self, pieces: Sequence[tuple[ReusedTokens, torch.Tensor | None]], config: BlendConfig
+    ) -> list[torch.Tensor]:
         import torch
 
-        rank = self.ranking(reused, scored(self, score), config)
-        if reused.weights is None or reused.coverage:
-            return highest(reused, rank)
-        anchors = 0 if reused.anchors is None else int(reused.anchors.sum())
-        ahead = highest(replace(reused, budget=max(anchors, reused.budget - reused.weighed)), rank)
-        taken = rank.new_zeros(reused.count, dtype=torch.bool)
-        taken.index_fill_(0, ahead, True)  # a number by index would keep the host waiting
-        return highest(replace(reused, anchors=taken), rank * reused.on(rank.device, "weights"))
+        ranked = [(r, self.ranking(r, scored(self, score), config)) for r, score in pieces]
+        chosen = highest_of([(_unweighed(reused), rank) for reused, rank in ranked])
+        weighed = [i for i, (reused, _) in enumerate(ranked) if _weighs(reused)]
+        again = []
+        for i in weighed:
+            reused, rank = ranked[i]
+            taken = torch.zeros(reused.count, dtype=torch.bool, device=rank.device)
+            taken.index_fill_(0, chosen[i], True)  # a number by index would keep the host waiting
+            again.append((replace(reused, anchors=taken), rank * reused.on(rank.device, "weights")))
+        for i, kept in zip(weighed, highest_of(again), strict=True):
+            chosen[i] = kept
+        return chosen
 
     def ranking(
         self, reused: ReusedTokens, score: torch.Tensor, config: BlendConfig
     ) -> torch.Tensor:
         positions = reused.on(score.device, "positions")
         return spread(score, positions, config.query_smoothing)
+
+
+def _weighs(reused: ReusedTokens) -> bool:
+    return reused.weights is not None and not reused.coverage
+
+
+def _unweighed(reused: ReusedTokens) -> ReusedTokens:
+    """With the budget of what is chosen by attention alone."""
+    if not _weighs(reused):
+        return reused
+    anchors = 0 if reused.anchors is None else int(reused.anchors.sum())
+    return replace(reused, budget=max(anchors, reused.budget - reused.weighed))
 
 
 def spread(score: torch.Tensor, positions: torch.Tensor, radius: int) -> torch.Tensor:

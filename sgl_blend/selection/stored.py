@@ -8,9 +8,10 @@ paper's weighing of chunks against each other by how much of their old context t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, scored
+from sgl_blend.selection.base import Need, Policy, ReusedTokens, highest, highest_of, scored
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,11 @@ class Stored(Policy):
         self, reused: ReusedTokens, score: torch.Tensor | None, config: BlendConfig
     ) -> torch.Tensor:
         return highest(reused, filled(scored(self, score), reused))
+
+    def select_all(
+        self, pieces: Sequence[tuple[ReusedTokens, torch.Tensor | None]], config: BlendConfig
+    ) -> list[torch.Tensor]:
+        return highest_of([(r, filled(scored(self, score), r)) for r, score in pieces])
 
 
 def filled(score: torch.Tensor, reused: ReusedTokens) -> torch.Tensor:

@@ -244,3 +244,10 @@ class BodyView:
         kind = getattr(torch, self.header.dtype)
         k, v = self.layer(i)
         return torch.from_numpy(k).view(kind), torch.from_numpy(v).view(kind)
+
+    def torch_values(self) -> torch.Tensor:
+        """uint8, all layers of the range, [layer][K | V][token][head][dim]: shares the memory."""
+        import torch
+
+        size = (self.last - self.first) * self.header.layer_bytes
+        return torch.from_numpy(self.buf[self._base : self._base + size])

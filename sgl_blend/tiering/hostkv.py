@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sgl_blend import ops
+from sgl_blend.tiering.lane import Lane
 
 if TYPE_CHECKING:
     from sgl_blend.plan import HostPart
@@ -38,7 +39,8 @@ class HostKV:
         self._range = (0, 0)
         self._ready: ops.Parts | None = None
         self._turns = ops.Turns(src_pos, dst_pos)
-        self._stream = stream
+        self._lane = None if stream is None else Lane(stream, dst_slots.device)
+        self._rooms: dict[int, ops.Parts] = {}
 
     def run(
         self,
@@ -50,13 +52,17 @@ class HostKV:
         """Write V, and K rotated by the position difference, into ``layer``'s pool; ``shift`` is
         added, and what ``runs`` is left out.
 
+        A GPU reads page-locked memory in the launch that writes the slots. Where it is to add a
+        shift, which the model has only once it has come to the layer, it brings the layer to the
+        device ahead.
+
         Raises :class:`~sgl_blend.tiering.chunks.LoadFailed` when the layer does not arrive.
         """
         rope = pool.rope(layer)
         k, v = pool.moved(layer)
-        parts, at = self._parts(pool, layer)
+        parts, at = self._parts(layer)
         if rope is None:
-            values = parts.layer(at)
+            values = self._whole(parts, at, layer)
             if shift is not None:
                 biases = (shift.k, shift.v)
                 values = tuple(
@@ -67,43 +73,76 @@ class HostKV:
                 ops.put(cache, self.dst_slots, x, runs)
             return
         turn, how = self._turns.move(rope), (rope.rotary_dim, rope.neox)
+        if self._lane is not None:
+            if shift is None and ops.reads(parts, k, v, turn, rope.rotary_dim):
+                given = (parts.places(k.device), self.dst_slots, *turn, runs)
+                with self._lane.open(layer, given):
+                    ops.rotate_from(parts, at, k, v, self.dst_slots, *turn, *how, None, runs)
+                return
+            parts, at = self._landed(*self._whole(parts, at, layer)), 0
         bias = None if shift is None else ops.Bias(*shift, *self._turns.forth(rope))
         ops.rotate_from(parts, at, k, v, self.dst_slots, *turn, *how, bias, runs)
 
     def take(
         self, pool: PoolView, layer: int, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``layer``'s KV, as it was computed, of the tokens ``index`` (int64 [c]). Raises as
-        ``run`` does."""
-        parts, at = self._parts(pool, layer)
-        return parts.take(at, index)
+        """``layer``'s KV, as it was computed, of the tokens ``index`` (int64 [c]), until it is
+        asked for again. Raises as ``run`` does."""
+        parts, at = self._parts(layer)
+        if self._lane is None:
+            return parts.take(at, index)
+        k, v = self._ahead("take", parts, at, layer, (parts.k[0], parts.v[0]), index)
+        return k, v
 
     def values(self, pool: PoolView, layer: int) -> torch.Tensor:
-        """V [n, Hk, Dv] of ``layer``, on the pool's device. Raises as ``run`` does."""
-        parts, at = self._parts(pool, layer)
-        return parts.layer(at)[1]
+        """V [n, Hk, Dv] of ``layer``, on the pool's device, until it is asked for again. Raises as
+        ``run`` does."""
+        parts, at = self._parts(layer)
+        if self._lane is None:
+            return parts.layer(at)[1]
+        (v,) = self._ahead("values", parts, at, layer, (parts.v[0],))
+        return v
 
-    def _parts(self, pool: PoolView, layer: int) -> tuple[ops.Parts, int]:
-        """KV (K as it was computed) of each part on the pool's device, and which of its layers."""
+    def _whole(self, parts: ops.Parts, at: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [n, Hk, D] and V [n, Hk, Dv] of ``layer`` on the pool's device."""
+        if self._lane is None:
+            return parts.layer(at)
+        k, v = self._ahead("whole", parts, at, layer, (parts.k[0], parts.v[0]))
+        return k, v
+
+    def _landed(self, k: torch.Tensor, v: torch.Tensor) -> ops.Parts:
+        """One layer on the device as parts: of each room once, since addresses have to be sent."""
+        known = self._rooms.get(k.data_ptr())
+        if known is None:
+            known = self._rooms[k.data_ptr()] = ops.Parts([k[None]], [v[None]])
+        return known
+
+    def _ahead(
+        self,
+        use: str,
+        parts: ops.Parts,
+        at: int,
+        layer: int,
+        likes: tuple[torch.Tensor, ...],
+        index: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """What ``likes`` are the parts' first ones of, on its way to the device."""
+        assert self._lane is not None
+        count = parts.tokens if index is None else index.shape[0]
+        out = self._lane.room(use, [(count, *x.shape[2:]) for x in likes], likes[0].dtype)
+        given = (parts.places(self.dst_slots.device), self.dst_slots, index)
+        with self._lane.open(layer, given):
+            parts.send(at, out[0] if len(out) == 2 else None, out[-1], index)
+        return out
+
+    def _parts(self, layer: int) -> tuple[ops.Parts, int]:
+        """KV (K as it was computed) of each part, in host memory, and which of its layers."""
         self.load.wait(layer, self.chunks)
         first, last = self._range
-        if not first <= layer < last:
+        if self._ready is None or not first <= layer < last:
             self._ready = self._host_parts(layer)
-            first, last = self._range
-        at = layer - first
-        if self._stream is None:
-            return self._ready, at
-        ks, vs = [k[at] for k in self._ready.k], [v[at] for v in self._ready.v]
-        # The store's memory is page-locked for this device (``StoreService``): the
-        # copies run beside the layers before.
-        k_pool, v_pool = pool.moved(layer)
-        with torch.cuda.stream(self._stream):
-            out = self._upload(ks, k_pool), self._upload(vs, v_pool)
-        current = torch.cuda.current_stream(self.dst_slots.device)
-        current.wait_stream(self._stream)
-        for tensor in out:
-            tensor.record_stream(current)
-        return ops.Parts([out[0][None]], [out[1][None]]), 0
+            first, _ = self._range
+        return self._ready, layer - first
 
     def _host_parts(self, layer: int) -> ops.Parts:
         """Views of all parts over as many layers around ``layer`` as have come to every chunk in
@@ -119,13 +158,3 @@ class HostKV:
             vs.append(v[at])
         self._range = begin, end
         return ops.Parts(ks, vs)
-
-    @staticmethod
-    def _upload(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        tokens = sum(len(p) for p in parts)
-        out = torch.empty((tokens, *like.shape[1:]), dtype=like.dtype, device=like.device)
-        at = 0
-        for part in parts:
-            out[at : at + len(part)].copy_(part, non_blocking=True)
-            at += len(part)
-        return out

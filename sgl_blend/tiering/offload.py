@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from sgl_blend import ops
 from sgl_blend.errors import StoreError
 from sgl_blend.store.chunk import ChunkHeader, Layout, pack_tokens
 from sgl_blend.tiering.keys import PromptChunk
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 #: chunks asked room for in one round trip, and held in leases at once
 BATCH = 64
+#: bytes of the device's memory in which chunks are put together: little beside a KV pool, and
+#: copying them over the bus takes far longer than what is done between two such copies
+STAGING = 32 << 20
 #: what the store says of a chunk -> what is counted; ``refused`` whatever else it says
 _OUTCOMES = {
     "exists": "known",
@@ -73,6 +77,8 @@ class Offloader:
     dtype: str
     tally: Tally
     streams: SideStreams = field(default_factory=SideStreams)
+    #: uint8, of the device and of the stream that chunks leave it on
+    _staging: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def run(self, client: StoreClient, job: Job) -> None:
         """Store what the store wants of it. Never raises a ``StoreError``."""
@@ -130,26 +136,41 @@ class Offloader:
 
     def _fill(self, job: Job, granted: list[tuple[FreshChunk, StoreSlot]]) -> None:
         """Copy the pool's KV into the store's memory."""
+        for fresh, slot in granted:
+            pack_tokens(job.tokens[fresh.chunk.start : fresh.chunk.end], slot.buf)
         stream = self.streams.store(job.slots.device)
-        if stream is not None:
-            for event in job.ready:
-                stream.wait_event(event)
-        with torch.cuda.stream(stream):
+        if stream is None:
             for fresh, slot in granted:
-                chunk = fresh.chunk
-                pack_tokens(job.tokens[chunk.start : chunk.end], slot.buf)
-                at = job.slots[chunk.start : chunk.end]
+                at = job.slots[fresh.chunk.start : fresh.chunk.end]
                 for layer in range(self.layout.n_layers):
-                    for cache, out in zip(
-                        self.pool.moved(layer), slot.body.torch_layer(layer), strict=True
-                    ):
-                        _gather(cache, at, out)
-        if stream is not None:
-            stream.synchronize()
+                    into = slot.body.torch_layer(layer)
+                    for cache, out in zip(self.pool.moved(layer), into, strict=True):
+                        torch.index_select(cache, 0, at, out=out)
+            return
+        for event in job.ready:
+            stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            self._send(job, granted)
+        stream.synchronize()
 
-
-def _gather(cache: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    if cache.is_cuda:
-        out.copy_(cache[slots], non_blocking=True)
-    else:
-        torch.index_select(cache, 0, slots, out=out)
+    def _send(self, job: Job, granted: list[tuple[FreshChunk, StoreSlot]]) -> None:
+        """Off a GPU, on the current stream: chunks are put together in the device's memory, and
+        each leaves it in one copy. The stream keeps the next ones out until it has left."""
+        k, v = zip(*(self.pool.moved(i) for i in range(self.layout.n_layers)), strict=True)
+        bodies = [slot.body.torch_values() for _, slot in granted]
+        first = 0
+        while first < len(granted):
+            last, size = first, 0
+            while last < len(granted) and (last == first or size + len(bodies[last]) <= STAGING):
+                size, last = size + len(bodies[last]), last + 1
+            if self._staging is None or len(self._staging) < size:
+                device = job.slots.device
+                self._staging = torch.empty(max(size, STAGING), dtype=torch.uint8, device=device)
+            chunks = [(f.chunk.start, f.chunk.end) for f, _ in granted[first:last]]
+            staging = self._staging[:size]
+            ops.gather_chunks(k, v, job.slots, chunks, staging)
+            for body, part in zip(
+                bodies[first:last], staging.split([len(x) for x in bodies[first:last]]), strict=True
+            ):
+                body.copy_(part, non_blocking=True)
+            first = last

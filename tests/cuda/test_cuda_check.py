@@ -29,7 +29,11 @@ def test_right_kernels_pass():
     assert cuda_check.differing(emulated.kernels(), CPU) == []
 
 
-@pytest.mark.parametrize("name", ["rotate_copy", "v_deviation", "select_rows", "attention_mass"])
+@pytest.mark.parametrize(
+    "name",
+    ["rotate_copy", "v_deviation", "select_rows", "attention_mass", "gather_chunks", "rotate_from",
+     "take_from"],
+)  # fmt: skip
 def test_wrong_kernels_are_named(name):
     found = cuda_check.differing(Wrong(name), CPU)
     assert found and all(text.startswith(name) for text in found)

@@ -15,7 +15,7 @@ from sgl_blend.errors import KernelError
 from sgl_blend.ops import reference
 
 BF16 = torch.bfloat16
-OPS = ["rotation", "deviation", "rows", "mass"]
+OPS = ["rotation", "parts", "gather", "deviation", "rows", "mass"]
 
 
 @pytest.fixture

@@ -150,13 +150,14 @@ def test_parts_outside_the_pool_are_read_where_they_lie(module):
         v[2] = case.v[c]
     places = cuda.places_of(ks, vs, torch.device("cpu"))
     for way in emulated.schedules(module):
-        case.check(
-            lambda k, v: cuda.rotate_from(
-                module, places, 2, k, v, case.dst, case.turn, 64, True, runs=runs
-            ),
-            case.wanted(runs=runs),
-            way,
-        )
+        for blocks in (0, 2):  # a block for four tokens each, and fewer than there is work for
+            case.check(
+                lambda k, v, blocks=blocks: cuda.rotate_from(
+                    module, places, 2, blocks, k, v, case.dst, case.turn, 64, True, runs=runs
+                ),
+                case.wanted(runs=runs),
+                f"{way}, {blocks} blocks",
+            )
 
 
 @pytest.mark.parametrize("dtype", FP8)

@@ -13,7 +13,10 @@ from on_device import CUDA, locked, on_device, on_host, watching
 from planned_flashinfer import planning
 from small_model import Served, Small
 
+from sgl_blend.ops import cuda
+
 POLICIES = ["query", "hkvd", "leading", "stored"]
+OPS = ["rotation", "parts", "gather", "deviation", "rows", "mass"]
 CPU = torch.device("cpu")
 
 
@@ -21,7 +24,7 @@ CPU = torch.device("cpu")
 def kernels(monkeypatch):
     """The kernels for CUDA, in the emulator, serve the pretended device. Their launches so far."""
     module = emulated.kernels()
-    for name in ("rotation", "deviation", "rows", "mass"):
+    for name in OPS:
         serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
         monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
     return module.launches
@@ -29,7 +32,7 @@ def kernels(monkeypatch):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    for name in ("rotation", "deviation", "rows", "mass"):
+    for name in OPS:
         monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", lambda device: None)
 
 
@@ -77,6 +80,38 @@ def test_nothing_waits_where_torch_stands_for_the_kernels(no_kernels, policy):
 def test_nothing_waits_between_check_layers(kernels):
     watch = serve("hkvd", check_layers=(1, 2))
     assert watch.waits == [], "\n".join(watch.table())
+
+
+@pytest.mark.parametrize("hosted", [False, True])
+def test_nothing_waits_where_keys_are_compared_too(kernels, hosted):
+    watch = serve("hkvd", hosted=hosted, check_layers=(1, 2), check_keys=True)
+    assert watch.waits == [], "\n".join(watch.table())
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "launched"),
+    [
+        ("query", {}, ["select_rows"] * 2),
+        ("hkvd", {}, ["v_deviation", "select_rows"]),
+        ("hkvd", {"check_keys": True}, ["kv_deviation", "select_rows"]),
+        ("stored", {}, ["select_rows"]),
+    ],
+)
+def test_a_batch_is_scored_and_chosen_in_one_launch_each(
+    kernels, monkeypatch, policy, options, launched
+):
+    """``query`` chooses by attention, then, for some of the budget, by attention times a guess."""
+    calls = []
+    for name in ("select_rows", "v_deviation", "kv_deviation"):
+        kernel = getattr(cuda, name)
+
+        def noted(*args, name=name, kernel=kernel):
+            calls.append(name)
+            return kernel(*args)
+
+        monkeypatch.setattr(cuda, name, noted)
+    serve(policy, **options)
+    assert calls == launched
 
 
 def test_how_many_rows_coverage_takes_is_waited_for(kernels):

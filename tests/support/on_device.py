@@ -6,7 +6,8 @@ Between ``watching()`` and its end
 * ``torch.empty(..., device="cuda")``, ``x.to("cuda")`` and what is computed of such tensors are
   :class:`OnDevice`; ``x.device`` and ``x.is_cuda`` say so. ``pin_memory`` makes :class:`Locked`.
 * an operation that mixes them with tensors of the host fails as it does on a GPU;
-* streams and events are recorded in ``Watch.log`` in the order in which they are asked for;
+* streams and events are recorded in ``Watch.log`` in the order in which they are asked for, and
+  copies to the host that wait for nothing, with the stream that they are asked of;
 * what waits is in ``Watch.waits``, with the line of the code under test that asked for it.
 
 What waits (PyTorch 2.14, read in its source): reading a value (``item``, ``bool``, ``tolist``, a
@@ -74,7 +75,7 @@ def on_host(x: torch.Tensor) -> torch.Tensor:
 @dataclass
 class Watch:
     """waits: (what, file, line) of each wait. copies: bytes of each copy to the device that waits
-    for nothing. log: what streams and events were asked for."""
+    for nothing. log: what streams and events were asked for, and copies to the host."""
 
     waits: list[tuple[str, str, int]] = field(default_factory=list)
     copies: list[int] = field(default_factory=list)
@@ -292,7 +293,9 @@ class _Functions(TorchFunctionMode):
         non_blocking = bool(kwargs.pop("non_blocking", False) or (len(args) > 1 and args[1]))
         here, there = isinstance(source, OnDevice), isinstance(x, OnDevice)
         if here and not there:
-            if not (isinstance(x, Locked) and non_blocking):
+            if isinstance(x, Locked) and non_blocking:
+                self.watch.log.append(("copy out", torch.cuda.current_stream().name))
+            else:
                 self.watch.wait("a copy to the host")
         elif there and not here:
             self._move(source, CUDA, non_blocking)

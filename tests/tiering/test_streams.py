@@ -8,6 +8,7 @@ import os
 import threading
 from types import SimpleNamespace
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -16,12 +17,11 @@ from polling import eventually
 from store_testing import connect, start
 from tiering_testing import CHUNKING, LAYOUT, SPACE, STRONG, Pool, chunks_of, service_of, tokens_of
 
+from sgl_blend import ops
 from sgl_blend.engine.request.store_tier import StoreTier
 from sgl_blend.errors import StoreError
-from sgl_blend.plan import HostPart
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.tiering import offload
-from sgl_blend.tiering.hostkv import HostKV
 from sgl_blend.tiering.offload import FreshChunk, Job, Offloader
 from sgl_blend.tiering.streams import SideStreams
 from sgl_blend.tiering.tally import Tally
@@ -96,9 +96,37 @@ def tier_of(watch, slots: int, writer) -> tuple[StoreTier, list[Job]]:
     return tier, jobs
 
 
-def test_new_chunks_leave_behind_their_slots_and_behind_the_model(watch, monkeypatch):
+@pytest.fixture(params=["kernels", "torch"])
+def launches(request, monkeypatch):
+    """The kernels for CUDA, in the emulator, or none. A function: launches since last asked."""
+    module = emulated.kernels()
+    there = module if request.param == "kernels" else None
+    for name in ("gather", "parts", "rotation"):
+        serve = lambda device: there if device.type == "cuda" else None  # noqa: E731
+        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
+    last = module.launches()
+
+    def since() -> int:
+        nonlocal last
+        before, last = last, module.launches()
+        return last - before
+
+    since.kernels = there is not None
+    return since
+
+
+def moved_to_device(pool: Pool) -> Pool:
+    pool.ks, pool.vs = ([on_device(x.clone()) for x in part] for part in (pool.ks, pool.vs))
+    return pool
+
+
+@pytest.mark.parametrize("room", [1 << 20, 3 * 2048 * 32], ids=["roomy", "tight"])
+def test_new_chunks_leave_behind_their_slots_and_behind_the_model(
+    watch, monkeypatch, launches, room
+):
     """The index of slots is work of the scheduler's stream, KV that of the model's; the copy waits
-    for both before it reads either."""
+    for both before it reads either. Where chunks are put together nothing else is before they have
+    left: both are asked of one stream, in this order."""
     writer = torch.cuda.Stream()
     tier, jobs = tier_of(watch, 200, writer)
     watch.log.clear()
@@ -108,28 +136,55 @@ def test_new_chunks_leave_behind_their_slots_and_behind_the_model(watch, monkeyp
     assert watch.log == [("slots made",), ("record", scheduler), ("record", writer.name)]
 
     (job,) = jobs
-    assert job.slots.is_cuda and len(job.chunks) > 1
-    gather = offload._gather
-    monkeypatch.setattr(
-        offload, "_gather",
-        lambda *args: (watch.log.append(("copy", torch.cuda.current_stream().name)), gather(*args)),
-    )  # fmt: skip
+    assert job.slots.is_cuda and len(job.chunks) > 3
+    monkeypatch.setattr(offload, "STAGING", room)
+    gather, gathered = ops.gather_chunks, []
+
+    def noted(k, v, slots, chunks, out):
+        watch.log.append(("gather", torch.cuda.current_stream().name))
+        gathered.append((len(chunks), out.data_ptr()))
+        gather(k, v, slots, chunks, out)
+
+    monkeypatch.setattr(ops, "gather_chunks", noted)
     watch.log.clear()
-    pool = Pool(200)
-    pool.ks, pool.vs = ([on_device(x.clone()) for x in part] for part in (pool.ks, pool.vs))
     side = tier.service.streams
-    offloader = Offloader(pool, LAYOUT, "float32", Tally(), side)
+    offloader = Offloader(moved_to_device(Pool(200)), LAYOUT, "float32", Tally(), side)
     granted = [(fresh, slot_of(fresh)) for fresh in job.chunks]
     offloader._fill(job, granted)
     own = side.store(CUDA).name
     steps = [step for step in watch.log if step[0] != "stream"]
-    waits = [("wait", own, scheduler), ("wait", own, writer.name)]
-    assert steps[:2] == waits and steps[-1] == ("synchronize", own)
-    copies = steps[2:-1]
-    assert copies and set(copies) == {("copy", own)}
+    assert steps[:2] == [("wait", own, scheduler), ("wait", own, writer.name)]
+    wanted = []
+    for chunks, _ in gathered:
+        wanted += [("gather", own), *[("copy out", own)] * chunks]
+    assert steps[2:] == [*wanted, ("synchronize", own)]
+    assert sum(chunks for chunks, _ in gathered) == len(granted)
+    assert len(gathered) == 1 if room == 1 << 20 else 1 < len(gathered) < len(granted)
+    assert len({at for _, at in gathered}) == 1, "one place for all"
+    assert [what for what, *_ in watch.waits] == ["waits for a stream"]
+    assert launches() == (len(gathered) if launches.kernels else 0)
+
     made = sum(step[0] == "stream" for step in watch.log)
     offloader._fill(job, granted)
     assert sum(step[0] == "stream" for step in watch.log) == made, "one stream for all batches"
+    assert len({at for _, at in gathered}) == 1, "and one place"
+    for fresh, slot in granted:
+        for layer in range(LAYOUT.n_layers):
+            k, v = slot.body.torch_layer(layer)
+            want = torch.arange(fresh.chunk.start, fresh.chunk.end) + 1000.0 * layer
+            want = want[:, None, None].expand_as(k)
+            assert torch.equal(on_host(k), want) and torch.equal(on_host(v), -want)
+
+
+def test_a_chunk_that_is_larger_than_the_place_gets_a_larger_one(watch, monkeypatch, launches):
+    tier, jobs = tier_of(watch, 200, torch.cuda.Stream())
+    tier.offer(None, tokens_of(1, 200), 0, bytes(32), lambda start, end: 0, None)
+    monkeypatch.setattr(offload, "STAGING", 16)
+    pool = moved_to_device(Pool(200))
+    offloader = Offloader(pool, LAYOUT, "float32", Tally(), tier.service.streams)
+    granted = [(fresh, slot_of(fresh)) for fresh in jobs[0].chunks]
+    offloader._fill(jobs[0], granted)
+    assert launches() == (len(granted) if launches.kernels else 0)
     for fresh, slot in granted:
         k, _ = slot.body.torch_layer(2)
         want = torch.arange(fresh.chunk.start, fresh.chunk.end) + 2000
@@ -140,42 +195,12 @@ def slot_of(fresh: FreshChunk):
     """Where a chunk goes, in page-locked memory."""
     n = fresh.chunk.end - fresh.chunk.start
     shape = (LAYOUT.n_layers, 2, n, LAYOUT.n_kv_heads, LAYOUT.head_dim)
-    values = locked(torch.zeros(shape))
-    body = SimpleNamespace(torch_layer=lambda layer: (values[layer, 0], values[layer, 1]))
+    values = locked(torch.full(shape, torch.nan))
+    body = SimpleNamespace(
+        torch_layer=lambda layer: (values[layer, 0], values[layer, 1]),
+        torch_values=lambda: values.view(torch.uint8).view(-1),
+    )
     return SimpleNamespace(buf=np.zeros(8 * n + 64, dtype=np.uint8), body=body)
-
-
-# -- what is loaded ------------------------------------------------------------------------------
-
-
-class Chunk:
-    """A chunk that has been loaded whole."""
-
-    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k, self.v = k, v
-
-    def range_of(self, layer: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        return 0, self.k, self.v
-
-
-def test_what_is_loaded_comes_on_one_stream_which_the_model_waits_for(watch):
-    side = SideStreams()
-    pool = Pool(100)
-    pool.ks, pool.vs = ([on_device(x.clone()) for x in part] for part in (pool.ks, pool.vs))
-    k, v = (locked(torch.randn(LAYOUT.n_layers, 7, 2, LAYOUT.head_dim)) for _ in "kv")
-    chunk = Chunk(k, v)
-    load = SimpleNamespace(wait=lambda layer, chunks: None)
-    at = [on_device(torch.arange(first, first + 7)) for first in (3, 20, 40)]
-    for _ in range(2):
-        kv = HostKV(load, [HostPart(chunk, 0, 7)], *at, side.load(CUDA))
-        for layer in range(LAYOUT.n_layers):
-            kv.run(pool, layer)
-            assert torch.equal(on_host(pool.ks[layer])[40:47], on_host(k)[layer])
-    own, model = side.load(CUDA).name, torch.cuda.current_stream().name
-    steps = [step for step in watch.log if step[0] != "stream"]
-    each = [("wait", model, own), ("record_stream", model), ("record_stream", model)]
-    assert steps == each * 2 * LAYOUT.n_layers
-    assert watch.waits == []
 
 
 # -- the store's memory --------------------------------------------------------------------------
