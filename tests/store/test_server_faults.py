@@ -56,6 +56,32 @@ def test_a_fault_after_a_write_does_not_stop_the_disk(server, monkeypatch):
         assert not faults and client.stats()["backlog"] == 0
 
 
+def test_a_job_that_ends_in_silence_does_not_wait_for_the_next(server, monkeypatch):
+    """The loop is not woken for every job. One that ends just after a wake-up is heard of while
+    its lane goes on with another, which may take long: a far tier, a slow disk."""
+    monkeypatch.setattr("sgl_blend.store.placement.jobs._WAKE_S", 3600.0)
+    heard, queued, drained, gate = [], threading.Event(), threading.Event(), threading.Event()
+
+    def begin() -> None:
+        if not heard:
+            heard.append("")
+            server.jobs.submit("copy", lambda: 1, more)
+        if queued.is_set():
+            drained.set()
+
+    def more(*_: object) -> None:
+        server.jobs.submit("copy", drained.wait, lambda *_: heard.append("second"))
+        server.jobs.submit("copy", gate.wait, lambda *_: heard.append("third"))
+        queued.set()
+
+    server.core.chores = (*server.core.chores, begin)
+    try:
+        assert eventually(lambda: "second" in heard) and "third" not in heard
+    finally:
+        gate.set()
+    assert eventually(lambda: "third" in heard)
+
+
 def _raise(faults):
     raise faults.pop()
 

@@ -1,7 +1,8 @@
 """Work that may block (disk, far tiers, large copies) runs here; results come back to the loop.
 
 One single-threaded lane per tier that writes, a few threads that read. A finished job's callback
-runs on the loop's thread, in ``drain``; ``fileno`` becomes readable when there is one.
+runs on the loop's thread, in ``drain``; ``fileno`` becomes readable when there is one, but not for
+jobs that end within a millisecond of a wake-up: ``restless`` tells the loop to look again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Jobs:
         self._finished: deque[tuple[Done, Any, BaseException | None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._woken = 0.0
+        self._again = False
         self._waking = threading.Lock()
         self.pending = 0
         for name, count in lanes.items():
@@ -42,6 +44,12 @@ class Jobs:
 
     def fileno(self) -> int:
         return self._wake
+
+    @property
+    def restless(self) -> bool:
+        """A job may have ended without a word, while its lane goes on: ``drain`` in a moment, or
+        its owner waits for as long as the next job takes. The loop's to ask."""
+        return self._again and self.pending > 0
 
     def submit(self, lane: str, work: Work, done: Done) -> None:
         self.pending += 1
@@ -71,6 +79,8 @@ class Jobs:
             os.eventfd_read(self._wake)
         except BlockingIOError:
             pass
+        # Looked at first: a job that ended in silence before that is in the queue by now.
+        self._again = time.monotonic() - self._woken < _WAKE_S
         n = 0
         while self._finished:
             done, result, error = self._finished.popleft()
