@@ -144,6 +144,31 @@ def test_what_was_published_before_a_failure_stays_and_the_rest_is_given_back(cl
     assert client.mapping is None or client.mapping.holds == 0
 
 
+@pytest.mark.parametrize("end", ["complete_store", "abort_store"])
+def test_slots_whose_turn_never_comes_are_given_back(store, client, end):
+    """Another thread's call holds the connection for longer than this one may take."""
+    slots = client.prepare_store([h for h, _ in chunks(client)[:3]])
+    assert {s.status for s in slots} == {"granted"}
+    held, done = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with client._wire.turn(time.monotonic() + 20):
+            held.set()
+            done.wait(20)
+
+    other = threading.Thread(target=call)
+    other.start()
+    assert held.wait(20)
+    client.deadline_s, before = 0.01, client.deadline_s
+    with pytest.raises(StoreTimeout, match="another thread"):
+        getattr(client, end)(slots)
+    client.deadline_s = before
+    done.set()
+    other.join()
+    assert eventually(lambda: client.stats()["leases"] == 0)
+    assert client.mapping is None or client.mapping.holds == 0
+
+
 def beyond(reply):
     """The second grant lies outside of the arena."""
     grants = list(reply.grants)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -276,7 +276,7 @@ class StoreClient(Caller):
         granted = [s for s in slots if s.granted]
         sums = {s._lease: checksum(s.buf) for s in granted if s.buf is not None}
         status: list[str] = []
-        with self._turn(deadline_s) as until:
+        with self._last_turn(slots, deadline_s) as until:
             live = [s for s in granted if s._mapping is self._wire.mapping]
             try:
                 for some in self._batches(len(live), until) if live else ():
@@ -288,15 +288,13 @@ class StoreClient(Caller):
             except StoreError:
                 self._wire.abandon(s._lease for s in live[len(status) :])
                 raise
-            finally:
-                self._wire.unhold([s._mapping for s in slots])
         by_lease = dict(zip((s._lease for s in live), status, strict=True))
         return [by_lease.get(s._lease, "expired") if s.granted else s.status for s in slots]
 
     def abort_store(self, slots: Sequence[StoreSlot]) -> None:
         """Give granted slots back unfilled. Where it raises, the store is told as soon as it
         listens again."""
-        with self._turn(None) as until:
+        with self._last_turn(slots, None) as until:
             mine = [s for s in slots if s.granted and s._mapping is self._wire.mapping]
             leases, done = [s._lease for s in mine], 0
             try:
@@ -306,6 +304,18 @@ class StoreClient(Caller):
             except StoreError:
                 self._wire.abandon(leases[done:])
                 raise
+
+    @contextmanager
+    def _last_turn(self, slots: Sequence[StoreSlot], deadline_s: float | None) -> Iterator[float]:
+        """A turn with whose end these slots are nobody's, and so they are where it never comes."""
+        with ExitStack() as held:
+            try:
+                until = held.enter_context(self._turn(deadline_s))
+            except StoreError:
+                self._wire.forgo([(s._mapping, s._lease) for s in slots if s.granted])
+                raise
+            try:
+                yield until
             finally:
                 self._wire.unhold([s._mapping for s in slots])
 

@@ -43,12 +43,12 @@ class Connection:
         self._next_id = 0
         self._context = zmq.Context()
         self._socket: zmq.Socket | None = None
-        # (mapping, lease): what callers are done with, to be told to the store when it is our turn.
-        self._released: deque[tuple[ArenaMapping, int]] = deque()
-        # Of those, leases in the present mapping that the store has not been told of yet.
+        # Leases that the store has not been told of yet: of loads that callers are done with, and
+        # of grants to store that will not be used.
         self._owed: list[int] = []
-        # Leases of grants to store that will not be used, likewise.
         self._abandoned: list[int] = []
+        # (mapping, lease, which of the two): what callers let go of, seen to when it is our turn.
+        self._released: deque[tuple[ArenaMapping | None, int, list[int]]] = deque()
 
     @contextmanager
     def turn(self, until: float) -> Iterator[None]:
@@ -237,7 +237,13 @@ class Connection:
 
     def release(self, held: Sequence[tuple[ArenaMapping, int]]) -> None:
         """End load leases: now if the connection is free, else by the call that holds it."""
-        self._released.extend(held)
+        self._released.extend((mapping, lease, self._owed) for mapping, lease in held)
+        self.settle()
+
+    def forgo(self, granted: Iterable[tuple[ArenaMapping | None, int]]) -> None:
+        """Give back leases of grants to store, and the views that go with them; as ``release``
+        does."""
+        self._released.extend((mapping, lease, self._abandoned) for mapping, lease in granted)
         self.settle()
 
     def settle(self) -> None:
@@ -257,9 +263,9 @@ class Connection:
     def _flush(self) -> bool:
         """False when the store does not take all of it now: it is told at a later turn."""
         while self._released:
-            mapping, lease = self._released.popleft()
+            mapping, lease, untold = self._released.popleft()
             if mapping is self.mapping:
-                self._owed.append(lease)
+                untold.append(lease)
             self.unhold([mapping])
         for leases, verb in ((self._owed, p.CompleteLoad), (self._abandoned, p.AbortStore)):
             while leases and self._send(verb(leases[: p.MAX_PACKET_BATCH])):
