@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ from store_testing import FAR, LOCAL, NAMESPACE, Driver, bring_up, digest, make_
 
 from sgl_blend.store.chunk import LayerRange, checksum
 from sgl_blend.store.errors import ProtocolError
+from sgl_blend.store.tiers.base import PutResult, Tier, TierRecord
 from sgl_blend.store.wire import protocol as p
 
 
@@ -104,37 +106,39 @@ def test_random_use_keeps_books_and_bytes(tmp_path, seed):
     again.close()
 
 
+class SlowDisk(Tier):
+    """Holds one chunk, and gives it when ``gate`` opens."""
+
+    name, indexed = "disk", True
+
+    def __init__(self, header, body):
+        self.header, self.body, self.gate = header, body, threading.Event()
+
+    def put(self, items):
+        return [PutResult(1) for _ in items]
+
+    def read(self, header, dest, layers=None):
+        self.gate.wait()
+        begin, end = (0, header.body_bytes) if layers is None else header.layer_range(*layers)
+        dest[:] = self.body[begin:end]
+        return header
+
+    def delete(self, headers):
+        return None
+
+    def scan(self):
+        packed = msgspec.msgpack.encode(self.header)
+        return iter([TierRecord(self.header.chunk_id, self.header, packed, 1, False, False)])
+
+    def close(self):
+        return None
+
+
 def test_a_reply_waits_no_longer_than_asked():
     """A disk that does not answer: a miss at the deadline, and the read ends as a prefetch."""
-    import threading
-
-    from sgl_blend.store.tiers.base import PutResult, Tier, TierRecord
-
-    gate = threading.Event()
     header, body = make_chunk(1)
-    packed = msgspec.msgpack.encode(header)
-
-    class SlowDisk(Tier):
-        name, indexed = "disk", True
-
-        def put(self, items):
-            return [PutResult(1) for _ in items]
-
-        def read(self, header, dest, layers=None):
-            gate.wait()
-            dest[:] = body
-            return header
-
-        def delete(self, headers):
-            return None
-
-        def scan(self):
-            return iter([TierRecord(header.chunk_id, header, packed, 1, False, False)])
-
-        def close(self):
-            return None
-
-    driver = Driver(small_config(), disk=SlowDisk())
+    disk = SlowDisk(header, body)
+    driver = Driver(small_config(), disk=disk)
     got = []
     request = p.PrepareLoad(NAMESPACE, [header.key, digest("absent")], wait_ms=100)
     driver.core.handle(LOCAL, request, [], lambda m, *_: got.append(m))
@@ -145,9 +149,30 @@ def test_a_reply_waits_no_longer_than_asked():
     driver.now = 0.2
     driver.step(0)
     assert got[0].grants == [None, None]
-    gate.set()
+    disk.gate.set()
     driver.settle()
     assert driver.ask(LOCAL, p.Lookup(NAMESPACE, [header.key]))[0].hits[0].tier == "memory"
+    driver.close()
+
+
+@pytest.mark.parametrize("layers", [None, LayerRange(0, 2, True)])
+@pytest.mark.parametrize("client", [LOCAL, FAR])
+def test_a_client_that_goes_while_the_disk_reads_is_lent_nothing(client, layers):
+    """What comes after its end would be leased to it for good."""
+    slow, fast = make_chunk(1), make_chunk(2)
+    driver = Driver(small_config(), disk=(disk := SlowDisk(*slow)))
+    assert driver.put(FAR, *fast) == "stored"
+    got, lending = [], driver.core.lending
+    request = p.PrepareLoad(NAMESPACE, [fast[0].key, slow[0].key], [], 60_000, layers)
+    driver.core.handle(client, request, [], lambda m, *_: got.append(m))
+    driver.step(0)
+    lending.client_gone(client.id)
+    disk.gate.set()
+    driver.settle()
+    assert not got and not lending.waiting
+    assert len(lending.leases) == 0 and lending.frame_bytes == 0
+    driver.core.res.memory.shrink_to(0)
+    assert driver.core.res.memory.used == 0
     driver.close()
 
 

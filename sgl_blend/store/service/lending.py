@@ -29,10 +29,14 @@ Reply = Callable[..., None]
 class Waiting(Protocol):
     """A request that is answered later. deadline: loop time."""
 
+    client: Client
     deadline: float
 
     def finish(self) -> None:
         """Answer with what is there. Idempotent."""
+
+    def drop(self) -> None:
+        """Nobody is there to be answered: grant nothing from now on. Idempotent."""
 
 
 class Lending:
@@ -94,7 +98,10 @@ class Lending:
             self.end(client, [g.lease for g in reply.grants if g.status == "granted"], STORE)
 
     def client_gone(self, client: bytes) -> None:
-        """The client's process ended: everything it had leased is free."""
+        """The client's process ended: everything it had leased is free, and what it waited for is
+        not leased to it."""
+        for load in [x for x in self.waiting.values() if x.client.id == client]:
+            load.drop()
         for lease in self.leases.take_all(client):
             self.release(lease)
 

@@ -59,6 +59,11 @@ class _Gathering(ABC, Generic[Answer]):
         self.lending.waiting.pop(id(self), None)
         self._reply()
 
+    def drop(self) -> None:
+        """Its client is gone: grant nothing from now on, and answer nobody."""
+        self.done = True
+        self.lending.waiting.pop(id(self), None)
+
     @abstractmethod
     def _begin(self) -> None:
         """Ask for what is to be gathered."""
@@ -191,14 +196,18 @@ class LoadRequest(_Gathering["p.LoadGrant | None"]):
         counters["load_hits"] += got
         counters["load_misses"] += len(self.answers) - got
         counters["load_bytes"] += sum(g.nbytes for g in self.answers if g is not None)
-        released, nbytes = self._sent, sum(v.nbytes for v in self.frames)
+        self.reply(p.Loads(self.answers), self.frames, self._frames_gone if self._sent else None)
 
-        def sent() -> None:
-            self.lending.frame_bytes -= nbytes
-            for release in released:
-                release()
+    def drop(self) -> None:
+        super().drop()
+        self._frames_gone()
 
-        self.reply(p.Loads(self.answers), self.frames, sent if released else None)
+    def _frames_gone(self) -> None:
+        """Nothing reads the frames any more."""
+        self.lending.frame_bytes -= sum(v.nbytes for v in self.frames)
+        released, self.frames, self._sent = self._sent, [], []
+        for release in released:
+            release()
 
 
 class ExtendRequest(_Gathering[bool]):
