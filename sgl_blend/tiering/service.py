@@ -254,17 +254,23 @@ class StoreService:
                     self.tally.error("store", e)
                 finally:
                     self._jobs.task_done()
-            self._jobs.task_done()
 
-    @staticmethod
-    def _next(waiting: queue.Queue[T | None], client: StoreClient) -> T | None:
-        """What is to be done next. An idle client tells the store now and then what it could not
-        be told: chunks that nobody reads any more would stay in its memory until the next load."""
+    def _next(self, waiting: queue.Queue[T | None], client: StoreClient) -> T | None:
+        """What is to be done next, None once the service is closed. An idle client tells the store
+        now and then what it could not be told: chunks that nobody reads any more would stay in its
+        memory until the next load."""
         while True:
             try:
-                return waiting.get(timeout=IDLE_S)
+                found = waiting.get(timeout=IDLE_S)
             except queue.Empty:
+                if self._closed.is_set():
+                    # The queue was too full to say so.
+                    return None
                 client.settle()
+                continue
+            if found is None:
+                waiting.task_done()
+            return found
 
     def _greet(self, client: StoreClient) -> None:
         try:

@@ -4,6 +4,7 @@ well."""
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ class Tally:
         self.chunks: Counter[str] = Counter()
         self.errors: Counter[tuple[str, str]] = Counter()
         self._export = export
+        self._lock = threading.Lock()
         self._log = Throttle(logger)
 
     def load(self, outcome: str) -> None:
@@ -57,6 +59,7 @@ class Tally:
 
     def _count(self, family: str, counter: Counter, key, labels: dict[str, str], n: int) -> None:
         if n:
-            counter[key] += n
+            with self._lock:
+                counter[key] += n
             if self._export is not None:
                 self._export(family, labels, n)

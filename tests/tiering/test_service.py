@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from tiering_testing import (
 
 from sgl_blend.store.wire.shm import ArenaMapping
 from sgl_blend.tiering.hostkv import HostKV
+from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import FreshChunk, Job
 from sgl_blend.tiering.wish import Wish
 
@@ -87,21 +88,39 @@ def test_offer_then_request(client, store):
         service.close()
 
 
-def test_without_a_store_everything_is_a_miss_and_nothing_waits_long():
+def test_without_a_store_everything_is_a_miss_and_nothing_waits_long(monkeypatch):
+    """The scheduler's thread waits for nobody; the loads' threads, for no longer than a
+    deadline."""
+    asked, run = threading.Event(), Load.run
+    monkeypatch.setattr(Load, "run", lambda one, client: asked.wait() and run(one, client))
     service = service_of("ipc:///nonexistent/store", Pool(300), deadline_s=0.2, wait_s=0.2)
     try:
         tokens = tokens_of(190, 300)
-        begun = time.monotonic()
         loads = [
             service.request(Wish(tokens, chunks_of(tokens), 300, 1, TENANT, SPACE, False, 0.1))
             for _ in range(50)
         ]
         service.offer(Job(SPACE, tokens, torch.arange(300), [], lambda: True))
-        assert time.monotonic() - begun < 0.2
+        assert not any(one.ready for one in loads)
+        asked.set()
         assert eventually(lambda: all(one.ready for one in loads))
         assert not any(one.spans() for one in loads)
     finally:
+        asked.set()
         service.close()
+
+
+def test_a_service_ends_whose_queues_are_too_full_to_tell_its_threads(monkeypatch):
+    service = service_of("ipc:///nonexistent/store", Pool(300), deadline_s=0.2)
+
+    def full(_nothing: None) -> None:
+        raise queue.Full
+
+    for waiting in (service._loads, service._jobs):
+        monkeypatch.setattr(waiting, "put_nowait", full)
+    service.close()
+    assert eventually(lambda: not any(thread.is_alive() for thread in service._threads))
+    assert not service.busy
 
 
 def test_a_closed_load_holds_nothing(client, store):
@@ -134,7 +153,7 @@ def test_an_idle_service_tells_what_the_store_did_not_take(client, store, monkey
         with monkeypatch.context() as patch:
             patch.setattr(ArenaMapping, "send", lambda *_: False)
             one.close()
-        assert client.stats()["leases"] > 0
+            assert client.stats()["leases"] > 0
         assert eventually(lambda: client.stats()["leases"] == 0)
     finally:
         service.close()

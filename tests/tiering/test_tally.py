@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -158,3 +161,28 @@ def test_a_warning_is_said_once_in_a_while_with_how_often_it_came(caplog):
         "it failed: why (1 more of this kind since the last such line)",
         "something else",
     ]
+
+
+class _Meeting(Counter):
+    """Holds whoever counts something for the first time until another thread does so too, or for a
+    moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2)
+
+    def __missing__(self, key) -> int:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both.wait(1.0)
+        return 0
+
+
+def test_what_two_threads_count_at_once_is_counted_twice():
+    tally = Tally()
+    tally.loads = _Meeting()
+    threads = [threading.Thread(target=tally.load, args=["found"]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tally.loads["found"] == 2
