@@ -116,18 +116,12 @@ def config_from(args: argparse.Namespace) -> StoreConfig:
 def _serve(args: argparse.Namespace) -> int:
     import logging
 
-    from sgl_blend.store.service.server import StoreServer
+    from sgl_blend.store.service.process import open_store, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    config = config_from(args)
-    server = StoreServer(config, args.parent_fd)
-    server.install_signals()
-    if config.metrics_port:
-        from sgl_blend.store.service.metrics import serve_metrics
-
-        serve_metrics(server, config.metrics_host, config.metrics_port)
+    server = open_store(config_from(args), args.parent_fd)
     print("ready", *server.addresses, flush=True)
-    return server.run()
+    return serve(server)
 
 
 def _operate(args: argparse.Namespace) -> int:

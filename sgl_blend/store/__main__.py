@@ -14,7 +14,7 @@ import sys
 
 from sgl_blend.errors import BlendError
 from sgl_blend.store.embedded import decode_config
-from sgl_blend.store.service.server import StoreServer
+from sgl_blend.store.service.process import open_store, serve
 
 
 def main() -> int:
@@ -24,17 +24,12 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        server = StoreServer(decode_config(sys.stdin.buffer.read()), args.parent_fd)
+        server = open_store(decode_config(sys.stdin.buffer.read()), args.parent_fd)
     except BlendError as e:
         print("failed", e, flush=True)
         return 2
-    server.install_signals()
-    if server.config.metrics_port:
-        from sgl_blend.store.service.metrics import serve_metrics
-
-        serve_metrics(server, server.config.metrics_host, server.config.metrics_port)
     print("ready", *server.addresses, flush=True)
-    code = server.run()
+    code = serve(server)
     if args.folder and select.select([args.parent_fd], [], [], 0)[0]:
         shutil.rmtree(args.folder, ignore_errors=True)
     return code

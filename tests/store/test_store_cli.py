@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import socket
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 from store_testing import NAMESPACE, connect, make_chunk, small_config, start
 
 from sgl_blend.cli.main import main
-from sgl_blend.errors import ConfigError
+from sgl_blend.errors import ConfigError, StoreError
 from sgl_blend.option_kinds import parse_size
 from sgl_blend.store.config import load_config
 
@@ -53,7 +55,7 @@ def test_operations_from_the_command_line(tmp_path, capsys):
         capsys.readouterr()
         assert _run("store", "drain", *at, "--stop", "--json") == 0
         assert json.loads(capsys.readouterr().out) == {"verb": "drain", "undone": 0}
-        assert store.process.wait(10) == 0
+        assert store.process.wait(60) == 0
 
 
 def test_inspect_of_an_absent_store_says_so(tmp_path, capsys):
@@ -86,7 +88,7 @@ def test_serving_from_yaml_and_flags(tmp_path):
         assert client.put([header], [body]) == ["stored"]
         assert client.stats()["memory_limit"] == 32 << 20
     child.terminate()
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     child.stdout.close()
     assert len(list((tmp_path / "disk" / "data").glob("*/*"))) == 1
 
@@ -108,6 +110,20 @@ def test_wrong_options_are_one_clear_line(words, message, capsys):
     assert _run("store", *words) == 2
     err = capsys.readouterr().err
     assert message.replace("ipc:// nor", "ipc://PATH nor") in err and err.count("\n") == 1
+
+
+def test_a_metrics_port_that_is_taken_is_one_clear_line(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--endpoint", f"ipc://{tmp_path}/store", "--metrics-port", str(port)]
+        assert _run("store", *words) == 2
+        err = capsys.readouterr().err
+        assert f"127.0.0.1:{port} (Address already in use)" in err and err.count("\n") == 1
+        assert gc.isenabled()
+        with pytest.raises(StoreError, match=f"did not start: .*metrics_port is {port}"):
+            start(small_config(metrics_port=port))
 
 
 def test_yaml_keys_are_checked(tmp_path):

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sgl_blend.errors import ConfigError
+
 if TYPE_CHECKING:
     from sgl_blend.store.service.server import StoreServer
 
@@ -42,8 +44,15 @@ class StoreCollector(Collector):
 
 
 def serve_metrics(server: StoreServer, host: str, port: int) -> int:
-    """Serve ``/metrics`` from a daemon thread; returns the port (pass 0 for a free one)."""
+    """Serve ``/metrics`` from a daemon thread; returns the port (pass 0 for a free one). Raises
+    ConfigError where it cannot listen there."""
     registry = CollectorRegistry()
     registry.register(StoreCollector(server))
-    httpd, _ = start_http_server(port, addr=host, registry=registry)
+    try:
+        httpd, _ = start_http_server(port, addr=host, registry=registry)
+    except OSError as e:
+        raise ConfigError(
+            f"store option metrics_port is {port}: metrics cannot be served at {host}:{port} "
+            f"({e.strerror}); give another port, or 0 for none"
+        ) from e
     return httpd.server_port

@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 
@@ -71,8 +70,6 @@ class StoreServer:
         self.disk, self.remote = make_tiers(config)
         self.arena = Arena(config.memory_bytes)
         self.core = StoreCore(Residency(config, self.arena, self.jobs, self.disk, self.remote))
-        # A collection over a million entries would stall lookups; entries hold no cycles.
-        gc.disable()
         began = time.monotonic()
         chunks = self.core.res.restore()
         if chunks:
@@ -95,16 +92,15 @@ class StoreServer:
 
     def run(self) -> int:
         """Serve until stopped; returns the process's exit code."""
-        gc.freeze()
-        sys.setswitchinterval(0.0005)
         next_tick = next_snapshot = 0.0
         try:
             while not self.core.stopping:
-                ready = dict(self._poller.poll(2 if self._trackers else _TICK_MS))
+                soon = self._trackers or self.jobs.restless
+                ready = dict(self._poller.poll(2 if soon else _TICK_MS))
                 for n, door in enumerate(self._doors):
                     if door.router in ready:
                         self._guarded(self._serve, n, door.router)
-                if self.jobs.fileno() in ready:
+                if self.jobs.fileno() in ready or self.jobs.restless:
                     self.jobs.drain(self._failed)
                 if self.side.fileno() in ready:
                     self._guarded(self._greet)
