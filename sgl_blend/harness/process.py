@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,9 +15,23 @@ from typing import IO
 
 from sgl_blend.harness import supervise
 
+#: from here up to what the kernel gives to clients
+_FIRST_PORT = 10_000
+_CLIENTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
 
 def free_port() -> int:
-    """A TCP port of this machine that was free a moment ago."""
+    """A TCP port of this machine that was free a moment ago, and that the kernel gives to no
+    client: a server that takes it half a minute later would find it in use now and then."""
+    try:
+        last = int(_CLIENTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        last = 0
+    for _ in range(100 if last > _FIRST_PORT else 0):
+        port = _FIRST_PORT + secrets.randbelow(last - _FIRST_PORT)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
