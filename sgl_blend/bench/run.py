@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sgl_blend.bench.workload import Workload
@@ -22,7 +22,10 @@ from sgl_blend.folders import OwnedFolder
 from sgl_blend.harness.client import Answer, ask, ask_all
 from sgl_blend.harness.models import make_model
 from sgl_blend.harness.server import Server, serve
+from sgl_blend.selection import POLICIES
 
+#: the least that a number of ``BenchOptions`` may be, where it is not 1
+_LEAST = {"seed": 0, "vocab": 16}
 #: methods of ``_Run``
 WORKLOADS = ("reuse", "nothing", "stream")
 
@@ -31,7 +34,8 @@ WORKLOADS = ("reuse", "nothing", "stream")
 class BenchOptions:
     """model: a local model folder, or None for a random-weight fp32 Llama of the size given.
 
-    Raises :class:`ConfigError` for a workload or setting that is none.
+    Raises :class:`ConfigError` for a workload or setting that is none, and for numbers that do not
+    fit together.
     """
 
     model: str | None = None
@@ -57,6 +61,22 @@ class BenchOptions:
                 raise ConfigError(unknown_name("workload", name, WORKLOADS))
         for setting in self.settings:
             _custom(setting)
+        for f in fields(self):
+            least = _LEAST.get(f.name, 1)
+            value = getattr(self, f.name)
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"{f.name} is {value}; take at least {least}")
+            if f.name in ("workloads", "settings") and not value:
+                raise ConfigError(f"{f.name} is empty; name at least one")
+        if self.documents > self.corpus:
+            raise ConfigError(
+                f"documents is {self.documents}: a prompt has each document of the corpus "
+                f"({self.corpus}) once at most"
+            )
+        if self.model is None and self.hidden % (2 * self.heads):
+            raise ConfigError(
+                f"hidden is {self.hidden}: {self.heads} heads of an even size do not make it up"
+            )
 
 
 def _custom(setting: str) -> dict[str, Any]:
@@ -66,6 +86,9 @@ def _custom(setting: str) -> dict[str, Any]:
         custom = {"blend_policy": policy, "blend_ratio": float(ratio)}
     except ValueError:
         raise ConfigError(f"setting {setting!r} is not POLICY:RATIO, as query:0.1 is") from None
+    POLICIES.get(policy)
+    if not 0.0 <= custom["blend_ratio"] <= 1.0:
+        raise ConfigError(f"setting {setting!r}: the ratio must lie in 0..1")
     if policy in ("none", "all"):  # they recompute nothing or everything, and take no ratio
         del custom["blend_ratio"]
     return custom

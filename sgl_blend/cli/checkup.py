@@ -225,7 +225,7 @@ def disk(store_path: str | None, store_disk: str) -> Iterator[Finding]:
 
 def _folder(subject: str, what: str, path: Path, wanted: int, option: str) -> Finding:
     there = path.expanduser()
-    while not there.exists():
+    while not os.path.exists(there):
         there = there.parent
     if not os.access(there, os.W_OK | os.X_OK):
         return Finding(
@@ -246,7 +246,7 @@ def _direct(path: Path) -> Iterator[Finding]:
     """Can the file system be read past the page cache?"""
     from tempfile import NamedTemporaryFile
 
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return
     try:
         with NamedTemporaryFile(dir=path, prefix="sgl-blend-doctor-") as f:

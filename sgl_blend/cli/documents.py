@@ -7,6 +7,7 @@ standard input.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,8 +45,12 @@ def read_documents(
 
 def _of_path(path: str, field: str) -> Iterator[Document]:
     if path == "-":
-        yield Document("-", sys.stdin.read())
-    elif Path(path).is_dir():
+        try:
+            yield Document("-", sys.stdin.read())
+        except (OSError, UnicodeDecodeError) as e:
+            yield Document("-", "", f"cannot be read: {e}")
+    # (A name that is too long, or below a closed folder, is an error to ``Path.is_dir``.)
+    elif os.path.isdir(path):
         for found in sorted(Path(path).rglob("*")):
             inside = found.relative_to(path)
             hidden = any(part.startswith(".") for part in inside.parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from contextlib import closing
 from dataclasses import asdict
@@ -251,7 +252,7 @@ def _model(given: str | None, progress: Progress) -> str | None:
     """A folder as given, or that of a model with real weights that is known by name."""
     from sgl_blend.harness import real_models
 
-    known = None if given is None or Path(given).exists() else real_models.named(given)
+    known = None if given is None or os.path.exists(given) else real_models.named(given)
     return given if known is None else str(real_models.fetch(known, progress))
 
 

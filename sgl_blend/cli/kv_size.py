@@ -8,6 +8,7 @@ SGLang makes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,10 @@ def read_config(model: str) -> dict[str, Any]:
     """The configuration's text part as a mapping, from a folder, a ``config.json`` or a name on
     the hub. Raises ConfigError."""
     path = Path(model).expanduser()
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
+    named = path.is_absolute() or model.startswith(".") or model.count("/") > 1
     raw: dict[str, Any] | None = None
-    if file.is_file():
+    if os.path.isfile(file):
         try:
             raw = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as e:
@@ -76,7 +78,7 @@ def read_config(model: str) -> dict[str, Any]:
         if not isinstance(raw, dict):
             raise ConfigError(f"{file} holds no JSON object")
         raw = {**_beside(file), **raw}
-    elif path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+    elif named or os.path.exists(path):
         raise ConfigError(f"{file}: there is no configuration (config.json) of a model")
     return _with_defaults(model, raw)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -36,13 +37,32 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with _signals_unwind():
-            return args.run(args)
+            code = args.run(args)
+            # Here rather than at the interpreter's end, where an error could not be told.
+            sys.stdout.flush()
+            return code
     except BlendError as e:
         print(f"sgl-blend {args.command}: error: {e}", file=sys.stderr)
         return 1 if isinstance(e, StoreError) else 2
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("\nsgl-blend: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _nobody_reads() -> bool:
+    """Has the reader of our output gone (``sgl-blend inspect | head``)? What is left of it is then
+    dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -176,13 +176,11 @@ class Observer:
 
     def _json(self, path: str, required: bool = False) -> dict[str, Any] | None:
         try:
-            answer = self._client.send("GET", path, timeout=30.0).json()
+            answer = self._client.json("GET", path, timeout=30.0)
         except ServerError:
             if required:
                 raise
             return None
-        except ValueError:
-            raise ServerError(f"{self._client.url}{path} answered with no JSON") from None
         return answer if isinstance(answer, dict) else None
 
     def _metrics(

@@ -37,7 +37,7 @@ class Client(client.Client):
 
     def tokenizer_path(self) -> str:
         """Where the server's tokenizer lies, as the server says."""
-        info = self.send("GET", "/model_info", timeout=30.0).json()
+        info = self.json("GET", "/model_info", timeout=30.0)
         path = info.get("tokenizer_path") or info.get("model_path")
         if not path:
             raise ServerError("/model_info names no tokenizer; give --tokenizer")

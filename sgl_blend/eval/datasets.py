@@ -13,6 +13,7 @@ documents, then the question.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ def find_files(paths: Iterable[Path]) -> tuple[Path, ...]:
     """Files as given; of a folder all ``*.jsonl`` in it, by name. Raises ``DatasetError``."""
     out: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        found = sorted(path.glob("*.jsonl")) if os.path.isdir(path) else [path]
         if not found:
             raise DatasetError(f"{path} holds no .jsonl file")
         out += found

@@ -51,6 +51,8 @@ class Answer:
 
 def answer_of(body: Mapping[str, Any], ttft: float = 0.0, total: float = 0.0) -> Answer:
     """From one answer of /generate. Raises :class:`ServerError` for a failure inside a 200."""
+    if not isinstance(body, dict) or not {"error", "meta_info"} & body.keys():
+        raise ServerError(f"/generate answered as SGLang does not: {str(body)[:200]}")
     if "error" in body:
         raise ServerError(f"/generate failed: {body['error']}")
     meta = body["meta_info"]
@@ -108,15 +110,25 @@ class Client:
                     timeout=timeout,
                     stream=stream,
                 )
+                refused = r.status_code != 200 and r.status_code not in also
+                said = r.text[:500] if refused else ""
         except requests.RequestException as e:
             raise ServerError(f"no answer from {self.url}{path}: {e}") from None
-        if r.status_code != 200 and r.status_code not in also:
-            raise ServerError(f"{path} answered {r.status_code}: {r.text[:500]}")
+        if refused:
+            raise ServerError(f"{path} answered {r.status_code}: {said}")
         return r
+
+    def json(self, method: str, path: str, body: Any = None, *, timeout: float = TIMEOUT) -> Any:
+        """As ``send``: what the answer says."""
+        r = self.send(method, path, body, timeout=timeout)
+        try:
+            return r.json()
+        except ValueError:
+            raise ServerError(f"{self.url}{path} answered with no JSON") from None
 
     def generate(self, body: Mapping[str, Any]) -> Any:
         """POST /generate: one answer's JSON, or a list of them."""
-        return self.send("POST", "/generate", body).json()
+        return self.json("POST", "/generate", body)
 
     def stream(self, body: Mapping[str, Any]) -> Answer:
         """One request to /generate, streamed; TTFT is the arrival of the first token."""
@@ -133,7 +145,11 @@ class Client:
                 raise ServerError(f"no answer from {self.url}/generate: {e}") from None
         if not last:
             raise ServerError("/generate closed without an answer")
-        return answer_of(json.loads(last), ttft, time.perf_counter() - start)
+        try:
+            answer = json.loads(last)
+        except ValueError:
+            raise ServerError(f"{self.url}/generate answered with no JSON") from None
+        return answer_of(answer, ttft, time.perf_counter() - start)
 
     def flush(self, wait_s: float = 30.0) -> None:
         """Empty the server's caches; it must be idle, or become so within ``wait_s``."""

@@ -3,16 +3,18 @@ SGLang."""
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from sgl_blend.bench import run
 from sgl_blend.cli.main import main
-from sgl_blend.harness import server
-from sgl_blend.harness.client import Client, ServerError
+from sgl_blend.harness import process, server
+from sgl_blend.harness.client import Client, ServerError, answer_of
 from sgl_blend.harness.process import Child, free_port
 
 
@@ -24,6 +26,9 @@ def heard():
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_args) -> None:
             return None
+
+        def do_POST(self) -> None:
+            self.do_GET()
 
         def do_GET(self) -> None:
             paths.append(self.path)
@@ -56,12 +61,46 @@ def test_no_server_there_is_said(monkeypatch) -> None:
         Client(f"http://127.0.0.1:{free_port()}").send("GET", "/here")
 
 
+def test_an_answer_that_is_not_sglangs_is_said(heard) -> None:
+    client = Client(f"http://127.0.0.1:{heard[0]}")
+    with pytest.raises(ServerError, match="/model_info answered with no JSON"):
+        client.json("GET", "/model_info")
+    with pytest.raises(ServerError, match="/generate answered with no JSON"):
+        client.generate({})
+    for body in ({"text": "of another kind"}, ["a list"]):
+        with pytest.raises(ServerError, match="answered as SGLang does not"):
+            answer_of(body)
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_clients(tmp_path, monkeypatch) -> None:
+    """A server binds it seconds later, and by then a client of this machine might have it."""
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port() for _ in range(20)]
+    assert all(10_000 <= port < given for port in ports) and len(set(ports)) > 10
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", ports[0]))
+    # Where all ports are clients', or nobody says which are.
+    (tmp_path / "all").write_text("1024\t65535\n")
+    for name in ("all", "absent"):
+        monkeypatch.setattr(process, "_CLIENTS", tmp_path / name)
+        assert free_port() > 0
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (("--workloads", "reuze"), "unknown workload 'reuze'; did you mean 'reuse'?"),
         (("--settings", "query:0.1,hkvd"), "setting 'hkvd' is not POLICY:RATIO"),
         (("--settings", "query:tenth"), "setting 'query:tenth' is not POLICY:RATIO"),
+        (("--settings", "quary:0.1"), "unknown blend policy 'quary'; did you mean 'query'?"),
+        (("--settings", "query:1.5"), "setting 'query:1.5': the ratio must lie in 0..1"),
+        (("--settings", ""), "settings is empty; name at least one"),
+        (("--workloads", ","), "workloads is empty; name at least one"),
+        (("--repeats", "0"), "repeats is 0; take at least 1"),
+        (("--concurrency", "0"), "concurrency is 0; take at least 1"),
+        (("--documents", "20"), "documents is 20: a prompt has each document of the corpus (16)"),
+        (("--vocab", "8"), "vocab is 8; take at least 16"),
+        (("--heads", "10"), "hidden is 768: 10 heads of an even size do not make it up"),
     ],
 )
 def test_a_bench_that_cannot_be_run_is_said_before_it_starts(argv, said, capsys) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ def check_model_path(path: str) -> None:
     A name of a hub (``org/model``) is SGLang's to look up; so is whatever has a scheme.
     """
     here = Path(path).expanduser()
-    if "://" in path or here.exists():
+    if "://" in path or os.path.exists(here):
         return
     if here.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
         raise ConfigError(

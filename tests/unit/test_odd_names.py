@@ -1,0 +1,50 @@
+"""Names of files that no file system takes: said as those of files that are not there. CPU, no
+server."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgl_blend.cli import checkup
+from sgl_blend.cli.documents import read_documents
+from sgl_blend.cli.kv_size import read_config
+from sgl_blend.engine.launch.checks import check_model_path
+from sgl_blend.errors import BlendError
+from sgl_blend.eval.datasets import find_files, load
+
+#: longer than a name may be: the system's error is another one than "there is none"
+LONG = "/" + 300 * "x"
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        read_config,
+        check_model_path,
+        lambda name: [load(path) for path in find_files([Path(name)])],
+    ],
+)
+def test_a_name_that_is_too_long_is_an_error_of_ours(look):
+    with pytest.raises(BlendError, match="xxx"):
+        look(LONG)
+
+
+def test_a_document_with_such_a_name_is_one_that_cannot_be_read():
+    (one,) = read_documents([LONG])
+    assert "too long" in one.problem and not one.text
+
+
+def test_standard_input_that_is_no_text_is_a_document_that_cannot_be_read(monkeypatch):
+    bad = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", bad)
+    (one,) = read_documents(["-"])
+    assert one.source == "-" and "cannot be read" in one.problem
+
+
+def test_the_doctor_looks_at_the_nearest_folder_that_is_there(tmp_path):
+    *_, found = checkup.disk(str(tmp_path / (300 * "x")), "1MiB")
+    assert found.level == checkup.OK and "free" in found.text
