@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -56,13 +57,13 @@ def main(argv: list[str] | None = None) -> int:
 def _nobody_reads() -> bool:
     """Has the reader of our output gone (``sgl-blend inspect | head``)? What is left of it is then
     dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    ours = select.poll()
+    ours.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in ours.poll(0)):
+        return False
+    # Python flushes once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @contextlib.contextmanager
