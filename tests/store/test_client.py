@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -280,12 +279,13 @@ def test_limits_are_answers_not_crashes(client):
 
 def test_a_dead_endpoint_costs_one_deadline(tmp_path):
     with connect(f"ipc://{tmp_path}/nobody", deadline_s=0.3) as client:
-        began = time.monotonic()
-        with pytest.raises(StoreTimeout):
+        with pytest.raises(StoreTimeout, match="before the deadline"):
             client.lookup([digest(1)])
-        assert lookup_or_miss(client, [digest(1)]) == [None]
-        assert load_or_miss(client, [digest(1)] * 3) == [None] * 3
-        assert time.monotonic() - began < 3.0
+        assert client._wire._down_until > 0.0
+        client._wire._down_until += 3600.0  # on a machine that stands still, too
+        for call in (client.lookup, client.prepare_load):
+            with pytest.raises(StoreTimeout, match="did not answer lately"):
+                call([digest(1)])
 
 
 def test_threads_share_a_client(store):

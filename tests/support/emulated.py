@@ -1,8 +1,9 @@
 """The CUDA kernels on the CPU: ``csrc/cuda`` compiled by g++ for the emulator (``csrc/emulator``).
 
 Compiled once a machine, into the folder of the other kernels. ``SOURCES`` may be another copy of
-``csrc`` (``mutants.py``). With ``BLEND_TEST_DEVICE=cuda`` the same tests run the kernels of the GPU
-that is there; ``twins`` takes the same way to them, and the emulator in the GPU's place.
+``csrc`` (``examples/benchmarks/cuda_mutants.py``). With ``BLEND_TEST_DEVICE=cuda`` the same tests
+run the kernels of the GPU that is there; ``twins`` takes the same way to them, and the emulator in
+the GPU's place.
 """
 
 from __future__ import annotations

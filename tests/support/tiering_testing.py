@@ -88,8 +88,8 @@ def covered(spans) -> int:
 def service_of(endpoint: str, pool: Pool, device=None, **changes) -> StoreService:
     values = dict(
         endpoint=endpoint,
-        deadline_s=5.0,
-        wait_s=5.0,
+        deadline_s=20.0,
+        wait_s=20.0,
         layerwise=True,
         offload=True,
         adaptive=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -188,11 +186,9 @@ def test_waiting_for_a_layer_that_never_comes_names_the_chunks(client):
     chunk = one.spans()[0].parts[0].chunk
     chunk.layers, one.done = 2, False
     one.wait(1, [chunk])
-    begun = time.monotonic()
     with pytest.raises(LoadFailed) as caught:
         one.wait(2, [chunk])
     assert caught.value.chunks == [chunk] and chunk.failed
-    assert 0.15 < time.monotonic() - begun < 5
     assert all(p.chunk is not chunk for s in one.spans() for p in s.parts)
     one.close()
 

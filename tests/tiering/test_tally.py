@@ -30,10 +30,10 @@ from sgl_blend.tiering.wish import Wish
 class Side:
     """A rank's side of a store, with what it exports."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, deadline_s: float = 20.0) -> None:
         self.registry = CollectorRegistry()
         metrics = Metrics({"model_name": "m", "tp_rank": "0"}, self.registry)
-        config = ServiceConfig(endpoint, 0.5, 0.5, False, True, False, 4, 99999)
+        config = ServiceConfig(endpoint, deadline_s, deadline_s, False, True, False, 4, 99999)
         self.service = StoreService(
             config, LAYOUT, "float32", Pool(1000), tally=Tally(metrics.store_event)
         )
@@ -69,8 +69,8 @@ KEYS = {"loads": ("outcome",), "chunks": ("outcome",), "errors": ("call", "reaso
 def side():
     made: list[Side] = []
 
-    def make(endpoint: str) -> Side:
-        made.append(Side(endpoint))
+    def make(endpoint: str, **options: float) -> Side:
+        made.append(Side(endpoint, **options))
         return made[-1]
 
     yield make
@@ -95,11 +95,12 @@ def test_a_cold_store_and_a_dead_one_are_told_apart(side, caplog):
         store.process.send_signal(signal.SIGKILL)
         store.process.wait()
         caplog.set_level(logging.WARNING, "sgl_blend.tiering.tally")
+        one = side(store.endpoint, deadline_s=0.5)
         for _ in range(5):
             one.load(prompt)
         m = one.offer(tokens_of(4, 400))
-        assert one.exported("loads")["failed",] == 5
-        assert one.exported("chunks")["failed",] == m
+        assert one.exported("loads") == {("failed",): 5}
+        assert one.exported("chunks") == {("failed",): m}
         errors = one.exported("errors")
         assert errors["look up", "StoreTimeout"] == 5 and errors["store", "StoreTimeout"] == 1
     said = [r.getMessage() for r in caplog.records if "could not look up" in r.getMessage()]

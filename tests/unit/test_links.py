@@ -61,6 +61,19 @@ def test_named_files_exist(page):
     assert missing(page) == set()
 
 
+def test_files_that_the_code_speaks_of_exist():
+    """In docstrings and comments: a test or a page that was moved is named where it is now."""
+    named = re.compile(r"``?((?:tests|docs|examples|sgl_blend)/[\w./*-]*\.(?:py|md|json|cpp|h))`")
+    gone = [
+        (str(file.relative_to(ROOT)), name)
+        for folder in ("sgl_blend", "tests", "examples")
+        for file in (ROOT / folder).rglob("*.py")
+        for name in named.findall(file.read_text())
+        if not any(ROOT.glob(name))
+    ]
+    assert gone == []
+
+
 def test_broken_links_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(

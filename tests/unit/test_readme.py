@@ -1,5 +1,7 @@
 """README and docs against the code: what they list is what there is. Runs on CPU."""
 
+import inspect
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from sgl_blend.cli.main import COMMANDS
 from sgl_blend.engine.forward.company import PREVENTS
 from sgl_blend.engine.launch.checks import TESTED_MEDIA, TESTED_MODELS
 from sgl_blend.engine.request.options import KEYS
+from sgl_blend.engine.request.report import put_report
 from sgl_blend.gate.state import TURNED_OFF
 from sgl_blend.selection import POLICIES
 
@@ -17,6 +20,7 @@ README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
 FIDELITY = (ROOT / "docs" / "fidelity.md").read_text()
+REQUESTS = (ROOT / "docs" / "requests.md").read_text()
 
 
 def rows(section: str) -> dict[str, str]:
@@ -39,6 +43,15 @@ def test_request_keys_policies_and_commands_are_listed():
     assert set(rows("Per request")) == set(KEYS)
     assert {name for name in POLICIES if f"`{name}`" not in FIDELITY} == set()
     assert {c for c in COMMANDS if f"sgl-blend {c}`" not in REFERENCE} == set()
+
+
+def test_reports_are_shown_as_they_are():
+    """The example of a report has its fields, and no others, wherever one is shown."""
+    source = inspect.getsource(put_report).split("if state.detail", 1)[0]
+    fields = re.findall(r'^ {8}"(\w+)": ', source, re.M)
+    for text in (REFERENCE, REQUESTS):
+        (shown,) = re.findall(r'^```json\n(\{"prefix": .*?\})\n```', text, re.M | re.S)
+        assert [*json.loads(shown)] == fields
 
 
 def test_every_metric_is_listed():

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sgl_blend.cli import warming
 from sgl_blend.cli.documents import read_documents, split_to_fit
 from sgl_blend.cli.main import main
 from sgl_blend.harness.server import free_port
@@ -217,14 +218,15 @@ def test_failures_are_told_and_do_not_stop_the_rest(fake, tmp_path, capsys):
     assert out.split()[-1] == "6" and err.count("failed: ") == 6
 
 
-def test_a_full_queue_is_waited_for(fake, tmp_path, capsys):
+def test_a_full_queue_is_waited_for(fake, tmp_path, capsys, monkeypatch):
     (tmp_path / "f.txt").write_text("patience")
     fake.answers = {"patience": [(503, b"queue full"), (429, b"slow down"), (200, {})]}
     fake.answers["patience"][2] = (200, {"meta_info": {"prompt_tokens": 1}})
     code, summary, err = _warm(capsys, str(tmp_path), "--url", fake.url)
     assert code == 0 and len(fake.prompts) == 3 and summary["blending"] is False
     fake.answers = {"patience": [(503, b"queue full")]}
-    code, summary, _ = _warm(capsys, str(tmp_path), "--url", fake.url, "--timeout", "1.2")
+    monkeypatch.setattr(warming, "_RETRY_S", 60.0)  # there is no time for another try
+    code, summary, _ = _warm(capsys, str(tmp_path), "--url", fake.url, "--timeout", "30")
     assert code == 1 and "503" in summary["failed"][0][1]
 
 
