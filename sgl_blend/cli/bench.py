@@ -75,7 +75,10 @@ def _words(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     from sgl_blend.bench.run import BenchOptions, bench
     from sgl_blend.cli.table import Progress, table
+    from sgl_blend.cli.targets import check_target
 
+    if args.json != Path("-"):
+        check_target("--json", args.json)
     options = BenchOptions(**{f.name: getattr(args, f.name) for f in fields(BenchOptions)})
     progress = Progress()
     rows = bench(options, progress)

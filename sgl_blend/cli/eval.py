@@ -214,10 +214,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from sgl_blend.cli.eval_tables import notes, page, report, slug, write_folder, write_json
     from sgl_blend.cli.table import Progress
+    from sgl_blend.cli.targets import check_target
     from sgl_blend.eval.evaluate import evaluate
     from sgl_blend.eval.pareto import plot, require_plotting
 
-    options_of(args)  # what is wrong with them is said before a model is fetched
+    # What is wrong is said before a model is fetched.
+    options_of(args)
+    for option in ("json", "markdown", "plot"):
+        check_target(f"--{option}", getattr(args, option))
+    check_target("--out", args.out, folder=True)
     if args.plot:
         require_plotting()
     progress = Progress()

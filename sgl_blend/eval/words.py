@@ -1,7 +1,7 @@
 """The fixed word lists that the tasks are written in, and that the shipped tokenizer knows.
 
-No word is in two lists (``tests/eval/test_tasks.py`` holds them to it), so a word's role can be read
-off the word itself.
+No word is in two lists (``tests/eval/test_tasks.py`` holds them to it), so a word's role can be
+read off the word itself.
 """
 
 from __future__ import annotations
