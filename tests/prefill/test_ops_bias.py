@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import FP8, POOL_DTYPES, close, make_rope, same
+from kernels import FP8, POOL_DTYPES, close, same
+from moved_kv import MOVES, moved_kv, rotated
 
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
@@ -15,18 +16,14 @@ from sgl_blend.ops import reference, rotation
 
 def _case(n, heads, dim, value_dim, rotary_dim, neox, dtype, groups, seed):
     gen = torch.Generator().manual_seed(seed)
-    k = torch.randn(100, heads, dim, generator=gen).to(dtype)
-    v = torch.randn(100, heads, value_dim, generator=gen).to(dtype)
-    order = torch.randperm(100, generator=gen)
-    old, new = (torch.randint(0, 4096, (n,), generator=gen) for _ in range(2))
-    rope = make_rope(rotary_dim, neox)
+    *moved, new, rope = moved_kv(n, heads, dim, value_dim, rotary_dim, neox, dtype, gen)
     bias = ops.Bias(
         torch.randn(groups, heads, dim, generator=gen),
         torch.randn(groups, heads, value_dim, generator=gen),
         torch.randint(-1, groups, (n,), generator=gen, dtype=torch.int32),
         *rope.delta(torch.zeros_like(new), new),
     )
-    return k, v, order[:n], order[n : 2 * n], rope.delta(old, new), bias
+    return *moved, bias
 
 
 def _double(x, cos, sin, rotary_dim, neox):
@@ -43,22 +40,15 @@ def _double(x, cos, sin, rotary_dim, neox):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(0, 40),
-    heads=st.integers(1, 3),
-    dim=st.sampled_from([2, 8, 24, 64, 80, 128]),
-    value_dim=st.sampled_from([1, 7, 64]),
-    part=st.sampled_from([0.25, 0.5, 1.0]),
-    neox=st.booleans(),
-    dtype=st.sampled_from(POOL_DTYPES),
+    **MOVES,
     groups=st.integers(1, 4),
-    seed=st.integers(0, 999),
 )
 def test_bias_is_added_where_the_token_goes(
     n, heads, dim, value_dim, part, neox, dtype, groups, seed
 ):
     """From within the pool and from outside: plain arithmetic in fp64; tokens of no group are
     copied as they are without any bias; nothing else is written."""
-    rotary_dim = max(2, int(dim * part) // 2 * 2)
+    rotary_dim = rotated(dim, part)
     case = _case(n, heads, dim, value_dim, rotary_dim, neox, dtype, groups, seed)
     k, v, src, dst, turn, bias = case
     grouped = bias.group >= 0

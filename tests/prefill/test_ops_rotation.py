@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import FP8, POOL_DTYPES, close, make_rope, same
+from kernels import FP8, close, make_rope, same
+from moved_kv import MOVES, moved_kv, rotated
 
 from sgl_blend import ops
 from sgl_blend.errors import KernelError
@@ -23,25 +24,13 @@ from sgl_blend.ops import deviation, reference, rotation
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(0, 40),
-    heads=st.integers(1, 3),
-    dim=st.sampled_from([2, 8, 24, 64, 80, 128]),
-    value_dim=st.sampled_from([1, 7, 64]),
-    part=st.sampled_from([0.25, 0.5, 1.0]),
-    neox=st.booleans(),
-    dtype=st.sampled_from(POOL_DTYPES),
+    **MOVES,
     cuts=st.lists(st.integers(0, 40), max_size=4),
-    seed=st.integers(0, 999),
 )
 def test_rotate_copy_matches_reference(n, heads, dim, value_dim, part, neox, dtype, cuts, seed):
     gen = torch.Generator().manual_seed(seed)
-    rotary_dim = max(2, int(dim * part) // 2 * 2)
-    k = torch.randn(100, heads, dim, generator=gen).to(dtype)
-    v = torch.randn(100, heads, value_dim, generator=gen).to(dtype)
-    order = torch.randperm(100, generator=gen)
-    src, dst = order[:n], order[n : 2 * n]
-    old, new = (torch.randint(0, 4096, (n,), generator=gen) for _ in range(2))
-    turn = make_rope(rotary_dim, neox).delta(old, new)
+    rotary_dim = rotated(dim, part)
+    k, v, src, dst, turn, *_ = moved_kv(n, heads, dim, value_dim, rotary_dim, neox, dtype, gen)
     want_k, want_v = k.clone(), v.clone()
     reference.rotate_from(k[src], v[src], want_k, want_v, dst, *turn, rotary_dim, neox)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from cache_world import World, doc
-from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from packing import pack
 
 from sgl_blend.config import BlendConfig
 from sgl_blend.engine.request.admission import LOOKS, PATIENCE, admit
@@ -28,21 +28,7 @@ class Queue:
 
     def batch(self, reqs: list) -> tuple[list[tuple[str, int, int]], list]:
         """(id, begin, end) of what runs, in order; and the requests that go on waiting."""
-        cache, allocator = self.world.cache, self.world.allocator
-        adder = PrefillAdder(self.world.page, cache, allocator, None, 1.0, 16384, PIECE)
-        for req in reqs:
-            req.init_next_round_input(cache)
-            result = self.add(
-                PrefillAdder.add_one_req,
-                adder,
-                req,
-                has_chunked_req=False,
-                truncation_align_size=None,
-            )
-            if result != AddReqResult.CONTINUE:
-                break
-        runs = adder.can_run_list
-        left = [r for r in reqs if not any(r is one for one in runs)]
+        runs, left = pack(self.world, self.add, reqs, PIECE)
         return [(r.rid, r.prefix_len, r.extend_end) for r in runs], left
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cache_world import OTHER_QUESTION, OTHER_SYSTEM, QUESTION, SYSTEM, A, B, C, World, doc, find
+from packing import pack
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from sgl_blend.config import BlendConfig
@@ -114,23 +114,7 @@ class Server:
         self.batches: list[list[str]] = []
 
     def form(self) -> list:
-        cache = self.world.cache
-        adder = PrefillAdder(
-            self.world.page, cache, self.world.allocator, None, 1.0, 16384, self.room
-        )
-        for req in self.waiting:
-            req.init_next_round_input(cache)
-            result = self.add(
-                PrefillAdder.add_one_req,
-                adder,
-                req,
-                has_chunked_req=False,
-                truncation_align_size=None,
-            )
-            if result != AddReqResult.CONTINUE:
-                break
-        batch = adder.can_run_list
-        self.waiting = [r for r in self.waiting if not any(r is one for one in batch)]
+        batch, self.waiting = pack(self.world, self.add, self.waiting, self.room)
         self.batches.append([r.rid for r in batch])
         runs = [self.world.admit(req) for req in batch]
         for run in runs:
