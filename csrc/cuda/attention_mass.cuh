@@ -6,40 +6,28 @@
 // For m rows and n keys: 2 m n heads D operations of the tensor cores, m n heads exponentials.
 #pragma once
 
-#include "elements.cuh"
+#include "tile.cuh"
 
 namespace blend::cuda {
 
 constexpr int MASS_KEYS = 64;  // of a block: 4 warps of 16
 constexpr int MASS_ROWS = 32;  // rows x query heads of a step
 
-enum class KeyType : int { SAME, E4M3, E5M2 };  // as the queries', or fp8
-
 struct Mass {
   const void* q;              // [rows, heads, dim]
-  const char* k;              // the pool
-  const int64_t* slots;       // [n]
+  Head k;                     // slots: [n]
   const int64_t* row_pos;     // [rows]
   const int64_t* key_pos;     // [n] or null: first_pos + j
   const float* lse;           // [rows, heads], base 2
   const float* weights;       // [rows]
   float* mass;                // [kv heads, n], overwritten
   int64_t q_row, q_head;      // strides in elements
-  int64_t k_slot, k_head;     // strides in bytes
   int64_t first_pos, window;  // window < 0: none
   int64_t n;
-  int rows, heads, group, dim;
+  int rows, heads, group;
   float scale_log2;  // softmax scale x log2 e; with a cap: scale / cap
   float cap_log2;    // cap x log2 e; 0: none
-  KeyType key_type;
 };
-
-// Rows of D 16-bit elements in shared memory, in pieces of 16 bytes. Eight rows of one column lie
-// in eight banks: the piece's place is turned by the row.
-template <int D>
-__device__ __forceinline__ int place(int row, int piece) {
-  return row * D + ((piece ^ (row & 7)) << 3);
-}
 
 // Group `step` of the packed rows (row r, query head of the group: r * group + head) of a key head.
 template <typename T, int D>
@@ -47,45 +35,10 @@ __device__ __forceinline__ void stage_queries(const Mass& p, T* to, int step, in
   const int count = p.rows * p.group;
   for (int u = threadIdx.x; u < MASS_ROWS * (D / 8); u += blockDim.x) {
     const int row = u / (D / 8), piece = u % (D / 8), r = step * MASS_ROWS + row;
-    const bool there = r < count && 8 * piece < p.dim;
+    const bool there = r < count && 8 * piece < p.k.dim;
     const int64_t at =
         there ? r / p.group * p.q_row + (head * p.group + r % p.group) * p.q_head + 8 * piece : 0;
     copy16_async(to + place<D>(row, piece), static_cast<const T*>(p.q) + at, there);
-  }
-  copy_commit();
-}
-
-// 16 fp8 values as T, exactly: two pieces.
-template <typename T, typename Fp8>
-__device__ __forceinline__ void widen(T* first, T* second, uint4 v) {
-  float x[16], low[8], high[8];
-  as_floats(v, x, Fp8());
-#pragma unroll
-  for (int i = 0; i < 8; ++i) low[i] = x[i], high[i] = x[8 + i];
-  store16(first, from_floats(low, T()));
-  store16(second, from_floats(high, T()));
-}
-
-template <typename T, int D>
-__device__ __forceinline__ void stage_keys(const Mass& p, T* to, int64_t first, int head) {
-  const bool same = p.key_type == KeyType::SAME;
-  const int of_row = same ? D / 8 : D / 16, wide = same ? 8 : 16;  // loads, elements of one
-  for (int u = threadIdx.x; u < MASS_KEYS * of_row; u += blockDim.x) {
-    const int row = u / of_row, piece = u % of_row;
-    const bool there = first + row < p.n && wide * piece < p.dim;
-    const int64_t slot = there ? p.slots[first + row] : 0;
-    const char* from = p.k + (there ? slot * p.k_slot + head * p.k_head + 16 * piece : 0);
-    if (same) {
-      copy16_async(to + place<D>(row, piece), from, there);
-      continue;
-    }
-    const uint4 v = there ? load16(from) : uint4{0, 0, 0, 0};
-    T *low = to + place<D>(row, 2 * piece), *high = to + place<D>(row, 2 * piece + 1);
-    if (p.key_type == KeyType::E4M3) {
-      widen<T, __nv_fp8_e4m3>(low, high, v);
-    } else {
-      widen<T, __nv_fp8_e5m2>(low, high, v);
-    }
   }
   copy_commit();
 }
@@ -99,7 +52,7 @@ __global__ void __launch_bounds__(128, 4) attention_mass_kernel(Mass p) {
   const int head = blockIdx.y, count = p.rows * p.group;
   const int64_t first = int64_t(blockIdx.x) * MASS_KEYS;
 
-  stage_keys<T, D>(p, keys, first, head);
+  stage_tokens<T, D, MASS_KEYS>(p.k, keys, first, p.n, head);
   stage_queries<T, D>(p, queries, 0, head);
   copy_wait<1>();
   __syncthreads();

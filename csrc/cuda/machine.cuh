@@ -159,6 +159,29 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row 
 #endif
 }
 
+// As load_matrices, of their transposes: the lane gets elements l / 4 of rows 2 (l % 4) and
+// 2 (l % 4) + 1.
+__device__ __forceinline__ void load_matrices_turned(uint32_t (&r)[4], const void* row BLEND_SITE) {
+#if defined(BLEND_EMULATED)
+  emulator::require_aligned(row, 16, "load_matrices_turned");
+  const emulator::Cells& cells =
+      emulator::block->exchange("load_matrices_turned", site, WARP_MASK, &row, sizeof row);
+  const int lane = emulator::self->lane;
+  for (int m = 0; m < 4; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const auto* from = cells.of<const unsigned char*>(8 * m + 2 * (lane % 4) + half);
+      std::memcpy(reinterpret_cast<unsigned char*>(&r[m]) + 2 * half, from + 2 * (lane / 4), 2);
+    }
+  }
+#else
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+#endif
+}
+
 __device__ __forceinline__ float2 unpack(uint32_t two, __nv_bfloat16) {
   float2 out;
   out.x = __uint_as_float(two << 16), out.y = __uint_as_float(two & 0xffff0000u);

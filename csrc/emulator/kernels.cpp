@@ -4,6 +4,7 @@
 #include "../cuda/attention_mass.cu"
 #include "../cuda/gather.cu"
 #include "../cuda/rotate_scatter.cu"
+#include "../cuda/row_attention.cu"
 #include "../cuda/select.cu"
 
 namespace {

@@ -177,12 +177,15 @@ ATTENTION_MASS = {
         the_window_is_one_too_short=("pos[half] >= at - p.window);", "pos[half] > at - p.window);"),
         a_row_does_not_see_its_own_place=("pos[half] <= at &&", "pos[half] < at &&"),
         no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
+        a_head_that_fills_no_tile_reads_on=("r < count && 8 * piece < p.k.dim", "r < count"),
+    ),
+    **_of(
+        "tile.cuh",
         fp8_pieces_change_places=(
             "low[i] = x[i], high[i] = x[8 + i]",
             "high[i] = x[i], low[i] = x[8 + i]",
         ),
-        a_head_that_fills_no_tile_reads_on=("r < count && 8 * piece < p.dim", "r < count"),
-        every_fp8_is_e4m3=("if (p.key_type == KeyType::E4M3)", "if (true)"),
+        every_fp8_is_e4m3=("if (p.type == KeyType::E4M3)", "if (true)"),
     ),
 }
 
@@ -213,9 +216,133 @@ GATHER = _of(
     layers_of_V_for_K=("p.layer * p.places[2 * p.n + from]", "p.layer * p.places[3 * p.n + from]"),
 )
 
+ROW_ATTENTION = {
+    **_of(
+        "row_attention.cuh",
+        queries_are_not_waited_for=(
+            "copy_wait<0>();\n  __syncthreads();\n  const auto load",
+            "copy_wait<1>();\n  __syncthreads();\n  const auto load",
+        ),
+        no_barrier_before_the_queries=(
+            "copy_wait<0>();\n  __syncthreads();\n  const auto load",
+            "copy_wait<0>();\n  const auto load",
+        ),
+        queries_are_overwritten_by_keys=("__syncthreads();  // before the stages are filled", ""),
+        keys_are_not_waited_for=("copy_wait<3>();", "copy_wait<4>();"),
+        no_barrier_before_the_keys=(
+            "this step's K is there\n    __syncthreads();",
+            "this step's K is there",
+        ),
+        values_are_not_waited_for=("copy_wait<2>();", "copy_wait<3>();"),
+        no_barrier_before_the_values=("this step's V\n    __syncthreads();", "this step's V"),
+        no_barrier_behind_a_step=("__syncthreads();  // before this stage is filled again", ""),
+        one_stage_for_all_steps=("next = 1 - now", "next = now"),
+        no_groups_behind_the_last_step=(
+            "copy_commit(), copy_commit();  // as many groups in flight as before",
+            "",
+        ),
+        wrong_address_of_a_query=(
+            "warp * 16 + lane % 16, 2 * d + lane / 16)",
+            "warp * 16 + lane % 16, 2 * d + lane % 2)",
+        ),
+        wrong_address_of_a_key=(
+            "n * 16 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2)",
+            "n * 16 + lane % 16, 2 * d + lane / 16)",
+        ),
+        values_are_not_turned=("load_matrices_turned(b", "load_matrices(b"),
+        probabilities_change_places=(
+            "s[2 * n + i / 2] + i % 2 * 2",
+            "s[2 * n + i % 2] + i / 2 * 2",
+        ),
+        keys_for_values_in_the_first_step=("stage(p.v, 2, begin)", "stage(p.k, 2, begin)"),
+        no_bound_on_rows=("if (r >= count) continue;", ""),
+        a_warp_without_rows_ends=(
+            "const bool idle = first + warp * 16 >= count;",
+            "const bool idle = first + warp * 16 >= count;\n  if (idle) return;",
+        ),
+        rows_see_what_the_last_of_their_tile_sees=(
+            "r < count ? pos[r / p.group] - origin : 0",
+            "highest",
+        ),
+        a_row_does_not_see_its_own_place=("at > high[half]", "at >= high[half]"),
+        the_window_is_one_too_short=("clamped(at - p.window,", "clamped(at - p.window + 1,"),
+        a_step_inside_has_a_key_of_the_future=(
+            "min(lowest, end - 1) - (KEYS - 1)",
+            "min(lowest, end - 1) - (KEYS - 2)",
+        ),
+        a_step_inside_begins_before_the_window=(
+            "clamped(highest - p.window, 0, LAST)",
+            "clamped(highest - p.window - 1, 0, LAST)",
+        ),
+        tiles_begin_with_the_window_of_their_last_row=(
+            "clamped(lowest - p.window",
+            "clamped(highest - p.window",
+        ),
+        tiles_end_before_their_last_row=(
+            "min(highest + 1, keys)",
+            "min(highest, keys)",
+        ),
+        positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
+        listed_positions_are_not_read=("if (listed) at =", "if (false) at ="),
+        no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
+        sums_are_not_rescaled=("total[half] * factor + sum", "total[half] + sum"),
+        outputs_are_not_rescaled=("o[d][2 * half] *= factor, o", "o"),
+        a_row_without_keys_divides_by_zero=(
+            "const float base = peak == NEVER ? 0.0f : peak,",
+            "const float base = peak,",
+        ),
+        peaks_of_two_of_four_lanes=("peak = fmaxf(peak, __shfl_xor_sync(WARP_MASK, peak, 2));", ""),
+        two_of_four_lanes_are_summed=(
+            "total[half] += __shfl_xor_sync(WARP_MASK, total[half], 2);",
+            "",
+        ),
+        shuffle_of_half_the_lanes=(
+            "total[half] += __shfl_xor_sync(WARP_MASK, total[half], 1);",
+            "if (t < 2) total[half] += __shfl_xor_sync(WARP_MASK, total[half], 1);",
+        ),
+        queries_of_another_head=(
+            "(head * p.group + r % p.group) * p.q_head",
+            "r % p.group * p.q_head",
+        ),
+        outputs_of_another_head=(
+            "p.heads + head * p.group + r % p.group;",
+            "p.heads + r % p.group;",
+        ),
+        queries_of_another_request=("(first_row + r / p.group) * p.q_row", "r / p.group * p.q_row"),
+        keys_of_another_request=("first_key + from, first_key + end,", "from, end,"),
+        sinks_of_another_head=(
+            "p.sinks + cell % p.heads : nullptr;",
+            "p.sinks + cell % p.group : nullptr;",
+        ),
+        sinks_are_scaled=("*sink * LOG2_E", "*sink"),
+        parts_overlap=("min(part * each, steps_all)", "min(part * (each - 1), steps_all)"),
+        parts_weigh_alike=("const float weight = power2(lse - top)", "const float weight = 1.0f"),
+        the_last_part_is_left_out=(
+            "for (int i = 0; i < p.parts; ++i) {",
+            "for (int i = 0; i < p.parts - 1; ++i) {",
+        ),
+        what_saw_no_key_is_read=("if (lse == NEVER) continue;", ""),
+        log_sum_exp_in_base_two=("p.lse[at] = done.lse * LN_2", "p.lse[at] = done.lse"),
+    ),
+    **_of(
+        "tile.cuh",
+        no_bound_on_keys=("first + row < end && wide", "wide"),
+        a_head_that_fills_no_tile_reads_on=(
+            "first + row < end && wide * piece < p.dim",
+            "first + row < end",
+        ),
+        misaligned_vector=("head * p.head + 16 * piece", "head * p.head + 16 * piece + 2"),
+        pieces_lie_where_they_are_not_looked_for=(
+            "copy16_async(to + place<D>(row, piece), from, there);",
+            "copy16_async(to + row * D + 8 * piece, from, there);",
+        ),
+    ),
+}
+
 FAULTS = {
     "rotate_scatter": ROTATE_SCATTER,
     "select": SELECT,
     "attention_mass": ATTENTION_MASS,
     "gather": GATHER,
+    "row_attention": ROW_ATTENTION,
 }

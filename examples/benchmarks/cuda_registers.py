@@ -1,9 +1,10 @@
 """Compiles the CUDA kernels for every target and writes what each needs: registers and spills.
 
-    python examples/benchmarks/cuda_registers.py [FILE]
+    python examples/benchmarks/cuda_registers.py [SOURCE ...]
 
-Needs nvcc 12.8 or newer and ``c++filt`` (binutils), no GPU. FILE: default
-``results/cuda_registers.md`` beside this script. Minutes on one core.
+Needs nvcc 12.8 or newer and ``c++filt`` (binutils), no GPU. Writes ``results/cuda_registers.md``
+beside this script. SOURCEs of ``csrc/cuda``: of the others the table keeps what it has. Minutes on
+one core.
 """
 
 from __future__ import annotations
@@ -24,22 +25,33 @@ REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 def main() -> None:
-    default = Path(__file__).with_name("results") / "cuda_registers.md"
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    target = Path(__file__).with_name("results") / "cuda_registers.md"
     nvcc = cuda_build.find_nvcc()
     if nvcc is None:
         raise SystemExit("no nvcc was found: install the CUDA toolkit")
     found: dict[str, dict[str, str]] = {}
-    seconds = []
-    for source in cuda_build.SOURCES:
+    seconds: dict[str, str] = {}
+    if sys.argv[1:]:
+        found, seconds = _written(target.read_text())
+    for source in sys.argv[1:] or cuda_build.SOURCES:
         begin = time.monotonic()
         said = _compile(nvcc, source_dir() / "cuda" / source)
-        seconds.append(f"`{source}` {time.monotonic() - begin:.0f} s")
+        seconds[source] = f"{time.monotonic() - begin:.0f}"
         for name, arch, need in _needs(said):
             found.setdefault(name, {})[arch] = need
         print(f"{source}: {len(found)} kernels", flush=True)
-    target.write_text(_table(found, _version(nvcc), seconds))
+    took = [f"`{name}` {seconds[name]} s" for name in cuda_build.SOURCES if name in seconds]
+    target.write_text(_table(found, _version(nvcc), took))
     print(target)
+
+
+def _written(table: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """What each kernel needs by architecture, and each source's seconds, of a table."""
+    found = {
+        name: dict(zip(cuda_build.TARGETS, needs.split(" | "), strict=True))
+        for name, needs in re.findall(r"^\| `(.+?)` \| (.+) \|$", table, re.M)
+    }
+    return found, dict(re.findall(r"`(\w+\.cu)` (\d+) s", table))
 
 
 def _compile(nvcc: Path, source: Path) -> str:

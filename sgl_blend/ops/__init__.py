@@ -1,6 +1,7 @@
 """The compute primitives of the blend prefill. Knows tensors; no SGLang, no plans, no policies.
 
 ====================  =========================================================
+``batch.py``          attention of the rows of several requests in one launch, on CUDA
 ``attention.py``      attention of gapped rows by true position; attention mass
 ``mass.py``           attention mass alone, where the softmax's log-sum-exp is known
 ``outward.py``        share of attention that leaves the row's document
@@ -13,7 +14,8 @@
 ``rows.py``           scores to row indices
 ``cuda_build.py``     finds nvcc, compiles ``csrc/cuda`` for a device and compares it with torch
 ``cuda_check.py``     that comparison
-``cuda.py``           faces of the CUDA kernels: what they serve, their arguments
+``cuda_rows.py``      face of the CUDA kernels of row attention
+``cuda.py``           faces of the other ones: what they serve, their arguments
 ``checks.py``         what launchers check; the kernels check values (slots, order) themselves
 ``build.py``          finds and compiles ``csrc/`` at first use
 ``upload.py``         what the host has made, to a device without waiting
@@ -37,7 +39,9 @@ from sgl_blend.ops.attention import (
     row_attention,
     row_attention_with_mass,
 )
+from sgl_blend.ops.batch import RowBatch
 from sgl_blend.ops.cuda import Chosen
+from sgl_blend.ops.cuda_rows import Attended
 from sgl_blend.ops.deltas import At, kv_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
 from sgl_blend.ops.gather import gather_chunks
@@ -53,12 +57,14 @@ from sgl_blend.ops.upload import page_locked, upload, upload_together
 __all__ = [
     "AnyRope",
     "At",
+    "Attended",
     "AttentionWithMass",
     "Bias",
     "Chosen",
     "FrequencyRope",
     "Parts",
     "Rope",
+    "RowBatch",
     "Rotation",
     "Turns",
     "attention_mass",

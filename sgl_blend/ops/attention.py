@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sgl_blend.ops import checks, reference
+from sgl_blend.ops import checks, cuda_rows, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
+from sgl_blend.ops.cuda_build import kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,13 @@ def _extra(k_cache: torch.Tensor, v_cache: torch.Tensor, options: AttentionOptio
     return _Extra(k, v, pos)
 
 
+def _attends(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, extra: _Extra) -> bool:
+    """Do the CUDA kernels serve these queries and keys?"""
+    return cuda_rows.attends(q, k_cache, v_cache) and (
+        not extra.pos.numel() or cuda_rows.attends(q, extra.k, extra.v)
+    )
+
+
 def _run(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -163,6 +171,16 @@ def _run(
     sinks = options.sinks
     if sinks is not None:
         sinks = checks.sinks(sinks, q_heads, q.device)
+    on_device = kernels(q.device) if with_mass is _Mass.NONE else None
+    if on_device is not None and _attends(q, k_cache, v_cache, extra):
+        over = [cuda_rows.one_request(q, k_cache, v_cache, slots, options.kv_pos0)]
+        if extra.pos.numel():
+            over.append(cuda_rows.one_request(q, extra.k, extra.v, None, 0, extra.pos))
+        there = cuda_rows.row_attention(
+            on_device, q, pos, over,
+            scale=options.scale, window=options.window, logit_cap=cap, sinks=sinks,
+        )  # fmt: skip
+        return AttentionWithMass(there.out, q.new_zeros(0, dtype=torch.float32))
     module = cpu_module(q.device)
     if module is None:
         checks.in_range("kv_slots", slots, k_cache.shape[0])

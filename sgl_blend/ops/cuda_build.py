@@ -32,7 +32,13 @@ logger = logging.getLogger(__name__)
 TARGETS = ("80", "86", "89", "90a", "100a", "120")
 #: and in PTX, which drivers translate: the newest that every later architecture takes
 PTX = "90"
-SOURCES = ("rotate_scatter.cu", "select.cu", "attention_mass.cu", "gather.cu")
+SOURCES = (
+    "rotate_scatter.cu",
+    "select.cu",
+    "attention_mass.cu",
+    "gather.cu",
+    "row_attention.cu",
+)
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 
 

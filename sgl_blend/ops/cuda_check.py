@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgl_blend.ops import cuda, reference
+from sgl_blend.ops import cuda, cuda_rows, reference
 from sgl_blend.ops.upload import page_locked
 
 TOKENS, HEADS, DIM = 70, 2, 64
@@ -37,6 +37,8 @@ def differing(module: Any, device: torch.device) -> list[str]:
         "gather_chunks": _gathers(module, k, v, src),
         "rotate_from out of the host's memory": _comes(module, k, v, dst, turn),
         "take_from": _takes(module, k, v),
+        "row_attention": _attends(module, k, v, src, beside=0),
+        "row_attention in parts, join_parts": _attends(module, k, v, src, beside=9),
     }
     return [name for name, right in found.items() if not right]
 
@@ -118,3 +120,28 @@ def _sums(module: Any, k: torch.Tensor, slots: torch.Tensor) -> bool:
         key_pos=None,
     )
     return torch.allclose(got, scores.softmax(-1).sum((0, 1)), rtol=1e-3)
+
+
+def _attends(
+    module: Any, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, beside: int
+) -> bool:
+    """Of rows in the middle and at the end; so many more keys lie outside the pool."""
+    q = k[:36].reshape(18, 2 * HEADS, DIM)
+    pos = torch.arange(TOKENS - 36, TOKENS, 2, device=k.device)
+    own, at = (k[-beside:], v[-beside:]), pos[:beside]
+    over = [cuda_rows.one_request(q, k, v, slots)]
+    if beside:
+        over.append(cuda_rows.one_request(q, *own, None, 0, at))
+    sinks = torch.linspace(-1, 1, 2 * HEADS, device=k.device)
+    scale, window, cap = 1 / math.sqrt(DIM), 40, 20.0
+    got = cuda_rows.row_attention(
+        module, q, pos, over, scale=scale, window=window, logit_cap=cap, sinks=sinks
+    ).out
+    want, _ = reference.row_attention(
+        q.float(), k, v, slots, pos,
+        scale=scale, window=window, logit_cap=cap, kv_pos0=0, sinks=sinks, with_mass=False,
+        k_extra=own[0] if beside else None,
+        v_extra=own[1] if beside else None,
+        extra_pos=at if beside else None,
+    )  # fmt: skip
+    return torch.allclose(got.float(), want, rtol=2e-2, atol=2e-2)

@@ -7,7 +7,7 @@
 ``rows.py``            types that the attention files share
 ``attention.py``       attention of gapped rows by true token position
 ``question.py``        attention of a question's rows, and how much of it goes to each token
-``attention_cuda.py``  both on CUDA, by FlashInfer
+``attention_cuda.py``  both on CUDA, by our own kernels, else by FlashInfer
 ``scores.py``          a score for each slot of the KV pool (policy ``stored``)
 =====================  ==========================================================
 """

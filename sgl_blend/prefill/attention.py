@@ -128,9 +128,9 @@ class BatchAttention:
         self.copies = copies
         self.scores = scores
         self.correction = correction
-        self._device_rows: attention_cuda.FlashInferRows | None = None
-        if pool.k(0).is_cuda and segments and attention_cuda.serves(pool.k(0), pool.v(0)):
-            self._device_rows = attention_cuda.FlashInferRows(segments)
+        self._device_rows: attention_cuda.DeviceRows | None = None
+        if pool.k(0).is_cuda and segments:
+            self._device_rows = attention_cuda.DeviceRows(segments)
 
     def bring_in(self, layer: int) -> None:
         shifts = None
@@ -150,8 +150,7 @@ class BatchAttention:
         if self.scores is not None and spec.layer == self.scores.layer:
             self.scores.measure(spec, q, self.pool, self.segments)
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
-        # FlashInfer has no fp32 kernels.
-        if self._device_rows is not None and q.dtype != torch.float32:
+        if self._device_rows is not None and self._device_rows.serves(q, k_cache, v_cache):
             return self._device_rows.run(spec, q, k_cache, v_cache)
         parts = [
             ops.row_attention(

@@ -1,9 +1,11 @@
-"""Attention of gapped rows on CUDA: FlashInfer's paged prefill with a mask by true position.
+"""Attention of gapped rows on CUDA: by our own kernels (``ops.RowBatch``), and by FlashInfer's
+paged prefill with a mask by true position where they do not serve a shape.
 
 A causal mask aligned at the bottom right would let a recomputed token see its future when rows
-have gaps (LMCache issue 1152). The mask here is explicit: row at position p sees key
+have gaps (LMCache issue 1152). FlashInfer's mask is explicit: row at position p sees key
 position j iff ``j <= p`` and, under a sliding window w, ``j >= p - w``. It is planned once per
-set of rows and per kind of layer (window, soft cap, head sizes), not per layer.
+set of rows and per kind of layer (window, soft cap, head sizes), not per layer. It takes a bit for
+each row and key, and FlashInfer reads every key for every row.
 
 Nothing waits for the device. What ``plan`` (FlashInfer 0.7.2) reads on the host is given to it
 there. Of a mask it would read the packed length back, and of one that is packed it makes offsets
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,12 +42,58 @@ def _workspace(device: torch.device) -> torch.Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-def serves(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Is there a kernel for this pool? FlashInfer has none for fp32, nor, with a mask, for keys and
-    values of different sizes (latent attention): these rows run in plain torch, a block at a
-    time."""
+class DeviceRows:
+    """Attention for one set of rows: our own kernels, else FlashInfer. masked: rows see by
+    position, and without it all keys of their segment."""
+
+    def __init__(self, segments: list[RowSegment], masked: bool = True) -> None:
+        self._segments, self._masked = segments, masked
+        positions = [
+            # Behind every key, where all are seen.
+            s.positions if masked else torch.full_like(s.positions, s.kv_slots.numel())
+            for s in segments
+        ]
+        self._batch = ops.RowBatch(positions, [s.kv_slots for s in segments])
+
+    @functools.cached_property
+    def _flashinfer(self) -> FlashInferRows:
+        return FlashInferRows(self._segments, self._masked)
+
+    def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+        """Is there a kernel for these queries and this pool? Elsewhere rows run in plain torch, a
+        block at a time: fp32, and keys of more than 256 (latent attention)."""
+        return self._batch.serves(q, k_cache, v_cache) or serves(q, k_cache, v_cache)
+
+    def run(
+        self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """q [R, Hq, D], caches [slots, Hk, D] and [slots, Hk, Dv] -> [R, Hq, Dv]."""
+        if not self._batch.serves(q, k_cache, v_cache):
+            return self._flashinfer.run(spec, q, k_cache, v_cache)
+        found = self._batch.attention(q, k_cache, v_cache, sinks=spec.sinks, **_how(spec))
+        return spec.value(found.out)
+
+    def run_with_lse(
+        self, spec: AttentionSpec, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``run``, without sinks and with V as the pool holds it; and the natural logarithm of
+        the sum of exp(score), fp32 [R, Hq]."""
+        if not self._batch.serves(q, k_cache, v_cache):
+            return self._flashinfer.run_with_lse(spec, q, k_cache, v_cache)
+        found = self._batch.attention(q, k_cache, v_cache, with_lse=True, **_how(spec))
+        assert found.lse is not None
+        return found.out, found.lse
+
+
+def _how(spec: AttentionSpec) -> dict[str, Any]:
+    return {"scale": spec.pool_scale, "window": spec.window, "logit_cap": spec.logit_cap}
+
+
+def serves(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Does FlashInfer serve these queries and this pool? It has no kernel for fp32, nor, with a
+    mask, for keys and values of different sizes."""
     same = k_cache.shape[2] == v_cache.shape[2]
-    return k_cache.is_cuda and k_cache.dtype != torch.float32 and same
+    return same and torch.float32 not in (q.dtype, k_cache.dtype)
 
 
 class FlashInferRows:

@@ -1,9 +1,10 @@
 """Attention of a question's rows, before the rows of the batch run.
 
 They are scratch rows, whose KV never enters the pool. They see the cached keys, re-rotated, and
-themselves; how much they attend to each reused token is summed. On CUDA FlashInfer attends to the
-cached keys, what the rows see of themselves is joined to it by the log-sum-exp of both, and one
-more pass over the keys makes the sum (``ops.attention_mass``). Tensors only; no SGLang.
+themselves; how much they attend to each reused token is summed. On CUDA a kernel attends to the
+cached keys (``attention_cuda.py``), what the rows see of themselves is joined to it by the
+log-sum-exp of both, and one more pass over the keys makes the sum (``ops.attention_mass``). Tensors
+only; no SGLang.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class QuestionAttention:
         self.copies = copies
         self.late = late
         self.late_heads = 0
-        self._device_rows: attention_cuda.FlashInferRows | None = None
-        if rows and pool.k(0).is_cuda and attention_cuda.serves(pool.k(0), pool.v(0)):
-            self._device_rows = attention_cuda.FlashInferRows(_questions(rows), masked=False)
+        self._device_rows: attention_cuda.DeviceRows | None = None
+        if rows and pool.k(0).is_cuda:
+            self._device_rows = attention_cuda.DeviceRows(_questions(rows), masked=False)
 
     def bring_in(self, layer: int) -> None:
         for copy in self.copies:
@@ -104,7 +105,8 @@ class QuestionAttention:
         if spec.layer >= self.late:
             self.late_heads += q.shape[1]
         over_cache: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
-        if self._device_rows is not None and spec.window < 0 and q.dtype != torch.float32:
+        pool = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        if spec.window < 0 and self._device_rows and self._device_rows.serves(q, *pool):
             over_cache = self._over_cache(self._device_rows, spec, q)
         parts = []
         for s in self.rows:
@@ -164,7 +166,7 @@ class QuestionAttention:
         return out.out
 
     def _over_cache(
-        self, rows: attention_cuda.FlashInferRows, spec: AttentionSpec, q: torch.Tensor
+        self, rows: attention_cuda.DeviceRows, spec: AttentionSpec, q: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each question's attention over the cached keys alone: [m, Hq, Dv], in the pool's unit of
         V, and the log-sum-exp, fp32 [m, Hq]."""

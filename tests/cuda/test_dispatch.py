@@ -15,15 +15,13 @@ from sgl_blend.errors import KernelError
 from sgl_blend.ops import reference
 
 BF16 = torch.bfloat16
-OPS = ["rotation", "parts", "gather", "deviation", "rows", "mass"]
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """CPU tensors go to the emulator. A function: launches since it was last asked."""
     module = emulated.kernels()
-    for name in OPS:
-        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", lambda device: module)
+    emulated.serve(monkeypatch, lambda device: module)
     last = module.launches()
 
     def since() -> int:
@@ -104,6 +102,64 @@ def test_attention_mass(launches):
     torch.testing.assert_close(valued, by_value, rtol=1e-3, atol=1e-6)
 
 
+OPTIONS = {"window": 30, "logit_cap": 5.0, "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}
+
+
+def attended(q, k, v, slots, pos, **options):
+    """The reference's, in fp32."""
+    names = ("window", "logit_cap", "kv_pos0", "k_extra", "v_extra", "extra_pos", "sinks")
+    given = dict(zip(names, (-1, 0.0, 0, None, None, None, None), strict=True))
+    return reference.row_attention(
+        q.float(), k, v, slots, pos, scale=0.1, with_mass=False, **{**given, **options}
+    )[0]
+
+
+@pytest.mark.parametrize("beside", [0, 7])
+@pytest.mark.parametrize("options", [{}, {"kv_pos0": 5, **OPTIONS}], ids=["plain", "all"])
+def test_row_attention(launches, options, beside):
+    """One launch; with keys outside the pool two, and one that joins them."""
+    k, v, src, _, _, _ = world()
+    q, pos = k[:18].reshape(9, 4, 64), torch.tensor([0, 3, 8, 8, 20, 21, 24, 29, 40])
+    if beside:
+        extra_pos = torch.arange(30, 30 + beside).flip(0)
+        options = {
+            **options,
+            "k_extra": k[-beside:],
+            "v_extra": v[-beside:],
+            "extra_pos": extra_pos,
+        }
+    got = ops.row_attention(q, k, v, src.int(), pos.int(), scale=0.1, **options)
+    assert launches() == (3 if beside else 1)
+    want = attended(q, k, v, src, pos, **options)
+    assert got.dtype == BF16 and got.shape == want.shape
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all"])
+def test_rows_of_a_batch(launches, options):
+    k, v, _, _, _, _ = world()
+    q, places = k[:20].reshape(10, 4, 64), torch.arange(60).split([33, 1, 26])
+    at = [torch.tensor(x) for x in ([2, 9, 30, 32], [0], [5, 6, 7, 20, 25])]
+    batch = ops.RowBatch(at, places)
+    assert batch.serves(q, k, v)
+    for _ in range(2):
+        got = batch.attention(q, k, v, scale=0.1, with_lse=True, **options)
+        assert launches() == 1
+    want, row = [], 0
+    for pos, slots in zip(at, places, strict=True):
+        want.append(attended(q[row : row + len(pos)], k, v, slots, pos, **options))
+        row += len(pos)
+    torch.testing.assert_close(got.out.float(), torch.cat(want), rtol=2e-2, atol=2e-2)
+    assert got.lse.shape == (10, 4) and bool(got.lse.isfinite().all())
+    with pytest.raises(KernelError, match="9 rows, the batch 10"):
+        batch.attention(q[:9], k, v, scale=0.1)
+    with pytest.raises(KernelError, match="no kernel serves"):
+        batch.attention(q.float(), k, v, scale=0.1)
+    with pytest.raises(KernelError, match="one or more requests"):
+        ops.RowBatch([], [])
+    assert launches() == 0
+
+
 def test_what_no_kernel_serves_goes_to_torch(launches, monkeypatch):
     """Odd head sizes and dtypes, angles that lie between two vectors: never an exception."""
     monkeypatch.setattr("sgl_blend.ops.rotation.cpu_module", lambda device: None)
@@ -127,6 +183,10 @@ def test_what_no_kernel_serves_goes_to_torch(launches, monkeypatch):
     wide = torch.zeros(2, 60, 2, 60, dtype=BF16)
     ops.rotate_from(parts, 0, *wide, dst, turn.cos[:, :16], turn.sin[:, :16], 32, True)
     q = torch.randn(3, 4, 64)
+    ops.row_attention(q, k, v, src, dst[:3].sort().values, scale=1.0)
+    ops.row_attention_with_mass(q.to(BF16), k, v, src, dst[:3].sort().values, scale=1.0)
+    narrow, low = k[..., :60].contiguous(), q[..., :60].to(BF16)
+    ops.row_attention(low, narrow, narrow, src, dst[:3].sort().values, scale=1.0)
     ops.attention_mass(q, k, src, dst[:3], torch.zeros(3, 4), torch.ones(3), scale=1.0)
     assert launches() == 0
 

@@ -1,7 +1,7 @@
 """A question's attention as a GPU computes it, in parts that are joined, against the CPU's in one.
 
-FlashInfer's kernels are plain torch (``planned_flashinfer.py``), ``attention_mass`` runs in the
-emulator. Needs: CPU, FlashInfer.
+Our own kernels run in the emulator; where FlashInfer attends, its kernels are plain torch
+(``planned_flashinfer.py``). Needs: CPU, FlashInfer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import emulated
 import pytest
 import torch
 from on_device import on_device, on_host, watching
-from planned_flashinfer import planning
+from planned_flashinfer import Planned, planning
 
 from sgl_blend import ops
 from sgl_blend.prefill.question import QuestionAttention, Scratch
@@ -48,11 +48,12 @@ def asked(pool, spec, rows, move, moved) -> tuple[torch.Tensor, QuestionAttentio
     return torch.stack(outs), attention
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own kernel", "FlashInfer"])
 @pytest.mark.parametrize("dtype", [FP16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("by_value", [False, True])
 @pytest.mark.parametrize("lead", [0, LEAD])
 @pytest.mark.parametrize(("cap", "with_sinks"), [(0.0, False), (4.0, False), (0.0, True)])
-def test_joined_parts_are_the_whole(monkeypatch, dtype, by_value, lead, cap, with_sinks):
+def test_joined_parts_are_the_whole(monkeypatch, own, dtype, by_value, lead, cap, with_sinks):
     gen = torch.Generator().manual_seed(0)
     scales = (1.0, 1.0) if dtype is FP16 else (0.05, 2.0)
     cache = [ops.cast(torch.randn(SLOTS, 2, 64, generator=gen) / s, dtype) for s in scales]
@@ -67,15 +68,18 @@ def test_joined_parts_are_the_whole(monkeypatch, dtype, by_value, lead, cap, wit
 
     module = emulated.kernels()
     serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
-    monkeypatch.setattr("sgl_blend.ops.mass.kernels", serve)
-    before = module.launches()
+    emulated.serve(monkeypatch, lambda device: None)
+    emulated.serve(monkeypatch, serve, emulated.ASKING if own else ("mass",))
+    before, plans = module.launches(), Planned.plans
     with watching() as watch, planning():
         there = questions(lead, by_value, on_device)
         spec = spec._replace(sinks=None if sinks is None else on_device(sinks))
         pool = pool_of(*map(on_device, cache))
         got, joined = asked(pool, spec, there, on_device, on_host)
     assert watch.waits == [], "\n".join(watch.table())
-    assert module.launches() - before == LAYERS * len(there)
+    # Both requests in one; a sum each; what leads, over the cache and itself, and joined.
+    each = 2 + (1 + (6 if lead else 0) if own else 0)
+    assert (module.launches() - before, Planned.plans - plans) == (LAYERS * each, not own)
     torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
     assert joined.late_heads == plain.late_heads == 8
     for ours, theirs in zip(there, here, strict=True):

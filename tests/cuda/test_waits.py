@@ -10,13 +10,12 @@ import emulated
 import pytest
 import torch
 from on_device import CUDA, locked, on_device, on_host, watching
-from planned_flashinfer import planning
+from planned_flashinfer import Planned, planning
 from small_model import Served, Small
 
 from sgl_blend.ops import cuda
 
 POLICIES = ["query", "hkvd", "leading", "stored"]
-OPS = ["rotation", "parts", "gather", "deviation", "rows", "mass"]
 CPU = torch.device("cpu")
 
 
@@ -24,16 +23,14 @@ CPU = torch.device("cpu")
 def kernels(monkeypatch):
     """The kernels for CUDA, in the emulator, serve the pretended device. Their launches so far."""
     module = emulated.kernels()
-    for name in OPS:
-        serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
-        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
+    emulated.serve(monkeypatch, lambda device: module if device.type == "cuda" else None)
     return module.launches
 
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    for name in OPS:
-        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", lambda device: None)
+    """Torch stands for most of them, FlashInfer attends."""
+    emulated.serve(monkeypatch, lambda device: None)
 
 
 def serve(policy: str, pieces: int = 1, hosted: bool = False, windows=(), **options):
@@ -59,10 +56,11 @@ def serve(policy: str, pieces: int = 1, hosted: bool = False, windows=(), **opti
 @pytest.mark.parametrize("hosted", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_waits(kernels, policy, hosted, pieces):
-    before = kernels()
+    before, plans = kernels(), Planned.plans
     watch = serve(policy, pieces, hosted)
     assert watch.waits == [], "\n".join(watch.table())
     assert kernels() > before and watch.copies
+    assert Planned.plans == plans, "our own kernels attend"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -73,8 +71,10 @@ def test_nothing_waits_in_layers_with_a_window(kernels, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_waits_where_torch_stands_for_the_kernels(no_kernels, policy):
+    plans = Planned.plans
     watch = serve(policy, hosted=True)
     assert watch.waits == [], "\n".join(watch.table())
+    assert Planned.plans > plans, "FlashInfer attends"
 
 
 def test_nothing_waits_between_check_layers(kernels):

@@ -109,19 +109,15 @@ def test_rows_in_blocks_are_rows(monkeypatch, block):
 
 
 def test_flashinfer_is_asked_where_it_has_a_kernel():
-    """Keys and values of one size, half precision, on CUDA; latents are attended to in torch."""
-
-    def cache(dim: int, dtype: torch.dtype, cuda: bool = True):
-        tensor = torch.empty(4, 1, dim, dtype=dtype)
-
-        class Cache:
-            shape, is_cuda = tensor.shape, cuda
-
-        Cache.dtype = dtype
-        return Cache()
-
+    """Keys and values of one size, half precision; latents are attended to in torch."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert attention_cuda.serves(cache(128, bf16), cache(128, bf16))
-    assert not attention_cuda.serves(cache(576, bf16), cache(512, bf16))
-    assert not attention_cuda.serves(cache(128, fp32), cache(128, fp32))
-    assert not attention_cuda.serves(cache(128, bf16, False), cache(128, bf16, False))
+
+    def serves(dim: int, value_dim: int, dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
+        q = torch.empty(1, 2, dim, dtype=q_dtype)
+        k, v = (torch.empty(4, 1, d, dtype=dtype) for d in (dim, value_dim))
+        return attention_cuda.serves(q, k, v)
+
+    assert serves(128, 128, bf16, bf16)
+    assert not serves(576, 512, bf16, bf16)
+    assert not serves(128, 128, fp32, fp32)
+    assert not serves(128, 128, bf16, fp32)

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from sgl_blend.ops import build, cuda_build
 
 SOURCES = Path(os.environ.get("EMULATED_SOURCES") or build.source_dir())
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+
+#: modules of ``sgl_blend.ops`` that look for a device's kernels
+ASKING = ("attention", "batch", "deviation", "gather", "mass", "parts", "rotation", "rows")
 
 #: how threads are ordered (forward, reverse, two shuffles), and whether copies arrive early
 SCHEDULES = [(0, 0), (1, 1), (2, 0), (3, 1)]
@@ -72,6 +75,12 @@ def kernels() -> Any:
         return OnGpu(module, device)
     module = compiled(SOURCES / "emulator" / "kernels.cpp")
     return OnGpu(module, torch.device("cpu")) if where == "twins" else module
+
+
+def serve(monkeypatch: Any, choose: Callable[[Any], Any], asking: tuple[str, ...] = ASKING) -> None:
+    """The ops get ``choose(device)`` for a device's kernels; None: there are none."""
+    for name in asking:
+        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", choose)
 
 
 def schedules(module: Any) -> Iterator[str]:

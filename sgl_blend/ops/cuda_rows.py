@@ -1,0 +1,138 @@
+"""Face of the CUDA kernels of row attention (``csrc/cuda/row_attention.cuh``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sgl_blend.ops import cuda
+from sgl_blend.ops.build import launch
+from sgl_blend.ops.upload import upload
+
+#: rows x query heads of a key head that a block takes
+TILE = 64
+#: blocks that a launch should have, two for each multiprocessor of an H100: where tiles and heads
+#: make fewer, the keys are split. The same on every device, and so are the results.
+BLOCKS = 264
+#: keys of one step of a block, and steps that a part of split keys has at least
+STEP, LEAST_STEPS = 64, 4
+
+
+class Attended(NamedTuple):
+    """out [R, Hq, Dv] in q's dtype. lse: fp32 [R, Hq], natural logarithm of the sum of exp(score)
+    over all that a row sees, sinks included (-inf where it sees nothing); None where it was not
+    asked for."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+
+
+class Keys(NamedTuple):
+    """Keys that rows attend to, of all requests one after another.
+
+    k [num_slots, Hk, D], v [num_slots, Hk, Dv]; slots: int64 [S], None: key j lies in slot j.
+    tiles: ``tiles_of``, on the device. longest: most keys of a request. key_pos: int64 [S], in any
+    order; None: key j of a request is at ``kv_pos0 + j``.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor | None
+    tiles: torch.Tensor
+    longest: int
+    kv_pos0: int = 0
+    key_pos: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> int:
+        """How many parts the keys are split into."""
+        blocks = max(1, len(self.tiles) * self.k.shape[1])
+        return max(1, min(BLOCKS // blocks, -(-self.longest // STEP) // LEAST_STEPS))
+
+
+def attends(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Do the kernels serve these queries and this pool?"""
+    return (
+        cuda.sums_mass(q, k_cache)
+        and q.stride(2) == 1
+        and k_cache.dtype == v_cache.dtype
+        and cuda.in_rows(v_cache)
+        and v_cache.shape[2] <= 256
+    )
+
+
+def tiles_of(rows: Sequence[int], keys: Sequence[int], group: int) -> np.ndarray:
+    """int64 [tiles, 5], what the blocks take (``Tile`` of the kernel), those with most keys first.
+
+    rows, keys: of each request; group: query heads of a key head.
+    """
+    made: list[tuple[int, ...]] = []
+    work: list[np.ndarray] = []
+    row = key = 0
+    for n, s in zip(rows, keys, strict=True):
+        begins = np.arange(0, n * group, TILE, dtype=np.int64)
+        made += [(row, n, key, s, int(begin)) for begin in begins]
+        work.append(s * np.minimum(1.0, (begins + TILE) / max(1, n * group)))
+        row, key = row + n, key + s
+    tiles = np.array(made, dtype=np.int64).reshape(len(made), 5)
+    if not made:
+        return tiles
+    return tiles[np.argsort(-np.concatenate(work), kind="stable")]
+
+
+def row_attention(
+    module: Any,
+    q: torch.Tensor,
+    q_pos: torch.Tensor,
+    over: Sequence[Keys],
+    *,
+    scale: float,
+    window: int,
+    logit_cap: float,
+    sinks: torch.Tensor | None = None,
+    with_lse: bool = False,
+) -> Attended:
+    """Attention of ``q`` [R, Hq, D] over all of ``over`` together (``attention.row_attention``).
+
+    q_pos: int64 [R], ascending within each request. sinks: fp32 [Hq].
+    """
+    rows, heads, _ = q.shape
+    out = torch.empty((rows, heads, over[0].v.shape[2]), dtype=q.dtype, device=q.device)
+    lse = _floats(q, rows, heads) if with_lse else None
+    if rows == 0:
+        return Attended(out, lse)
+    parts = [keys.parts for keys in over]
+    total, first = sum(parts), 0
+    to: tuple[torch.Tensor | None, ...] = (sinks, out, lse, None, None)
+    if total > 1:
+        part_out, part_lse = _floats(q, total, *out.shape), _floats(q, total, rows, heads)
+        to = (None, None, None, part_out, part_lse)
+    for keys, n in zip(over, parts, strict=True):
+        given = (q, keys.k, keys.v, keys.slots, q_pos, keys.key_pos, keys.tiles)
+        how = (first, n, total, keys.kv_pos0, window, scale, logit_cap)
+        launch(module.row_attention, (*given, *to), how)
+        first += n
+    if total > 1:
+        launch(module.join_parts, (part_out, part_lse, sinks, out, lse), ())
+    return Attended(out, lse)
+
+
+def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def one_request(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor | None,
+    kv_pos0: int = 0,
+    key_pos: torch.Tensor | None = None,
+) -> Keys:
+    """The keys of ``q``'s only request."""
+    keys = len(k if slots is None else slots)
+    tiles = tiles_of([len(q)], [keys], q.shape[1] // k.shape[1])
+    return Keys(k, v, slots, upload(tiles, q.device), keys, kv_pos0, key_pos)
