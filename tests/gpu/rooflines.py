@@ -107,8 +107,8 @@ def _from_host(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
     parts = [
         ops.page_locked(torch.randn(1, x.n, KV_HEADS, DIM).bfloat16(), job.device) for _ in "kv"
     ]
-    places = ops.upload(cuda.places_of(parts[:1], parts[1:], torch.device("cpu")), job.device)
-    args = (module, places, 0, x.k_cache, x.v_cache, x.dst, x.turn, DIM, True)
+    places = cuda.places_of(parts[:1], parts[1:], job.device)
+    args = (module, places, 0, cuda.BUS_BLOCKS, x.k_cache, x.v_cache, x.dst, x.turn, DIM, True)
     took = clock.on_device(job.device, lambda: cuda.rotate_from(*args))
     _share(job, "from page-locked host memory", x, took, 2 * x.n * x.slot_bytes, peak["to_device"])
 

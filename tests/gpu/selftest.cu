@@ -115,7 +115,7 @@ void copies() {
   rotate_scatter<__nv_bfloat16>({k.bytes(), v.bytes(), src.at(), stride, stride, nullptr, 0},
                                 {k.bytes(), v.bytes(), dst.at(), stride, stride, runs.at()},
                                 {cos.at(), sin.at()}, Bias{}, {HEADS, DIM, DIM, DIM}, TOKENS, true,
-                                nullptr);
+                                0, nullptr);
   const auto k_now = k.read(), v_now = v.read();
   for (int64_t t = 0; t < TOKENS; ++t) {
     const int64_t slot = 1 + TOKENS + t, old = run[t] ? slot : 1 + t;

@@ -8,6 +8,8 @@ pretended device of the tests, whose waits are counted, and the same rounds with
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -21,6 +23,7 @@ from gpu.machine import module_of
 from gpu.prompts import Loaded, Prompt, blended, from_host, hosted
 from gpu.record import Job
 from sgl_blend import ops
+from sgl_blend.ops import cuda_build
 from sgl_blend.plan import HostPart
 from sgl_blend.store.chunk import BodyView, ChunkHeader, Layout
 from sgl_blend.tiering.hostkv import HostKV
@@ -78,13 +81,14 @@ def _waits(job: Job, what: str, shape: Shape, prompt: Prompt, policy: str, host:
 @contextlib.contextmanager
 def _pretended(module) -> Iterator:
     """A device whose kernels are the emulator's."""
-    import emulated
     from on_device import watching
 
     serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
     with contextlib.ExitStack() as stack:
-        for name in getattr(emulated, "ASKING", ("rotation", "deviation", "rows", "mass")):
-            stack.enter_context(mock.patch(f"sgl_blend.ops.{name}.kernels", serve))
+        for _, name, _ in pkgutil.iter_modules(ops.__path__):
+            asking = importlib.import_module(f"sgl_blend.ops.{name}")
+            if asking is not cuda_build and hasattr(asking, "kernels"):
+                stack.enter_context(mock.patch.object(asking, "kernels", serve))
         yield stack.enter_context(watching())
 
 

@@ -28,7 +28,13 @@ class OnGpu:
         ) -> torch.Tensor | None:
             return real([self._lock(x) for x in k], [self._lock(x) for x in v], where)
 
-        cuda.places_of = places_of
+        gather = cuda.gather_chunks
+
+        def gather_chunks(module: Any, k: Any, v: Any, *rest: Any) -> None:
+            """The pools, too, are told by address."""
+            gather(module, [self._lock(x) for x in k], [self._lock(x) for x in v], *rest)
+
+        cuda.places_of, cuda.gather_chunks = places_of, gather_chunks
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         launcher = getattr(self._module, name)
