@@ -20,6 +20,7 @@ from sgl_blend.prefill.rows import AttentionSpec, RowSegment
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SIZES = (1024, 4096, 16000, 32000)
 QUESTION = 100
+BLOCKS = (8, 16, 64, 128)  # that read over the bus, beside what is used
 COPIES = 0.80  # share of the copy bandwidth that copies and deviations are to reach
 MASS_S, ROWS_S = 150e-6, 0.8e-3  # at 16,000 tokens
 
@@ -55,7 +56,7 @@ def run(job: Job) -> None:
     peak = clock.known(job.out, job.device, job.rehearse)
     for n in (48,) if job.rehearse else SIZES:
         layer = Layer(n, job.device)
-        for what in (_copies, _from_host, _deviations, _selection, _mass, _rows):
+        for what in (_copies, _from_host, _gather, _deviations, _selection, _mass, _rows):
             job.trying(
                 f"{what.__name__[1:]}, {n} tokens", lambda w=what, x=layer: w(job, module, x, peak)
             )
@@ -108,9 +109,22 @@ def _from_host(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
         ops.page_locked(torch.randn(1, x.n, KV_HEADS, DIM).bfloat16(), job.device) for _ in "kv"
     ]
     places = cuda.places_of(parts[:1], parts[1:], job.device)
-    args = (module, places, 0, cuda.BUS_BLOCKS, x.k_cache, x.v_cache, x.dst, x.turn, DIM, True)
-    took = clock.on_device(job.device, lambda: cuda.rotate_from(*args))
-    _share(job, "from page-locked host memory", x, took, 2 * x.n * x.slot_bytes, peak["to_device"])
+    for blocks in sorted({cuda.BUS_BLOCKS, *(BLOCKS if x.n == 16000 else ())}):
+        args = (module, places, 0, blocks, x.k_cache, x.v_cache, x.dst, x.turn, DIM, True)
+        took = clock.on_device(job.device, lambda a=args: cuda.rotate_from(*a))
+        what = f"from page-locked host memory by {blocks} blocks"
+        _share(job, what, x, took, 2 * x.n * x.slot_bytes, peak["to_device"])
+
+
+def _gather(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
+    """Chunks of 256 tokens of two layers, put together for the way out."""
+    pools = [x.k_cache] * 2, [x.v_cache] * 2
+    out = torch.empty(4 * x.n * x.slot_bytes, dtype=torch.uint8, device=job.device)
+    chunks = [(i, min(i + 256, x.n)) for i in range(0, x.n, 256)]
+    took = clock.on_device(
+        job.device, lambda: cuda.gather_chunks(module, *pools, x.src, chunks, out)
+    )
+    _share(job, "gathering chunks", x, took, 2 * len(out), peak["copy"])
 
 
 def _deviations(job: Job, module, x: Layer, peak: dict[str, float]) -> None:

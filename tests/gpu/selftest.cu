@@ -14,6 +14,7 @@
 #include "../cuda/faults.cuh"
 #include "cuda/attention_mass.cuh"
 #include "cuda/deviation.cuh"
+#include "cuda/gather.cuh"
 #include "cuda/rotate_scatter.cuh"
 #include "cuda/select.cuh"
 
@@ -150,6 +151,40 @@ void deviations() {
   }
 }
 
+// Tokens as one chunk of one layer, and every second one by its address.
+void gathers() {
+  const auto keys = pool(4), values = pool(5);
+  const Memory<__nv_bfloat16> k(keys), v(values);
+  const int64_t bytes = SLOT * sizeof(__nv_bfloat16);
+  const Words words{SLOT / 8, SLOT / 8};
+  const auto at = [](const Memory<__nv_bfloat16>& pool) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pool.at()));
+  };
+  const Memory<int64_t> slots(from(3, TOKENS)), chunk(std::vector<int64_t>{0, TOKENS, 0}),
+      layers(std::vector<int64_t>{at(k), at(v), bytes, bytes});
+  const Memory<__nv_bfloat16> out(size_t{2 * TOKENS * SLOT}), some_k(size_t{TOKENS / 2 * SLOT}),
+      some_v(size_t{TOKENS / 2 * SLOT});
+  gather({layers.at(), 1, slots.at(), chunk.at(), out.bytes(), words}, 1, TOKENS, nullptr);
+  std::vector<int64_t> place(4 * TOKENS, 0), which(TOKENS / 2);
+  for (int64_t t = 0; t < TOKENS; ++t) {
+    place[t] = at(k) + t * bytes, place[TOKENS + t] = at(v) + t * bytes;
+    if (t % 2) which[t / 2] = t;
+  }
+  const Memory<int64_t> places(place), index(which);
+  take({places.at(), TOKENS, 0, index.at(), TOKENS / 2, some_k.bytes(), some_v.bytes(), words}, 2,
+       nullptr);
+  const auto all = out.read(), of_k = some_k.read(), of_v = some_v.read();
+  for (int64_t t = 0; t < TOKENS; ++t) {
+    for (int i = 0; i < SLOT; ++i) {
+      require(value(all, t, i) == value(keys, 3 + t, i), "gather: K");
+      require(value(all, TOKENS + t, i) == value(values, 3 + t, i), "gather: V");
+      if (t % 2 == 0) continue;
+      require(value(of_k, t / 2, i) == value(keys, t, i), "take: K");
+      require(value(of_v, t / 2, i) == value(values, t, i), "take: V");
+    }
+  }
+}
+
 // Two segments; scores rise in the first and fall in the second.
 void choices() {
   const int64_t n[2] = {700, 40}, k[2] = {33, 8};
@@ -239,7 +274,7 @@ void run(int count, char** words) {
   if (what == "out-of-bounds" || what == "not-set") return of_memory(what == "out-of-bounds");
 #endif
   if (what == "fault") return fault(std::atoi(words[2]));
-  copies(), deviations(), choices(), masses();
+  copies(), gathers(), deviations(), choices(), masses();
 }
 
 }  // namespace
