@@ -16,6 +16,7 @@
 #include "cuda/deviation.cuh"
 #include "cuda/gather.cuh"
 #include "cuda/rotate_scatter.cuh"
+#include "cuda/row_attention.cuh"
 #include "cuda/select.cuh"
 
 namespace {
@@ -203,25 +204,61 @@ void choices() {
   for (int64_t i = 0; i < n[0]; ++i) require(flags[i] == (i >= n[0] - k[0]), "select: runs");
 }
 
+constexpr int ROWS = 40, GROUP = 2;
+
+// Queries of the pool's first tokens.
+std::vector<__nv_bfloat16> queries(const std::vector<__nv_bfloat16>& pool) {
+  return {pool.begin(), pool.begin() + ROWS * GROUP * SLOT};
+}
+
+Head head_of(const Memory<__nv_bfloat16>& pool, const int64_t* slots) {
+  constexpr int64_t SIZE = sizeof(__nv_bfloat16);
+  return {pool.bytes(), slots, SLOT * SIZE, DIM * SIZE, DIM, KeyType::SAME};
+}
+
 // Every key is attended to alike where the scale is 0.
 void masses() {
-  constexpr int ROWS = 40, GROUP = 2;
   const auto keys = pool(2);
-  const Memory<__nv_bfloat16> k(keys),
-      q(std::vector<__nv_bfloat16>(keys.begin(), keys.begin() + ROWS * GROUP * SLOT));
+  const Memory<__nv_bfloat16> k(keys), q(queries(keys));
   const Memory<int64_t> slots(from(1, TOKENS)), rows(from(TOKENS, ROWS));
   const Memory<float> lse(std::vector<float>(ROWS * GROUP * HEADS, std::log2(float(TOKENS)))),
       weights(std::vector<float>(ROWS, 1.0f)), out(size_t{HEADS * TOKENS});
   Mass p{};
-  p.q = q.at(), p.k = k.bytes(), p.slots = slots.at(), p.row_pos = rows.at();
+  p.q = q.at(), p.k = head_of(k, slots.at()), p.row_pos = rows.at();
   p.lse = lse.at(), p.weights = weights.at(), p.mass = out.at();
   p.q_row = GROUP * SLOT, p.q_head = DIM;
-  p.k_slot = SLOT * sizeof(__nv_bfloat16), p.k_head = DIM * sizeof(__nv_bfloat16);
   p.window = -1, p.n = TOKENS, p.rows = ROWS, p.heads = GROUP * HEADS, p.group = GROUP;
-  p.dim = DIM, p.key_type = KeyType::SAME;
   attention_mass<__nv_bfloat16, DIM>(p, nullptr);
   for (float mass : out.read()) {
     require(std::fabs(mass - float(ROWS * GROUP) / TOKENS) < 1e-3f, "attention_mass");
+  }
+}
+
+// So is the mean of the values that a row sees, in two parts of the keys that are joined.
+void rows() {
+  constexpr int HEADS_Q = GROUP * HEADS, CELLS = ROWS * HEADS_Q, PARTS = 2;
+  const auto keys = pool(2), values = pool(6);
+  const Memory<__nv_bfloat16> k(keys), v(values), q(queries(keys)), out(size_t{CELLS * DIM});
+  const Memory<int64_t> slots(from(1, TOKENS)), at(from(TOKENS - ROWS, ROWS));
+  const Memory<int64_t> tiles(
+      std::vector<int64_t>{0, ROWS, 0, TOKENS, 0, 0, ROWS, 0, TOKENS, ROW_TILE});
+  const Memory<float> part_out(size_t{PARTS * CELLS * DIM}), part_lse(size_t{PARTS * CELLS});
+  Rows p{};
+  p.q = q.at(), p.k = head_of(k, slots.at()), p.v = head_of(v, slots.at());
+  p.part_out = part_out.at(), p.part_lse = part_lse.at();
+  p.tiles = tiles.at(), p.row_pos = at.at(), p.q_row = GROUP * SLOT, p.q_head = DIM;
+  p.window = -1, p.rows = ROWS, p.heads = HEADS_Q, p.group = GROUP, p.dim = DIM, p.parts = PARTS;
+  row_attention<__nv_bfloat16, DIM>(p, 2, nullptr);
+  p.out = out.at();
+  join_parts<__nv_bfloat16>(p, nullptr);
+  const auto now = out.read();
+  for (int i = 0; i < CELLS * DIM; ++i) {
+    const int row = i / (HEADS_Q * DIM), head = i / DIM % HEADS_Q / GROUP;
+    float mean = 0;
+    for (int t = 0; t <= TOKENS - ROWS + row; ++t) {
+      mean += value(values, 1 + t, head * DIM + i % DIM) / (TOKENS - ROWS + row + 1);
+    }
+    require(std::fabs(__bfloat162float(now[i]) - mean) < 0.1f, "row_attention");
   }
 }
 
@@ -274,7 +311,7 @@ void run(int count, char** words) {
   if (what == "out-of-bounds" || what == "not-set") return of_memory(what == "out-of-bounds");
 #endif
   if (what == "fault") return fault(std::atoi(words[2]));
-  copies(), gathers(), deviations(), choices(), masses();
+  copies(), gathers(), deviations(), choices(), masses(), rows();
 }
 
 }  // namespace
