@@ -149,9 +149,13 @@ class Offloader:
             return
         for event in job.ready:
             stream.wait_event(event)
-        with torch.cuda.stream(stream):
-            self._send(job, granted)
-        stream.synchronize()
+        try:
+            with torch.cuda.stream(stream):
+                self._send(job, granted)
+        finally:
+            # Where that failed half way the slots are given back, and copies into them are under
+            # way: they must not end in memory that is somebody else's by then.
+            stream.synchronize()
 
     def _send(self, job: Job, granted: list[tuple[FreshChunk, StoreSlot]]) -> None:
         """Off a GPU, on the current stream: chunks are put together in the device's memory, and

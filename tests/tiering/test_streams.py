@@ -191,6 +191,31 @@ def test_a_chunk_that_is_larger_than_the_place_gets_a_larger_one(watch, monkeypa
         assert torch.equal(on_host(k)[:, 0, 0], want.float())
 
 
+def test_what_is_under_way_has_left_before_its_slots_are_given_back(watch, monkeypatch):
+    """An error between two copies: the store would give to others what the device writes to."""
+    tier, jobs = tier_of(watch, 200, torch.cuda.Stream())
+    tier.offer(None, tokens_of(1, 200), 0, bytes(32), lambda start, end: 0, None)
+    (job,) = jobs
+
+    def fails(*_args: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(ops, "gather_chunks", fails)
+    slots = [slot_of(fresh) for fresh in job.chunks]
+    for slot in slots:
+        slot.granted, slot.status = True, "granted"
+    client = SimpleNamespace(
+        prepare_store=lambda headers: slots,
+        abort_store=lambda given: watch.log.append(("given back", len(given))),
+    )
+    side = tier.service.streams
+    offloader = Offloader(moved_to_device(Pool(200)), LAYOUT, "float32", Tally(), side)
+    watch.log.clear()
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        offloader.run(client, job)
+    assert watch.log[-2:] == [("synchronize", side.store(CUDA).name), ("given back", len(slots))]
+
+
 def slot_of(fresh: FreshChunk):
     """Where a chunk goes, in page-locked memory."""
     n = fresh.chunk.end - fresh.chunk.start
