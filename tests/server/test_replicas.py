@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from polling import eventually
-from scraping import Gained, check_sums
+from polling import still
+from scraping import Gained, by, check_sums
+from store_servers import PATIENCE
 from talk import Docs, all_at_once, ask, check_report, check_same
 
 EXACT = {"blend": False}
@@ -13,7 +14,7 @@ ALL = {"blend_policy": "all"}
 
 @pytest.fixture(scope="module")
 def two(model, start):
-    return start(model, ["--enable-blend", "--dp-size", "2", "--enable-metrics"])
+    return start(model, ["--enable-blend", "--dp-size", "2", "--enable-metrics", *PATIENCE])
 
 
 def test_each_replica_has_its_tree_and_both_have_one_store(two):
@@ -23,14 +24,11 @@ def test_each_replica_has_its_tree_and_both_have_one_store(two):
     check_report(here)
     assert set(here.blend["sources"]) == {"device"}, here.blend
 
-    def brought() -> bool:
-        there = ask(two, docs.prompt([2, 0, 1]), routed_dp_rank=1)
-        check_report(there)
-        assert "device" not in there.blend["sources"] or there.blend["sources"].keys() > {"device"}
-        return "memory" in there.blend["sources"]
-
     # What is offered is written in the background.
-    assert eventually(brought, 60.0)
+    assert still(lambda: by(two, "sgl_blend:store_chunks_total", "outcome")["stored",], but=0)
+    there = ask(two, docs.prompt([2, 0, 1]), routed_dp_rank=1)
+    check_report(there)
+    assert set(there.blend["sources"]) == {"memory"}, there.blend
 
 
 def test_the_metrics_of_both_add_up(two):

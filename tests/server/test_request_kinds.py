@@ -224,16 +224,23 @@ def test_a_pause_in_the_middle(blend, plain, mode):
     d.warm(blend)
     asked = [(d.prompt([i, (i + 2) % 6, (i + 5) % 6]), c) for i, c in enumerate([ALL, {}] * 2)]
     want = [ask(plain if c else blend, p, new=300) for p, c in asked]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+
+    def paused(pool: concurrent.futures.Executor) -> bool:
+        """All four are right, and were paused while they ran: not so on a machine that lets this
+        process wait for too long."""
         jobs = [pool.submit(ask, blend, p, new=300, custom=c) for p, c in asked]
-        assert eventually(lambda: running(blend) == 4, 60.0)
+        eventually(lambda: running(blend) == 4 or any(job.done() for job in jobs), 60.0)
         post(blend, "/pause_generation", {"mode": mode})
-        assert not any(job.done() for job in jobs), "over before it could be paused"
+        in_time = not any(job.done() for job in jobs)
         post(blend, "/continue_generation", {})
         for job, right in zip(jobs, want, strict=True):
             got = job.result(timeout=300)
             check_report(got)
             check_same(got, right)
+        return in_time
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert any(paused(pool) for _ in range(5)), "over each time before it could be paused"
 
 
 def running(server: Server) -> int:

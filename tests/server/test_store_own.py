@@ -3,6 +3,7 @@ CPU, real servers."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import psutil
@@ -58,9 +59,9 @@ def test_a_servers_own_store_is_emptied_with_its_cache_and_started_again_when_it
 
 
 def _stores_of(server) -> list:
-    children = psutil.Process(server.process.pid).children()
-    return [
-        p
-        for p in children
-        if p.status() != psutil.STATUS_ZOMBIE and "sgl_blend.store" in p.cmdline()
-    ]
+    found = []
+    for p in psutil.Process(server.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end between any two looks
+            if p.status() != psutil.STATUS_ZOMBIE and "sgl_blend.store" in p.cmdline():
+                found.append(p)
+    return found
