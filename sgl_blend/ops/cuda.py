@@ -175,6 +175,14 @@ def gathers(
     return aligned(out) and all(map(in_rows, (*k_caches, *v_caches)))
 
 
+def layers_of(k_caches: Sequence[torch.Tensor], v_caches: Sequence[torch.Tensor]) -> np.ndarray:
+    """int64 [4, layers]: addresses of K and V, and K's and V's bytes from slot to slot."""
+    both = (k_caches, v_caches)
+    at = [[x.data_ptr() for x in caches] for caches in both]
+    step = [[x.stride(0) * x.element_size() for x in caches] for caches in both]
+    return np.array([*at, *step], dtype=np.int64)
+
+
 def gather_chunks(
     module: Any,
     k_caches: Sequence[torch.Tensor],
@@ -185,14 +193,7 @@ def gather_chunks(
 ) -> None:
     """``gather.gather_chunks``."""
     a_token = [x[0].shape[1] * x[0].shape[2] * x[0].element_size() for x in (k_caches, v_caches)]
-    layers = np.array(
-        [
-            [x.data_ptr() for x in k_caches],
-            [x.data_ptr() for x in v_caches],
-            *([x.stride(0) * x.element_size() for x in c] for c in (k_caches, v_caches)),
-        ],
-        dtype=np.int64,
-    )
+    layers = layers_of(k_caches, v_caches)
     spans = np.array(chunks, dtype=np.int64)
     counts = spans[:, 1] - spans[:, 0]
     begins = (np.cumsum(counts) - counts) * len(k_caches) * sum(a_token)

@@ -20,10 +20,11 @@ def gather_chunks(
 ) -> None:
     """Copy chunks of one sequence, all layers of them; on CUDA in one launch, without the host.
 
-    k_caches, v_caches: of each layer K [num_slots, Hk, D] and V [num_slots, Hk, Dv], of one shape
-    and dtype in all layers. slots: int64 [n], of the sequence's tokens. chunks: [first, last) of
-    each, within ``slots``. out: uint8, dense, as long as all chunks: one behind the other, each
-    [layer][K | V][token][head][dim] (``store/chunk.py`` without the token ids).
+    k_caches, v_caches: of each layer K [num_slots, Hk, D] and V [num_slots, Hk, Dv], of one dtype
+    and, but for num_slots, one shape in all layers. slots: int64 [n], of the sequence's tokens.
+    chunks: [first, last) of each, within ``slots``. out: uint8, dense, as long as all chunks: one
+    behind the other, each [layer][K | V][token][head][dim] (``store/chunk.py`` without the token
+    ids).
 
     Raises:
         KernelError: arguments that do not fit, or slots outside the pool (checked on the CPU).
@@ -32,14 +33,13 @@ def gather_chunks(
         len(k_caches) == len(v_caches) > 0, f"{len(k_caches)} layers of K, {len(v_caches)} of V"
     )
     k, v = k_caches[0], v_caches[0]
-    checks.pool(k, v, ("k_caches[0]", "v_caches[0]"))
     for i, pair in enumerate(zip(k_caches, v_caches, strict=True)):
+        checks.pool(*pair, (f"k_caches[{i}]", f"v_caches[{i}]"))
         for name, cache, like in zip("kv", pair, (k, v), strict=True):
             require(
-                cache.shape == like.shape
+                cache.shape[1:] == like.shape[1:]
                 and cache.dtype == like.dtype
-                and cache.device == like.device
-                and cache.stride()[1:] == like.stride()[1:],
+                and cache.device == like.device,
                 f"{name}_caches[{i}] {list(cache.shape)} {cache.dtype} on {cache.device} is not "
                 f"like the first layer's {list(like.shape)} {like.dtype} on {like.device}",
             )
@@ -63,7 +63,7 @@ def gather_chunks(
     if on_device is not None and chunks and cuda.gathers(k_caches, v_caches, out):
         cuda.gather_chunks(on_device, k_caches, v_caches, index, chunks, out)
         return
-    checks.in_range("slots", index, k.shape[0])
+    checks.in_range("slots", index, min(x.shape[0] for x in (*k_caches, *v_caches)))
     begin = 0
     for first, last in chunks:
         at = index[first:last]

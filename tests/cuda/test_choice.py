@@ -19,8 +19,7 @@ CONFIG = BlendConfig()
 @pytest.fixture
 def launches(monkeypatch):
     module = emulated.kernels()
-    serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
-    monkeypatch.setattr("sgl_blend.ops.rows.kernels", serve)
+    emulated.serve(monkeypatch, lambda device: module if device.type == "cuda" else None)
     begin = module.launches()
     return lambda: module.launches() - begin
 

@@ -105,6 +105,8 @@ def test_the_op_and_its_reference_agree(module, monkeypatch, dtype, kernel):
     monkeypatch.setattr(gather, "kernels", lambda device: module if kernel else None)
     for dim in (32, 6):  # the second fills no 16 bytes: torch's, whatever there is
         ks, vs = pool(2, dim, dim, dtype)
+        for caches in (ks, vs):
+            caches[1] = torch.cat((caches[1], caches[1][:3]))  # a layer may have slots more
         slots = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(2)).int()
         want, before = bodies(ks, vs, slots, CHUNKS), module.launches()
         out = torch.empty(len(want), dtype=torch.uint8)
@@ -159,8 +161,9 @@ def test_parts_of_other_layouts_have_no_places():
     [
         ({"v_caches": []}, "layers of K"),
         ({"k_caches": "narrow"}, "not like the first layer's"),
+        ({"k_caches": "strided"}, r"k_caches\[2\] has stride"),
         ({"slots": torch.zeros(3, 2).long()}, "slots"),
-        ({"slots": torch.tensor([0, 1, SLOTS, 3])}, "slots"),
+        ({"slots": torch.tensor([0, 1, SLOTS, 3])}, "slots spans"),
         ({"chunks": [(0, 2), (3, 3)]}, r"a chunk is \[3, 3\)"),
         ({"chunks": [(0, 2), (2, 5)]}, r"a chunk is \[2, 5\)"),
         ({"out": torch.zeros(100, dtype=torch.uint8)}, "out is"),
@@ -169,8 +172,9 @@ def test_parts_of_other_layouts_have_no_places():
 )
 def test_the_op_checks_what_it_is_given(changes, said):
     ks, vs = pool(2, 16, 16, torch.bfloat16)
-    if changes.get("k_caches") == "narrow":
-        changes = {"k_caches": [*ks[:2], ks[2][..., :8]]}
+    if "k_caches" in changes:
+        narrow = changes["k_caches"] == "narrow"
+        changes = {"k_caches": [*ks[:2], ks[2][..., :8] if narrow else ks[2][..., ::2]]}
     args = dict(
         k_caches=ks,
         v_caches=vs,

@@ -36,9 +36,7 @@ def launches(monkeypatch):
     module = emulated.kernels()
     for name in ("parts", "rotation"):
         monkeypatch.setattr(f"sgl_blend.ops.{name}.cpu_module", lambda device: None)
-    for name in ("parts", "rotation"):
-        serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
-        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
+    emulated.serve(monkeypatch, lambda device: module if device.type == "cuda" else None)
     last = module.launches()
 
     def since() -> int:
@@ -189,8 +187,7 @@ def test_a_room_waits_for_its_own_reader_alone(watch, launches, monkeypatch):
 @pytest.mark.parametrize("served", [True, False], ids=["kernels", "torch"])
 def test_all_ways_bring_the_same(watch, monkeypatch, launches, keep, turned, served):
     if not served:
-        for name in ("parts", "rotation"):
-            monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", lambda device: None)
+        emulated.serve(monkeypatch, lambda device: None)
     plain, there = worlds(keep, turned=turned)
     index = torch.tensor([3, 22, 0, 4])
     for layer, (shifted, runs) in enumerate([(0, 0), (1, 0), (1, 1), (0, 1), (1, 0)]):

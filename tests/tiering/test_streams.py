@@ -101,9 +101,7 @@ def launches(request, monkeypatch):
     """The kernels for CUDA, in the emulator, or none. A function: launches since last asked."""
     module = emulated.kernels()
     there = module if request.param == "kernels" else None
-    for name in ("gather", "parts", "rotation"):
-        serve = lambda device: there if device.type == "cuda" else None  # noqa: E731
-        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", serve)
+    emulated.serve(monkeypatch, lambda device: there if device.type == "cuda" else None)
     last = module.launches()
 
     def since() -> int:
