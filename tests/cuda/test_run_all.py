@@ -51,7 +51,7 @@ def test_every_phase_is_rehearsed(tmp_path):
     of_phase = {p.name: {r["what"] for r in rows if r["phase"] == p.name} for p in PHASES}
     assert all("came to its end" in said for said in of_phase.values())
     assert {"the kernels give torch's results", "at most: copy"} <= of_phase["machine"]
-    assert {"the kernels' tests", "select_rows of random shapes"} <= of_phase["parity"]
+    assert {"test_dispatch.py", "select_rows of random shapes"} <= of_phase["parity"]
     assert sum(what.startswith("emulator finds") for what in of_phase["sanitizer"]) == 12
     assert "copy with rotation, 48 tokens" in of_phase["rooflines"]
     assert sum("waits for nothing" in what for what in of_phase["streams"]) == 8
