@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -81,14 +82,30 @@ def compile_library(
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="objects-") as folder:
         objects = [f"{folder}/{source.stem}.o" for source in sources]
         progress("compiling " + ", ".join(source.name for source in sources))
+        stop = threading.Event()
+
+        def compiled(command: list[str]) -> bool:
+            if stop.is_set():
+                return False
+            try:
+                _run(command)
+            except BaseException:
+                stop.set()
+                raise
+            return True
+
         with ThreadPoolExecutor(min(len(sources), _processors())) as pool:
             jobs = {}
             for source, made in zip(sources, objects, strict=True):
                 command = [str(nvcc), *options, "--threads", "0", "-c", str(source), "-o", made]
-                jobs[pool.submit(_run, command)] = source.name
-            for i, job in enumerate(as_completed(jobs)):
-                job.result()
-                progress(f"{jobs[job]} is compiled ({i + 1} of {len(sources)})")
+                jobs[pool.submit(compiled, command)] = source.name
+            try:
+                for i, job in enumerate(as_completed(jobs)):
+                    if job.result():
+                        progress(f"{jobs[job]} is compiled ({i + 1} of {len(sources)})")
+            except BaseException:  # interrupted, too: what has not begun does not begin
+                stop.set()
+                raise
         progress(f"linking {library.name}")
         _run(
             [str(nvcc), "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", *objects, *runtime]

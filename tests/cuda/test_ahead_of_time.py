@@ -128,6 +128,17 @@ def test_a_build_that_fails_leaves_no_library(folders, monkeypatch, tmp_path, ca
     assert not list(folders[1].glob("objects-*"))
 
 
+def test_after_a_failure_no_other_source_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvcc, "_processors", lambda: 1)
+    refused = nvcc_once.pretended(tmp_path, refusal="no such target")
+    sources = [Path(f"{name}.cu") for name in "abcdef"]
+
+    with pytest.raises(KernelError, match="no such target"):
+        nvcc.compile_library(refused, sources, tmp_path / "a.so", [], [])
+    calls = (tmp_path / "said").read_text().splitlines()
+    assert len([line for line in calls if line.endswith(".o") and "--dryrun" not in line]) == 1
+
+
 @pytest.mark.parametrize("where", [0, 1], ids=["wheel", "user"])
 def test_a_library_serves_without_nvcc(folders, no_nvcc, where, caplog):
     put(folders[where])
