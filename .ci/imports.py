@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tree", "prefill", "tiering"),
     ("selection", "store"),
     ("plan", "ops", "chunking"),
-    ("config", "attach", "options", "option_kinds", "lang"),
+    ("config", "config_rules", "attach", "options", "option_kinds", "lang"),
     ("errors", "host_memory", "folders", "variables"),
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sgl_blend.errors import ConfigError
+from sgl_blend.config_rules import check_together
 from sgl_blend.option_kinds import EscapedTexts
 from sgl_blend.options import OptionSet, check_bounds, option
 from sgl_blend.variables import VARIABLES
@@ -236,6 +236,21 @@ class BlendConfig:
     report: bool = option(
         True, "put blend counts into each response: meta_info, usage and the header x-blend"
     )
+    measure_share: float = option(
+        0.0,
+        "share of the prompts about to be blended that is computed exactly, to measure what "
+        "blending saves of the time to the first token; of requests that do not say how they are "
+        "blended",
+        least=0.0,
+        most=1.0,
+    )
+    explain_last: int = option(
+        0,
+        "how many blended requests are kept, the latest, for sgl-blend explain --request: prompt, "
+        "answer, and what became of each token, on the scheduler's host memory; their texts can be "
+        "read with --admin-api-key, which it needs; 0: none",
+        least=0,
+    )
     gate: str = option(
         "disable",
         "correctness gate at launch; where it fails: 'disable' blending, 'fail' the launch; "
@@ -283,74 +298,7 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, BLEND.what)
-
-        def check(ok: bool, name: str, want: str) -> None:
-            if not ok:
-                raise ConfigError(f"blend option {name} is {getattr(self, name)!r}: {want}")
-
-        check(bool(self.policy), "policy", "must name a selection policy")
-        check(
-            len(self.check_layers) > 0
-            and all(a < b for a, b in zip(self.check_layers, self.check_layers[1:], strict=False))
-            and self.check_layers[0] >= 0,
-            "check_layers",
-            "must be ascending layer indices, at least one",
-        )
-        m = self.check_multipliers
-        check(
-            not m
-            or (
-                len(m) == len(self.check_layers)
-                and m[-1] == 1.0
-                and all(a >= b for a, b in zip(m, m[1:], strict=False))
-            ),
-            "check_multipliers",
-            "must be one number for each check layer, not rising, the last 1.0",
-        )
-        check(
-            self.max_suffix_tokens >= self.min_suffix_tokens,
-            "max_suffix_tokens",
-            f"must be at least min_suffix_tokens ({self.min_suffix_tokens})",
-        )
-        check(
-            self.chunk_mean_tokens >= 2 * self.chunk_min_tokens - 1,
-            "chunk_mean_tokens",
-            f"must be at least 2 * chunk_min_tokens - 1 ({2 * self.chunk_min_tokens - 1})",
-        )
-        check(
-            self.chunk_max_tokens >= self.chunk_mean_tokens,
-            "chunk_max_tokens",
-            f"must be at least chunk_mean_tokens ({self.chunk_mean_tokens})",
-        )
-        ok = not self.max_risk or self.policy != "none"
-        check(ok, "max_risk", "policy 'none' recomputes nothing that would tell the risk")
-        check(all(self.separators), "separators", "must not contain an empty text")
-        check(self.tiers[:1] == ("device",), "tiers", "must begin with 'device'")
-        check(
-            self.store_endpoint == "" or self.store_endpoint.startswith(("ipc://", "tcp://")),
-            "store_endpoint",
-            "must begin with ipc:// or tcp://",
-        )
-        default = {f.name: f.default for f in fields(self)}
-        own = ("store_config", "store_memory", "store_disk_path", "store_disk")
-        for name in own:
-            check(
-                not self.store_endpoint or getattr(self, name) == default[name],
-                name,
-                f"is for the server's own store, and store_endpoint {self.store_endpoint!r} names "
-                "a running one",
-            )
-        check(
-            not self.store_keys or self.store_endpoint.startswith("tcp://"),
-            "store_keys",
-            "is for a store_endpoint that begins with tcp://",
-        )
-        for name in ("store_endpoint", *own):
-            check(
-                "store" in self.tiers or getattr(self, name) == default[name],
-                name,
-                f"is for the tier 'store', and tiers is {','.join(self.tiers)!r}",
-            )
+        check_together(self, BLEND.what)
 
     def multipliers(self) -> tuple[float, ...]:
         """One multiplier of the recompute ratio per check layer, falling to 1.0."""

@@ -38,6 +38,13 @@ def gauge(of: str, metric: str) -> str:
 TOKENS = "sgl_blend:prompt_tokens_total"
 TTFT = "sglang:time_to_first_token_seconds"
 SAVED = "sgl_blend:ttft_saved_seconds"
+MEASURED = "sgl_blend:measured_ttft_seconds"
+
+
+def measured(way: str) -> str:
+    """Mean seconds to the first token."""
+    return f"{rate(f'{MEASURED}_sum', way=way)} / {rate(f'{MEASURED}_count', way=way)}"
+
 
 #: (title, unit, what it shows, queries, more), three or four a row
 STATS: list[tuple[str, str, str, Query]] = [
@@ -102,6 +109,18 @@ GRAPHS: list[tuple[str, str, str, list[Query], bool]] = [
             for q, name in ((0.5, "median"), (0.95, "95 %"), (0.99, "99 %"))
         ]
         + [(rate(f"{SAVED}_sum"), "saved a second")],
+        False,
+    ),
+    (
+        "Time to first token, measured",
+        "s",
+        "With measure_share: mean of the prompts that were computed exactly to measure, and of "
+        "blended ones beside them.",
+        [
+            (measured("exact"), "exact"),
+            (measured("blended"), "blended"),
+            (f"{measured('exact')} - {measured('blended')}", "saved"),
+        ],
         False,
     ),
     (

@@ -1,12 +1,14 @@
 """``sgl-blend explain``: one prompt becomes a page that shows what blending did to it.
 
     sgl-blend explain prompt.txt --out page.html
+    sgl-blend explain --request ID --admin-api-key KEY --out page.html
 
 Token by token: what came from the prefix cache, what was reused (from which tier, how far it
 moved), what was recomputed (its score and rank), what was computed; the distribution of the scores,
-a time line, and what exact prefill says, token beside token. The prompt is sent twice, blended
-and then exactly; after that the server holds its exact KV, and a second page would show a prefix
-alone.
+a time line, and what exact prefill says, token beside token. A prompt from a file is sent twice,
+blended and then exactly; after that the server holds its exact KV, and a second page would show a
+prefix alone. A request that is over is explained as it was served, by its id (meta_info.id, the id
+of OpenAI's answers), where the server keeps it (--blend-explain-last).
 """
 
 from __future__ import annotations
@@ -29,11 +31,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("prompt", metavar="FILE", help="the prompt as text; - for standard input")
+    p.add_argument(
+        "prompt", metavar="FILE", nargs="?", help="the prompt as text; - for standard input"
+    )
+    p.add_argument("--request", metavar="ID", help="a request that was served, instead of FILE")
     p.add_argument("--out", type=Path, metavar="HTML", help="the page (default: FILE.html)")
     p.add_argument("--url", default="http://127.0.0.1:30000", help="the server (%(default)s)")
     p.add_argument("--api-key", help="the server's API key")
-    p.add_argument("--tokens", type=int, default=16, metavar="N", help="to answer (%(default)s)")
+    p.add_argument("--admin-api-key", help="the server's admin API key, for --request")
+    p.add_argument(
+        "--tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="to answer (%(default)s); 0 with --request: exact prefill is not asked",
+    )
     p.add_argument("--policy", help="instead of the server's")
     p.add_argument("--ratio", type=float, help="instead of the server's")
     p.add_argument("--cache-salt", help="the tenant whose documents are used")
@@ -45,25 +57,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, ServerError."""
-    from sgl_blend.cli.explaining import ask, page_of
+    from sgl_blend.cli.asking import ask, ask_about
+    from sgl_blend.cli.explaining import page_of
     from sgl_blend.cli.table import Progress
     from sgl_blend.harness.client import Client
 
-    if args.tokens < 1:
-        raise ConfigError(f"--tokens is {args.tokens}: it must be at least 1")
-    prompt = _read(args.prompt)
+    _check(args)
+    prompt = None if args.prompt is None else _read(args.prompt)
     out = args.out
     if out is None and not args.json:
-        if args.prompt == "-":
-            raise ConfigError("--out: name the page, where the prompt comes from standard input")
+        if args.prompt in (None, "-"):
+            source = "standard input" if args.prompt else "a request"
+            raise ConfigError(f"--out: name the page, where the prompt comes from {source}")
         out = Path(args.prompt).with_suffix(".html")
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else None
     custom = {"blend_policy": args.policy, "blend_ratio": args.ratio}
     tenant = {"cache_salt": args.cache_salt, "extra_key": args.extra_key}
+    client = Client(args.url, _key(args.api_key))
     with Progress() as progress:
-        asked = ask(
-            Client(args.url, headers), prompt, args.tokens, _given(custom), _given(tenant), progress
-        )
+        if prompt is None:
+            admin = Client(args.url, _key(args.admin_api_key or args.api_key))
+            asked = ask_about(client, admin, args.request, args.tokens, progress)
+        else:
+            asked = ask(client, prompt, args.tokens, _given(custom), _given(tenant), progress)
     page = page_of(asked)
     if args.json:
         print(json.dumps(asdict(page), indent=1))
@@ -74,6 +89,25 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out} cannot be written: {e.strerror}") from None
     print(out)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.prompt is None) == (args.request is None):
+        raise ConfigError("name a FILE with a prompt, or --request ID, and not both")
+    if args.tokens < (args.request is None):
+        raise ConfigError(f"--tokens is {args.tokens}: it must be at least 1, with --request 0")
+    if args.request is None:
+        if args.admin_api_key:
+            raise ConfigError("--admin-api-key is for --request")
+        return
+    for name in ("policy", "ratio", "cache_salt", "extra_key"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for a prompt that is sent; --request {args.request} was")
+
+
+def _key(key: str | None) -> dict[str, str] | None:
+    return {"Authorization": f"Bearer {key}"} if key else None
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +139,7 @@ def html(page: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     kinds: dict[str, int] = dict.fromkeys(
-        ("prefix", "given", "reused", "recomputed", "computed"), 0
+        ("prefix", "given", "reused", "recomputed", "again", "computed"), 0
     )
     for token in page.tokens:
         kinds[token.kind] += 1

@@ -1,40 +1,45 @@
 """One prompt, asked blended and exactly, as the facts of a page: what ``sgl-blend explain`` shows.
 
-Pure but for :func:`ask`, which talks to the server.
+Pure: ``asking.py`` talks to the server.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sgl_blend.errors import ConfigError
 from sgl_blend.eval.fidelity import Output, first_difference, truncated_kl
-from sgl_blend.harness.client import Answer, Client, ServerError, greedy
+from sgl_blend.harness.client import Answer, ServerError
 
-#: log-probabilities asked for at each output position: exact's likeliest tokens, and enough of the
-#: blended answer's that they are nearly always among them
-EXACT_TOP, BLENDED_TOP = 20, 200
 BINS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """ids, texts: of the prompt's tokens. blended, exact: the two answers."""
+    """ids, texts: of the prompt's tokens. blended, exact: the two answers. request: the id of one
+    that was over when it was asked about; ``blended`` then holds its answer without probabilities,
+    and no times of a client. no_exact: why there is no exact answer. earlier: of a request that
+    found as its prefix what another one had blended: that one's id and pieces."""
 
     model: str
     ids: tuple[int, ...]
     texts: tuple[str, ...]
     blended: Answer
-    exact: Answer
+    exact: Answer | None
+    request: str | None = None
+    no_exact: str = ""
+    earlier: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """Consecutive prompt tokens whose KV lay elsewhere. moved: positions from where it was computed
-    to here. recomputed: tokens of it; score: their and all others' sum, as a share of all."""
+    to here. recomputed: tokens of it; score: their and all others' sum, as a share of all. text: a
+    digest of its tokens, the same wherever this text is reused."""
 
     number: int
     start: int
@@ -45,6 +50,7 @@ class Span:
     exact: bool
     recomputed: int
     score: float | None
+    text: str
 
     @property
     def moved(self) -> int:
@@ -53,8 +59,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """kind: ``prefix``, ``given`` (exact, from the store), ``reused``, ``recomputed`` or
-    ``computed``. span: its number. rank: 1 is the highest score of those reused."""
+    """kind: ``prefix``, ``given`` (exact, from the store), ``reused``, ``recomputed``, ``again``
+    (found as an earlier request with this very prompt had blended it) or ``computed``. span: its
+    number. rank: 1 is the highest score of those reused."""
 
     position: int
     text: str
@@ -78,46 +85,24 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All that the page shows. times: (name, begin, end) in seconds since the request arrived."""
+    """All that the page shows. times: (name, begin, end) in seconds since the request arrived.
+    ttft, answers: of the blended and the exact one, as the client saw them; None where there is
+    none. same: both say the same, as far as both say something. earlier: the id of the request that
+    blended what this one found as its prefix."""
 
     model: str
+    request: str | None
     report: Mapping[str, Any]
     tokens: tuple[Token, ...]
     spans: tuple[Span, ...]
     steps: tuple[Step, ...]
     same: bool
     times: tuple[tuple[str, float, float], ...]
-    ttft: tuple[float, float]
-    answers: tuple[str, str]
+    ttft: tuple[float | None, float | None]
+    answers: tuple[str, str | None]
     suffix_start: int
-
-
-def ask(
-    client: Client,
-    prompt: str,
-    new_tokens: int,
-    custom: Mapping[str, Any],
-    tenant: Mapping[str, Any],
-    progress: Callable[[str], None],
-) -> Asked:
-    """Blended first: the exact KV of the other would be found as a prefix. Raises ServerError."""
-    progress("the prompt's tokens")
-    found = client.send("POST", "/tokenize", {"prompt": prompt}).json()
-    ids = [int(i) for i in found["tokens"]]
-    texts = client.send(
-        "POST", "/detokenize", {"tokens": [[i] for i in ids], "skip_special_tokens": False}
-    ).json()["text"]
-
-    def answer(what: str, top: int, said: Mapping[str, Any]) -> Answer:
-        progress(f"the answer, {what}")
-        body = greedy(ids, new_tokens, said) | {"return_logprob": True, "top_logprobs_num": top}
-        return client.stream({**body, "return_text_in_logprobs": True, **tenant})
-
-    blended = answer("blended", BLENDED_TOP, {**custom, "blend_explain": True})
-    exact = answer("by exact prefill", EXACT_TOP, {"blend": False})
-    info = client.send("GET", "/model_info").json()
-    model = str(info.get("served_model_name") or info.get("model_path"))
-    return Asked(model, tuple(ids), tuple(texts), blended, exact)
+    no_exact: str = ""
+    earlier: str | None = None
 
 
 def page_of(asked: Asked) -> Page:
@@ -134,33 +119,36 @@ def page_of(asked: Asked) -> Page:
             "the server tells nothing of single tokens: it is of an older version, or the request "
             f"was not prefilled by it (its report: {report})"
         )
-    pieces = report["explain"]["pieces"]
-    spans, facts = _spans(pieces)
-    prefix = int(report["prefix"])
-    tokens = tuple(
-        facts.get(i, Token(i, "", "prefix" if i < prefix else "computed"))
-        for i in range(len(asked.ids))
-    )
-    tokens = tuple(
-        Token(t.position, text, t.kind, t.span, t.score, t.rank)
-        for t, text in zip(tokens, asked.texts, strict=True)
-    )
-    exact, blended = _output(asked.exact), _output(asked.blended)
+    pieces, earlier = report["explain"]["pieces"], asked.earlier
+    spans, facts = _spans([*(earlier["pieces"] if earlier else ()), *pieces], asked.ids)
+    tokens = []
+    for i, text in enumerate(asked.texts):
+        kind = "prefix" if i < min(report["prefix"], report["exact"]) else "again"
+        t = facts.get(i) or Token(i, "", kind if i < report["prefix"] else "computed")
+        tokens.append(Token(i, text, t.kind, t.span, t.score, t.rank))
+    exact, blended = asked.exact, asked.blended
+    ids = _output(blended).ids
+    client = asked.request is None
     return Page(
         asked.model,
+        asked.request,
         {k: v for k, v in report.items() if k != "explain"},
-        tokens,
+        tuple(tokens),
         spans,
-        _steps(asked, exact, blended),
-        first_difference(exact.ids, blended.ids) is None,
-        _times(pieces, asked.blended.ttft),
-        (asked.blended.ttft, asked.exact.ttft),
-        (asked.blended.text, asked.exact.text),
+        () if exact is None else _steps(exact, blended),
+        exact is not None and first_difference(_output(exact).ids, ids) is None,
+        _times(pieces, blended.ttft if client else None),
+        (blended.ttft if client else None, None if exact is None else exact.ttft),
+        (blended.text, None if exact is None else exact.text),
         int(report["explain"]["suffix_start"]),
+        asked.no_exact,
+        None if earlier is None else earlier["id"],
     )
 
 
-def _spans(pieces: Sequence[Mapping[str, Any]]) -> tuple[tuple[Span, ...], dict[int, Token]]:
+def _spans(
+    pieces: Sequence[Mapping[str, Any]], ids: Sequence[int]
+) -> tuple[tuple[Span, ...], dict[int, Token]]:
     """The spans of all pieces, and what is known of their tokens, by position."""
     rows: list[tuple[Mapping[str, Any], int, list[Token]]] = []
     for piece in pieces:
@@ -169,7 +157,7 @@ def _spans(pieces: Sequence[Mapping[str, Any]]) -> tuple[tuple[Span, ...], dict[
         for s in piece.get("spans") or ():
             number, made = len(rows) + 1, []
             for i in range(s["start"], s["start"] + s["length"]):
-                kind = "given" if s["exact"] else "recomputed" if i in again else "reused"
+                kind = "recomputed" if i in again else "given" if s["exact"] else "reused"
                 score = None
                 if not s["exact"]:
                     score = scores[at] if scores is not None else None
@@ -185,23 +173,29 @@ def _spans(pieces: Sequence[Mapping[str, Any]]) -> tuple[tuple[Span, ...], dict[
     spans, facts = [], {}
     for s, number, made in rows:
         mass = math.fsum(t.score or 0.0 for t in made)
+        end = s["start"] + s["length"]
         spans.append(
             Span(
                 number,
                 s["start"],
-                s["start"] + s["length"],
+                end,
                 s["source_start"],
                 s["tier"],
                 s["generation"],
                 s["exact"],
                 sum(t.kind == "recomputed" for t in made),
                 mass / total if total and not s["exact"] else None,
+                _digest(ids[s["start"] : end]),
             )
         )
         for t in made:
             rank = ranks.get(t.position)
             facts[t.position] = Token(t.position, "", t.kind, number, t.score, rank)
     return tuple(spans), facts
+
+
+def _digest(ids: Sequence[int]) -> str:
+    return hashlib.blake2b(",".join(map(str, ids)).encode(), digest_size=4).hexdigest()
 
 
 def _output(answer: Answer) -> Output:
@@ -213,25 +207,26 @@ def _output(answer: Answer) -> Output:
     )
 
 
-def _steps(asked: Asked, exact: Output, blended: Output) -> tuple[Step, ...]:
+def _steps(exact: Answer, blended: Answer) -> tuple[Step, ...]:
     """Position by position; behind the first difference the two read different texts, and no
-    divergence is told."""
-    said = asked.exact.meta.get("output_token_logprobs") or []
-    other = asked.blended.meta.get("output_token_logprobs") or []
-    differs = first_difference(exact.ids, blended.ids)
+    divergence is told. What a blended answer says without probabilities is told without."""
+    said = exact.meta.get("output_token_logprobs") or []
+    other = blended.meta.get("output_token_logprobs") or []
+    ours, theirs = _output(exact), _output(blended)
+    differs = first_difference(ours.ids, theirs.ids)
     steps = []
     for i, (log_p, _, text) in enumerate(said):
         both = other[i] if i < len(other) else None
         kl = None
-        if both is not None and (differs is None or i <= differs):
-            common = {t: p for t, p in exact.logprobs[i].items() if t in blended.logprobs[i]}
-            kl = truncated_kl(common, blended.logprobs[i]) if common else None
+        if both is not None and theirs.logprobs and (differs is None or i <= differs):
+            common = {t: p for t, p in ours.logprobs[i].items() if t in theirs.logprobs[i]}
+            kl = truncated_kl(common, theirs.logprobs[i]) if common else None
         steps.append(
             Step(
                 text,
                 math.exp(log_p),
                 both[2] if both else None,
-                math.exp(both[0]) if both else None,
+                math.exp(both[0]) if both and both[0] is not None else None,
                 kl,
             )
         )
@@ -239,9 +234,10 @@ def _steps(asked: Asked, exact: Output, blended: Output) -> tuple[Step, ...]:
 
 
 def _times(
-    pieces: Sequence[Mapping[str, Any]], ttft: float
+    pieces: Sequence[Mapping[str, Any]], ttft: float | None
 ) -> tuple[tuple[str, float, float], ...]:
-    """What the request spent its time with, as far as the server's clock was looked at."""
+    """What the request spent its time with, as far as the server's clock was looked at. ttft: by a
+    client's clock."""
     times: list[tuple[str, float, float]] = []
     at = 0.0
     for piece in pieces:
@@ -252,6 +248,8 @@ def _times(
             at = piece["chosen"]
         times.append(("prefill", at, max(at, piece["done"])))
         at = max(at, piece["done"])
+    if ttft is None:
+        return tuple(times)
     # Seen from outside: the network, and the server's other processes, too.
     return (*times, ("first token, at the client", at, max(at, ttft)))
 

@@ -66,6 +66,12 @@ class Samples:
         return of(values) if values else None
 
 
+def _means(s: Samples, histogram: str, label: str) -> dict[str, tuple[float, float]]:
+    """A histogram's (count, mean) by the values of ``label``."""
+    sums, counts = (s.by(f"{histogram}_{end}", label) for end in ("sum", "count"))
+    return {key: (n, sums.get(key, 0.0) / n) for key, n in counts.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """How full a tier is. unit: ``tokens`` or ``bytes``. hits: share of what was asked for that it
@@ -82,7 +88,9 @@ class Level:
 class Frame:
     """One look. tokens: prompt tokens by ``KINDS``, since the server started; sources: the
     ``reused`` ones by tier. ttft_s: mean seconds to the first token since then. saved_s: seconds of
-    it that blending has saved, estimated, over ``blended`` prompts. recent: the same figures since
+    it that blending has saved, estimated, over ``blended`` prompts. measured: prompts and mean
+    seconds to the first token of those computed ``exact`` to measure, and ``blended`` beside them
+    (``--blend-measure-share``). recent: the same figures since
     the frame before, per second (``tokens``, ``requests``) or as a mean (``ttft_s``). blending:
     None where the server does not say. notes: what could not be read, and what to do."""
 
@@ -98,6 +106,7 @@ class Frame:
     ttft_s: float | None = None
     saved_s: float | None = None
     blended: float = 0.0
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     recent: Mapping[str, Any] = field(default_factory=dict)
     fallbacks: Mapping[str, float] = field(default_factory=dict)
     loads: Mapping[str, float] = field(default_factory=dict)
@@ -209,6 +218,7 @@ class Observer:
             "ttft_s": seconds / count if count else None,
             "saved_s": s.total("sgl_blend:ttft_saved_seconds_sum"),
             "blended": s.total("sgl_blend:ttft_saved_seconds_count") or 0.0,
+            "measured": _means(s, "sgl_blend:measured_ttft_seconds", "way"),
             "recent": self._recent(_Totals(self._clock(), tokens, requests, (seconds, count))),
             "fallbacks": s.by("sgl_blend:fallback_total", "reason"),
             "loads": s.by("sgl_blend:store_loads_total", "outcome"),

@@ -148,6 +148,7 @@ def _head(frame: Frame) -> RenderableType:
                 f"saved by blending: {frame.saved_s:,.1f} s over {frame.blended:,.0f} prompts, "
                 f"{each:.3f} s each (estimate)"
             )
+        lines += _measured(frame.measured)
     gate = frame.gate
     if gate.get("ratio") is not None:
         measured = [
@@ -157,6 +158,18 @@ def _head(frame: Frame) -> RenderableType:
         ]
         lines.append(f"gate: ratio {gate['ratio']:.3g}" + "".join(f", {m}" for m in measured))
     return Text("\n".join(lines))
+
+
+def _measured(found: Mapping[str, tuple[float, float]]) -> list[str]:
+    if not found:
+        return []
+    ways = ", ".join(
+        f"{found[way][1]:.3f} s {way} ({found[way][0]:,.0f} prompts)"
+        for way in ("exact", "blended")
+        if way in found
+    )
+    saved = found["exact"][1] - found["blended"][1] if len(found) == 2 else None
+    return [f"measured: {ways}" + ("" if saved is None else f": {saved:.3f} s saved")]
 
 
 def _tokens(frame: Frame) -> RenderableType:

@@ -98,6 +98,12 @@ _SAVED = (
     "prefill_seconds_per_token; 0 where blending computed more than exact prefill does.",
 )
 _SAVED_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_MEASURED = (
+    "sgl_blend:measured_ttft_seconds",
+    "From arrival at the scheduler to the first token, with measure_share: of the prompts picked "
+    "to be computed exactly (exact), and of the others that they stand for (blended).",
+)
+_MEASURED_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0, 7.0, 10.0, 20.0, 40.0, 100.0)
 _RISK = ("sgl_blend:risk", "Estimated risk of blended prompts (meta_info).")
 _RISK_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
@@ -121,6 +127,7 @@ class Metrics:
         self._gauges: dict[str, Gauge] = {}
         self._risk: Histogram | None = None
         self._saved: Histogram | None = None
+        self._measured: Histogram | None = None
         if labels is None:
             return
         from prometheus_client import REGISTRY, Gauge, Histogram
@@ -136,6 +143,9 @@ class Metrics:
         self._risk = risk.labels(**labels)
         saved = Histogram(*_SAVED, list(labels), registry=into, buckets=_SAVED_BUCKETS)
         self._saved = saved.labels(**labels)
+        self._measured = Histogram(
+            *_MEASURED, [*labels, "way"], registry=into, buckets=_MEASURED_BUCKETS
+        )
 
     def _count(self, key: str, n: int = 1, **labels: str) -> None:
         if key in self._counters:
@@ -173,6 +183,11 @@ class Metrics:
         if n:
             self.tokens[kind] += n
             self._count("tokens", n, kind=kind, source=source)
+
+    def measured(self, way: str, seconds: float) -> None:
+        """To the first token of one prompt; way: ``exact`` or ``blended``."""
+        if self._measured is not None:
+            self._measured.labels(**self._labels, way=way).observe(seconds)
 
     def risk(self, estimate: float) -> None:
         """Of one prompt that was blended, or was about to be."""

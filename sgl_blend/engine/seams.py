@@ -42,6 +42,10 @@ PREFILL_GRAPH_CAN_RUN = (
     ".PrefillCudaGraphRunner.can_run_graph"
 )
 ROPE_OF_LATENTS = "sglang.srt.layers.rotary_embedding.factory.get_rope_cpu"
+INTERNAL_STATE = (
+    "sglang.srt.managers.scheduler_components.internal_state"
+    ".SchedulerInternalStateController.get_internal_state"
+)
 REQUEST_LEVEL_INFO = (
     "sglang.srt.managers.scheduler_components.output_streamer"
     ".SchedulerOutputStreamer.is_request_level_customized_info_key"

@@ -35,6 +35,8 @@ from sgl_blend.engine.launch.disaggregation import watch_decode_nodes
 from sgl_blend.engine.metrics import Metrics
 from sgl_blend.engine.request import admission, report
 from sgl_blend.engine.request.connect_store import connect_store
+from sgl_blend.engine.request.kept import KeptRequests, answering
+from sgl_blend.engine.request.measuring import Measuring
 from sgl_blend.engine.request.planner import Planner, PlannerContext
 from sgl_blend.engine.request.state import namespace_of, read_options, state_of
 from sgl_blend.engine.request.underway import Underway
@@ -184,6 +186,11 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
             pace=clock.pace,
             # Latent attention has a faster form for ordinary rows.
             pads=isinstance(model_runner.attn_backend, TorchNativeAttnBackend) and not pool.latent,
+            # Ranks prefill the same requests; the first one's answer is taken.
+            kept=KeptRequests(config.explain_last)
+            if config.explain_last and ctx.tp_rank == 0
+            else None,
+            measuring=Measuring(config.measure_share, metrics) if config.measure_share else None,
         )
     )
     # Kernels are built at launch, not in the first blended request.
@@ -226,7 +233,7 @@ def _install_idle(planner: Planner) -> None:
         if tiers is not None:
             tiers.after_idle()
 
-    if live is not None or tiers is not None:
+    if live is not None or tiers is not None or planner.c.measuring is not None:
         seams.install(seams.SCHEDULER_IDLE, on_idle, "around")
 
 
@@ -362,5 +369,7 @@ def _install(
         seams.install(seams.REQUEST_ARRIVES, tiers.before_queue, "before")
         for target, hook, when in tiers.weights.hooks():
             seams.install(target, hook, when)
+    if config.explain_last:
+        seams.install(seams.INTERNAL_STATE, answering(planner.c.kept), "around")
     if config.report:
         seams.install(seams.REQUEST_LEVEL_INFO, report.is_request_level, "after")

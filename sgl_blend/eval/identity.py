@@ -31,6 +31,8 @@ ASIDE = (
     "offload",
     "adaptive_ratio",
     "report",
+    "explain_last",
+    "measure_share",
     "stored_scores",
     "risk",
 )

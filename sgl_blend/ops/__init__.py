@@ -19,6 +19,7 @@
 ``checks.py``         what launchers check; the kernels check values (slots, order) themselves
 ``build.py``          finds and compiles ``csrc/`` at first use
 ``upload.py``         what the host has made, to a device without waiting
+``download.py``       the other way
 ``reference.py``      the same functions in plain torch
 ====================  =========================================================
 
@@ -44,6 +45,7 @@ from sgl_blend.ops.cuda import Chosen
 from sgl_blend.ops.cuda_rows import Attended
 from sgl_blend.ops.deltas import At, kv_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
+from sgl_blend.ops.download import Download
 from sgl_blend.ops.gather import gather_chunks
 from sgl_blend.ops.mass import attention_mass
 from sgl_blend.ops.outward import outward_share
@@ -61,6 +63,7 @@ __all__ = [
     "AttentionWithMass",
     "Bias",
     "Chosen",
+    "Download",
     "FrequencyRope",
     "Parts",
     "Rope",

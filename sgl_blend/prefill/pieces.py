@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from sgl_blend.ops import Download
 from sgl_blend.plan import BlendPlan
 from sgl_blend.prefill.rows import PoolView, RowSegment, Shift
 from sgl_blend.selection import Policy, ReusedTokens
@@ -105,27 +106,44 @@ class PieceBlend:
 
 @dataclass
 class Told:
-    """What a piece's passes saw of the ``n`` reused tokens, for a request that asks for it. Reading
-    it waits for the device.
+    """What a piece's passes saw of the ``n`` reused tokens, for a request that is explained.
 
-    scores: fp32 [n] on the CPU, what the policy ranked them by, as last measured (a token that an
-    early check layer has dropped keeps the score it was dropped by); None: it went by place alone.
-    chosen: int64, ascending, those that are recomputed. planned, chosen_at: seconds of
-    ``time.perf_counter``.
+    waits: each note waits for the device, so that its times are the device's; otherwise reading
+    does. planned, chosen_at: seconds of ``time.perf_counter``.
     """
 
-    scores: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
+    waits: bool = True
     planned: float = field(default_factory=time.perf_counter)
     chosen_at: float | None = None
+    _scores: torch.Tensor | None = None
+    _chosen: Download | None = None
+    #: n; of which tokens; their scores
+    _unread: list[tuple[int, Download, Download]] = field(default_factory=list)
 
     def note(self, n: int, alive: torch.Tensor, scores: torch.Tensor, kept: torch.Tensor) -> None:
         """``scores`` of the tokens ``alive`` (indices), of which ``kept`` stay."""
-        if self.scores is None:
-            self.scores = torch.zeros(n)
-        self.scores[alive.cpu()] = scores.detach().float().cpu()
-        self.chosen = kept.cpu()
+        self._unread.append((n, Download(alive), Download(scores.detach().float())))
+        self._chosen = Download(kept)
+        if self.waits or not scores.is_cuda:
+            _ = self.scores
         self.chosen_at = time.perf_counter()
+
+    @property
+    def scores(self) -> torch.Tensor | None:
+        """fp32 [n] on the CPU, what the policy ranked them by, as last measured (a token that an
+        early check layer has dropped keeps the score it was dropped by); None: it went by place
+        alone."""
+        for n, alive, scores in self._unread:
+            if self._scores is None:
+                self._scores = torch.zeros(n)
+            self._scores[alive.get()] = scores.get()
+        self._unread.clear()
+        return self._scores
+
+    @property
+    def chosen(self) -> torch.Tensor | None:
+        """int64, ascending, on the CPU: those that are recomputed."""
+        return None if self._chosen is None else self._chosen.get()
 
 
 class HostTokens(Protocol):

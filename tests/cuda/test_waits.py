@@ -34,10 +34,17 @@ def no_kernels(monkeypatch):
 
 
 def serve(policy: str, pieces: int = 1, hosted: bool = False, windows=(), **options):
-    """What was seen of a prefill on the device; its KV and its logits agree with the CPU's."""
+    """What was seen of a prefill on the device."""
+    return serve_both(policy, pieces, hosted, windows, **options)[0]
+
+
+def serve_both(policy: str, pieces: int = 1, hosted: bool = False, windows=(), **options):
+    """What was seen of a prefill on the device, that one and the CPU's; its KV and its logits agree
+    with the CPU's."""
     options = {"policy": policy, "recompute_ratio": 0.2, **options}
     there = Small(torch.float16, hosted, windows)
-    plain = Served(there, CPU, lambda x: x, **options).run(pieces)
+    here = Served(there, CPU, lambda x: x, **options)
+    plain = here.run(pieces)
     with watching() as watch, planning():
         small = Small(torch.float16, hosted, windows)
         small.to(on_device, locked)
@@ -49,7 +56,7 @@ def serve(policy: str, pieces: int = 1, hosted: bool = False, windows=(), **opti
     for ours, theirs in zip([*small.k, *small.v], [*there.k, *there.v], strict=True):
         # A token that is recomputed here and cached there would be off by as much as it is long.
         torch.testing.assert_close(on_host(ours), theirs, rtol=0, atol=0.02)
-    return watch
+    return watch, served, here
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -61,6 +68,24 @@ def test_nothing_waits(kernels, policy, hosted, pieces):
     assert watch.waits == [], "\n".join(watch.table())
     assert kernels() > before and watch.copies
     assert Planned.plans == plans, "our own kernels attend"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_waits_for_what_is_kept_to_be_explained(kernels, policy):
+    """What is told of it when somebody asks is what the CPU tells."""
+    watch, there, here = serve_both(policy, 2, True, explain_last=2)
+    assert watch.waits == [], "\n".join(watch.table())
+    for mine, theirs in zip(there.reqs, here.reqs, strict=True):
+        told, want = there.kept.told(mine.rid), here.kept.told(theirs.rid)
+        assert told["ids"] == list(mine.origin_input_ids) and told["report"]["reused"] > 0
+        again = sum(len(p["recomputed"]) for p in told["explain"]["pieces"] if "spans" in p)
+        assert again == told["report"]["recomputed"] > 0
+        for piece, other in zip(*(x["explain"]["pieces"] for x in (told, want)), strict=True):
+            assert piece.get("spans") == other.get("spans")
+            ours, theirs = (p.get("scores") or [] for p in (piece, other))
+            assert (policy == "leading" or "spans" not in piece) is not bool(ours)
+            for a, b in zip(ours, theirs, strict=True):
+                assert a == b or a == pytest.approx(b, rel=0.1, abs=0.05)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -3,13 +3,20 @@ a 400, and the answer carries its report. Needs: CPU, real servers."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+
 import pytest
 import requests
 import sglang as sgl
+from polling import eventually
 from routes import ROUTES, Route, details_of, events, in_header, report_of
-from scraping import Gained, check_sums
+from scraping import Gained, by, check_sums
 from talk import SEP, Docs, all_at_once, ask, counts, words
 
+from sgl_blend.cli.main import main
+from sgl_blend.engine.metrics import Metrics
+from sgl_blend.engine.request.measuring import Measuring
 from sgl_blend.harness.server import Server
 
 by_path = pytest.mark.parametrize("route", ROUTES, ids=lambda r: r.path)
@@ -157,6 +164,8 @@ def test_a_request_with_several_prompts_has_one_report_over_them(blend):
 @pytest.fixture(scope="module")
 def asked(model, start) -> Server:
     args = ["--enable-blend", "--blend-default", "off", "--tokenizer-worker-num", "2"]
+    args += ["--blend-explain-last", "3", "--admin-api-key", "sesame"]
+    args += ["--blend-measure-share", "0.5"]
     return start(model, [*args, "--enable-metrics"])
 
 
@@ -181,6 +190,33 @@ def test_the_metrics_with_two_tokenizer_workers_add_up(asked):
     check_sums(gained, answers)
 
 
+def test_what_blending_saves_is_measured_on_a_share_of_the_prompts(asked):
+    """Those that were picked got exact prefill; those that say how they are blended are none of
+    it. Both ways are counted, whichever worker they came through."""
+    docs = Docs(38)
+    docs.warm(asked)
+    wish = {"blend": True}
+    rids = [f"m {i}" for i in range(6)]
+    jobs = [
+        lambda i=i: ask(asked, docs.prompt([i, (i + 2) % 6]), custom=wish, rid=rids[i])
+        for i in range(6)
+    ]
+    jobs += [lambda: ask(asked, docs.prompt([1, 5]), custom={"blend_ratio": 0.2})]
+    picked = Measuring(0.5, Metrics())
+    *told, said = [a.blend for a in all_at_once(jobs)]
+    exact = [picked.picks(rid) for rid in rids]
+    assert 0 < sum(exact) < len(rids)
+    for report, mine in zip(told, exact, strict=True):
+        assert report["fallback"] == ("measured by exact prefill" if mine else None)
+        assert (report["exact"] == counts(report)) is mine and (report["reused"] > 50) is not mine
+    assert said["reused"] > 50
+
+    name = "sgl_blend:measured_ttft_seconds"
+    want = {("exact",): sum(exact), ("blended",): len(rids) - sum(exact)}
+    assert eventually(lambda: by(asked, f"{name}_count", "way") == want)
+    assert all(by(asked, f"{name}_sum", "way")[way] > 0 for way in want)
+
+
 @sgl.function
 def forks(s):
     s += "USER: Please memorize these statements.\n"
@@ -200,3 +236,65 @@ def test_joined_forks_with_two_tokenizer_workers(asked):
         assert info.json()["options"]["default"] == "off"
     state = forks.run(temperature=0, backend=sgl.RuntimeEndpoint(asked.url))
     assert state.get_meta_info("answer")["blend"]["fallback"] == "off by default"
+
+
+def test_requests_that_were_served_are_explained_by_their_ids(asked, capsys, tmp_path):
+    """Whichever of the two workers is asked; those that were served since have one forgotten. The
+    page's kinds add up to the report that the answer had, and to an earlier request's where that
+    had blended the same prompt."""
+    shelf = Shelf(asked, 37)
+
+    def explain(rid: str, *words: str, key: str = "sesame") -> tuple[int, str, str]:
+        words = ("--url", asked.url, "--admin-api-key", key, *words)
+        code = main(["explain", "--request", rid, *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    def page_of(rid: str, *words: str) -> dict:
+        code, out, err = explain(rid, "--json", *words)
+        assert code == 0, err
+        return json.loads(out)
+
+    key = {"Authorization": "Bearer sesame"}
+    for path in ("/v1/completions", "/v1/responses", "/v1/chat/completions"):
+        [route] = [r for r in ROUTES if r.path == path]
+        answer = route.send(asked, shelf.prompt(), "policy=query; ratio=0.3").json()
+        where = f"{asked.url}/blend_explain?id={answer['id']}"
+        assert requests.get(where, headers=key, timeout=30).json()["id"] == answer["id"], path
+        assert requests.get(where, timeout=30).status_code == 401
+    report, rid = report_of(answer), answer["id"]
+    assert report["reused"] > 100 and "explain" not in report
+    pages = [page_of(rid, "--tokens", "2") for _ in range(4)]
+    for page in pages:
+        assert (page["request"], page["report"]) == (rid, report)
+        kinds = Counter(t["kind"] for t in page["tokens"])
+        assert {k: kinds[k] for k in ("prefix", "reused", "recomputed", "computed")} == {
+            k: report[k] for k in ("prefix", "reused", "recomputed", "computed")
+        }
+        assert len(page["tokens"]) == answer["usage"]["prompt_tokens"]
+        assert all(t["score"] is not None for t in page["tokens"] if t["kind"] == "recomputed")
+        assert 1 <= len(page["steps"]) <= 2 and page["steps"][0]["blended_p"] is None
+        assert page["times"] and page["ttft"][0] is None
+    # It was asked exactly under a tenant of its own: its KV is nobody's to find.
+    assert all(p["steps"][0]["exact"] == pages[0]["steps"][0]["exact"] for p in pages)
+
+    twice = {"text": shelf.prompt(), "rid": "mine", "sampling_params": {"max_new_tokens": 3}}
+    twice["sampling_params"]["custom_params"] = {"blend_policy": "leading"}
+    asked.generate(**twice)
+    asked.generate(**{**twice, "rid": "mine again"})
+    first, second = page_of("mine"), page_of("mine again", "--tokens", "0")
+    assert second["earlier"] == "mine" and second["report"]["prefix"] > first["report"]["prefix"]
+    assert second["steps"] == [] and "--tokens 0" in second["no_exact"]
+    same = [(a["kind"], b["kind"]) for a, b in zip(first["tokens"], second["tokens"], strict=True)]
+    # What was computed behind reused tokens is filed beside them; before them it is exact.
+    moved = {(a, b) for a, b in same if a != b}
+    assert moved <= {("computed", "again"), ("computed", "prefix")}, Counter(same)
+    assert Counter(t["kind"] for t in second["tokens"])["reused"] == first["report"]["reused"]
+
+    out = tmp_path / "page.html"
+    assert explain(rid, "--out", str(out))[0] == 0 and rid in out.read_text()
+    code, _, err = explain(rid, "--json", key="wrong")
+    assert code == 2 and "--admin-api-key" in err
+    asked.generate(**{**twice, "text": shelf.prompt(), "rid": "one more"})
+    code, _, err = explain(rid, "--json")
+    assert code == 2 and "--blend-explain-last 3" in err and rid in err

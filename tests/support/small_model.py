@@ -25,6 +25,8 @@ from sgl_blend.config import BlendConfig
 from sgl_blend.engine.forward.model_passes import ModelPasses
 from sgl_blend.engine.forward.pool import ModelPool
 from sgl_blend.engine.metrics import Metrics
+from sgl_blend.engine.request.kept import KeptRequests
+from sgl_blend.engine.request.measuring import Measuring
 from sgl_blend.engine.request.planner import Planner, PlannerContext
 from sgl_blend.engine.request.store_tier import StoreTier
 from sgl_blend.engine.wiring import OneRank
@@ -182,12 +184,17 @@ class Served:
             self.reqs.append(req)
             spans[req.rid] = list(self._spans(i))
         self.rows = move(self.rows)
+        last = self.config.explain_last
+        self.kept = KeptRequests(last) if last else None
+        share = self.config.measure_share
+        self.measuring = Measuring(share, Metrics()) if share else None
         self.planner = Planner(
             PlannerContext(
                 tree=self.world.cache, config=self.config, num_layers=LAYERS, max_positions=CONTEXT,
                 metrics=Metrics(), gate=GateState(self.config.recompute_ratio),
                 company=lambda forward_batch, batch: None,
-                tiers=_Tiers(device) if small.hosted else None, scores=self.scores,
+                tiers=_Tiers(device) if small.hosted else None, scores=self.scores, kept=self.kept,
+                measuring=self.measuring,
             )
         )  # fmt: skip
         self.planner.lookup = _Lookup(spans)

@@ -79,8 +79,9 @@ def test_one_tier_needs_no_indices():
 
 def test_what_is_still_on_its_way_from_the_device_is_waited_for():
     arrived = SimpleNamespace(query=lambda: arrived.now, now=False)
+    chosen = SimpleNamespace(there=arrived.query, get=lambda: torch.tensor([1]))
     c = Counts(4)
-    c._splits.append(Split(["device", "disk"], np.array([0, 1]), torch.tensor([1]), arrived))
+    c._splits.append(Split(["device", "disk"], np.array([0, 1]), chosen))
     assert not c.there()
     arrived.now = True
     assert c.there() and dict(c.recomputed_by()) == {"disk": 1}

@@ -59,6 +59,7 @@ REPORT = {
     "reused": 5,
     "recomputed": 2,
     "computed": 3,
+    "exact": 4,
     "policy": "query",
     "ratio": 0.4,
     "cost": 0.5,

@@ -26,6 +26,7 @@ def arguments(workers: int = 1):
 def environment(monkeypatch):
     monkeypatch.setattr("sgl_blend.engine.launch.routes.add_routes", lambda: None)
     monkeypatch.setattr("sgl_blend.engine.launch.info.add_info", lambda: None)
+    monkeypatch.setattr("sgl_blend.engine.launch.kept_route.add_kept_route", lambda: None)
     # Undone with the test, whatever it sets.
     monkeypatch.setenv(frontends.APP_PATH, "x")
     monkeypatch.delenv(frontends.APP_PATH)

@@ -28,7 +28,7 @@ def ours() -> dict[str, tuple[str, set[str]]]:
     registry = CollectorRegistry()
     metrics = Metrics({"model_name": "m"}, registry)
     labels = {}
-    for one in metrics._counters.values():
+    for one in (*metrics._counters.values(), metrics._measured):
         labels[one._name] = set(one._labelnames) - {"model_name"}
     found = {}
     for family in registry.collect():

@@ -11,7 +11,7 @@ from sgl_blend.cli.main import COMMANDS
 from sgl_blend.engine.forward.company import PREVENTS
 from sgl_blend.engine.launch.checks import TESTED_MEDIA, TESTED_MODELS
 from sgl_blend.engine.request.options import KEYS
-from sgl_blend.engine.request.report import put_report
+from sgl_blend.engine.request.report import report_of
 from sgl_blend.gate.state import TURNED_OFF
 from sgl_blend.selection import POLICIES
 
@@ -47,7 +47,7 @@ def test_request_keys_policies_and_commands_are_listed():
 
 def test_reports_are_shown_as_they_are():
     """The example of a report has its fields, and no others, wherever one is shown."""
-    source = inspect.getsource(put_report).split("if state.detail", 1)[0]
+    source = inspect.getsource(report_of)
     fields = re.findall(r'^ {8}"(\w+)": ', source, re.M)
     for text in (REFERENCE, REQUESTS):
         (shown,) = re.findall(r'^```json\n(\{"prefix": .*?\})\n```', text, re.M | re.S)

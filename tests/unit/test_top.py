@@ -64,6 +64,12 @@ def metrics(scale: int = 1, more: str = "") -> str:
         'sgl_blend:store_errors_total{call="lookup",reason="late",tp_rank="0"} 1',
         'sgl_blend:ttft_saved_seconds_sum{tp_rank="0"} 3.5',
         'sgl_blend:ttft_saved_seconds_count{tp_rank="0"} 7',
+        'sgl_blend:measured_ttft_seconds_sum{dp_rank="0",tp_rank="0",way="exact"} 1.5',
+        'sgl_blend:measured_ttft_seconds_sum{dp_rank="1",tp_rank="0",way="exact"} 2.5',
+        'sgl_blend:measured_ttft_seconds_count{dp_rank="0",tp_rank="0",way="exact"} 2',
+        'sgl_blend:measured_ttft_seconds_count{dp_rank="1",tp_rank="0",way="exact"} 3',
+        'sgl_blend:measured_ttft_seconds_sum{dp_rank="0",tp_rank="0",way="blended"} 10',
+        'sgl_blend:measured_ttft_seconds_count{dp_rank="0",tp_rank="0",way="blended"} 40',
         'sgl_blend:gate_state{tp_rank="0"} 1',
         'sgl_blend:gate_ratio{tp_rank="0"} 0.1',
         'sgl_blend:gate_kl{tp_rank="0"} 0.02',
@@ -126,6 +132,7 @@ def test_a_frame(fake):
     assert frame.not_computed == 0.7 and frame.ttft_s == 0.2 and frame.running == 3
     assert frame.sources == {"device": 400, "disk": 200}
     assert (frame.saved_s, frame.blended) == (3.5, 7)
+    assert frame.measured == {"blended": (40, 0.25), "exact": (5, 0.8)}
     assert frame.recent == {} and frame.notes == ()
     assert asked == ["ipc:///somewhere"] == [frame.store]
     device, memory = frame.tiers
@@ -155,6 +162,7 @@ def test_the_picture_shows_all_of_it(fake):
         "0.200 s (mean of all)",
         "ratio 0.1, KL 0.02",
         "saved by blending: 3.5 s over 7 prompts, 0.500 s each (estimate)",
+        "measured: 0.800 s exact (5 prompts), 0.250 s blended (40 prompts): 0.550 s saved",
         "reused from: device 400, disk 200",
         "60.0%",
         "3,072 tokens",

@@ -46,7 +46,9 @@ def prepare(server_args: ServerArgs, first: bool) -> None:
     loaded = "sglang.srt.entrypoints.http_server" in sys.modules
     if attach.COMMAND_LINE.get(server_args) or loaded:
         from sgl_blend.engine.launch.info import add_info
+        from sgl_blend.engine.launch.kept_route import add_kept_route
         from sgl_blend.engine.launch.routes import add_routes
 
         add_routes()
         add_info()
+        add_kept_route()

@@ -143,6 +143,7 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
     )
     from sgl_blend.engine.launch.families import check_family
     from sgl_blend.engine.launch.frontends import prepare
+    from sgl_blend.engine.launch.kept_route import check_readers
     from sgl_blend.engine.launch.own_store import start_store
 
     unset = False
@@ -152,6 +153,7 @@ def resolve_once(original: Callable[..., None], server_args: ServerArgs) -> None
             check_model_path(server_args.model_path)
             # Before SGLang finds other faults in what cannot be had anyway.
             check_options(server_args)
+            check_readers(server_args)
             if attach.COMMAND_LINE.get(server_args) and server_args.node_rank == 0:
                 check_port(server_args.host, server_args.port)
             check_family(server_args)

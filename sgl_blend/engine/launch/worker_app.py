@@ -10,6 +10,7 @@ from __future__ import annotations
 from sglang.srt.entrypoints.http_server import app
 
 from sgl_blend.engine.launch.info import add_info
+from sgl_blend.engine.launch.kept_route import add_kept_route
 from sgl_blend.engine.launch.routes import add_routes
 from sgl_blend.engine.launch.switch import hook_requests
 
@@ -18,3 +19,4 @@ __all__ = ["app"]
 hook_requests()
 add_routes()
 add_info()
+add_kept_route()

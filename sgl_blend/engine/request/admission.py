@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
+from sgl_blend.engine.request.measuring import note_wait
 from sgl_blend.engine.request.state import state_of
 from sgl_blend.gate.state import GateState
 
@@ -84,6 +85,18 @@ def admit(
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     def add_one_req(original: Any, adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
+        left = left_waiting(adder, req)
+        if config.measure_share:
+            note_wait(state_of(req, config, gate), left is not None)
+        if left is not None:
+            return left
+        result = original(adder, req, *args, **kw)
+        if underway is not None and adder.can_run_list and adder.can_run_list[-1] is req:
+            underway.admitted(adder, req)
+        return result
+
+    def left_waiting(adder: Any, req: Any) -> Any:
+        """What SGLang is answered where the request stays in the queue; None where it may run."""
         if tiers is not None and not tiers.admits(req):
             return AddReqResult.CONTINUE
         if underway is not None:
@@ -112,10 +125,7 @@ def admit(
             ):
                 state.passed_over += 1
                 return AddReqResult.OTHER
-        result = original(adder, req, *args, **kw)
-        if underway is not None and adder.can_run_list and adder.can_run_list[-1] is req:
-            underway.admitted(adder, req)
-        return result
+        return None
 
     def passed_over(adder: Any) -> Any:
         """The requests behind go ahead, unless so many have been looked at."""

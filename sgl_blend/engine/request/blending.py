@@ -70,7 +70,7 @@ def blend_of(
         src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])),
     )
     if state.detail is not None:
-        blend.told = Told()
+        blend.told = Told(state.detail.waits)
     ways = state.ways
     blend.query_values = ways.query_values
     if ways.correction and scored:

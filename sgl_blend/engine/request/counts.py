@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+from sgl_blend.ops import Download
 
 if TYPE_CHECKING:
+    import torch
+
     from sgl_blend.prefill.pieces import PieceBlend
 
 
@@ -17,15 +20,13 @@ if TYPE_CHECKING:
 class Split:
     """Which tiers the recomputed tokens of a piece came from, where it reused of several.
 
-    tiers: their names. of: int64 [n], which of them each reused token is of. chosen: int64 [k] on
-    the CPU, which reused tokens were recomputed; it may still be arriving. arrived: the event
-    behind its copy, None where there is nothing to wait for.
+    tiers: their names. of: int64 [n], which of them each reused token is of. chosen: int64 [k],
+    which reused tokens were recomputed.
     """
 
     tiers: list[str]
     of: np.ndarray
-    chosen: torch.Tensor
-    arrived: torch.cuda.Event | None = None
+    chosen: Download
 
     @classmethod
     def of_piece(cls, b: PieceBlend, chosen: torch.Tensor) -> Split:
@@ -33,19 +34,13 @@ class Split:
         scored = [s for s in b.plan.spans if not s.exact]
         tiers = sorted({s.tier for s in scored})
         of = np.repeat([tiers.index(s.tier) for s in scored], [s.length for s in scored])
-        if not chosen.is_cuda:
-            return cls(tiers, of, chosen)
-        arriving = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
-        arriving.copy_(chosen, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return cls(tiers, of, arriving, event)
+        return cls(tiers, of, Download(chosen))
 
     def there(self) -> bool:
-        return self.arrived is None or self.arrived.query()
+        return self.chosen.there()
 
     def counts(self) -> Counter[str]:
-        n = np.bincount(self.of[self.chosen.numpy()], minlength=len(self.tiers))
+        n = np.bincount(self.of[self.chosen.get().numpy()], minlength=len(self.tiers))
         return Counter(dict(zip(self.tiers, n.tolist(), strict=True)))
 
 

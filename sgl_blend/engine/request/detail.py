@@ -1,4 +1,5 @@
-"""What the report tells of single tokens, to a request that asks for it (``blend_explain``)."""
+"""What is told of single tokens: in the report of a request that asks for it (``blend_explain``),
+and of one that is kept (``kept.py``)."""
 
 from __future__ import annotations
 
@@ -7,20 +8,55 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sgl_blend.ops import Download
+
 if TYPE_CHECKING:
+    import torch
+
     from sgl_blend.plan import ReuseSpan
-    from sgl_blend.prefill.pieces import Piece
+    from sgl_blend.prefill.pieces import Piece, Told
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Of one piece: what is told as it is; the rest is read when it is asked for. positions: int64
+    [n] of its scored tokens. fixed: int64, which of them a policy that has no scores recomputes.
+    whole: all of them, it was computed in full."""
+
+    plain: dict[str, Any]
+    told: Told | None = None
+    positions: torch.Tensor | None = None
+    fixed: Download | None = None
+    whole: bool = False
+
+    def read(self) -> dict[str, Any]:
+        out = dict(self.plain)
+        if self.told is not None and self.told.scores is not None:
+            out["scores"] = [_short(x) for x in self.told.scores.tolist()]
+        if self.whole:
+            out["recomputed"] = [
+                i for s in out["spans"] for i in range(s["start"], s["start"] + s["length"])
+            ]
+        elif self.positions is not None:
+            chosen = None if self.told is None else self.told.chosen
+            if chosen is None and self.fixed is not None:
+                chosen = self.fixed.get()
+            if chosen is not None:
+                out["recomputed"] = self.positions[chosen].tolist()
+        return out
 
 
 @dataclass
 class Detail:
-    """Gathers a request's pieces. arrived: seconds of ``time.perf_counter``."""
+    """Gathers a request's pieces. arrived: seconds of ``time.perf_counter``. waits: the times told
+    are the device's, which is waited for."""
 
     arrived: float = field(default_factory=time.perf_counter)
-    pieces: list[dict[str, Any]] = field(default_factory=list)
+    waits: bool = True
+    _pieces: list[_Told] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
-        """A piece whose passes are over. What is told of it holds nothing of the device.
+        """A piece whose passes are over. What is kept of it holds nothing of the device.
 
         begin, rows: its tokens. spans: what of them was reused (``ReuseSpan``). scores: of the
         tokens of the spans that are not exact, in their order; None where the policy goes by place
@@ -28,30 +64,27 @@ class Detail:
         GPU, ``done`` is when the work was handed over, not when it was over.
         """
         b = piece.blend
-        told: dict[str, Any] = {
+        plain: dict[str, Any] = {
             "begin": piece.begin,
             "rows": piece.rows,
             "done": self._since(time.perf_counter()),
         }
-        if b is not None:
-            told["spans"] = [_span(s) for s in b.plan.spans]
-            chosen = b.fixed
-            if b.told is not None:
-                chosen = b.told.chosen if b.told.chosen is not None else chosen
-                told["planned"] = self._since(b.told.planned)
-                told["chosen"] = self._since(b.told.chosen_at or b.told.planned)
-                if b.told.scores is not None:
-                    told["scores"] = [_short(x) for x in b.told.scores.tolist()]
-            if chosen is not None:
-                told["recomputed"] = b.tokens.positions[chosen.cpu()].tolist()
-        self.pieces.append(told)
+        if b is None:
+            self._pieces.append(_Told(plain))
+            return
+        plain["spans"] = [_span(s) for s in b.plan.spans]
+        if b.told is not None:
+            plain["planned"] = self._since(b.told.planned)
+            plain["chosen"] = self._since(b.told.chosen_at or b.told.planned)
+        fixed = None if b.fixed is None else Download(b.fixed)
+        self._pieces.append(_Told(plain, b.told, b.tokens.positions, fixed, b.given_up))
 
     def _since(self, at: float) -> float:
         return round(at - self.arrived, 6)
 
     def told(self, suffix_start: int) -> dict[str, Any]:
-        """suffix_start: where the question begins."""
-        return {"suffix_start": suffix_start, "pieces": list(self.pieces)}
+        """suffix_start: where the question begins. Waits for what a device has yet to send."""
+        return {"suffix_start": suffix_start, "pieces": [p.read() for p in self._pieces]}
 
 
 def _short(x: float) -> float | None:

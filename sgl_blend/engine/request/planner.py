@@ -22,7 +22,9 @@ from sgl_blend.config import MAX_GENERATION, BlendConfig
 from sgl_blend.engine.forward.company import capture_nothing
 from sgl_blend.engine.request.blending import blend_of, seed_of
 from sgl_blend.engine.request.counts import Counts
+from sgl_blend.engine.request.kept import KeptRequests
 from sgl_blend.engine.request.lookup import SourceLookup
+from sgl_blend.engine.request.measuring import REASON, Measuring
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import RequestState, StateMark, namespace_of, state_of
 from sgl_blend.gate.state import GateState
@@ -49,6 +51,8 @@ class PlannerContext:
     scores: of the pool's slots, or None where they are not kept. company: ``(forward batch, batch)
     -> reason | None``: why no request of a batch can be blended (``engine/forward/company.py``).
     pace: seconds that a token of ordinary prefill takes, None while that is not known.
+    kept: the latest blended requests, for those who ask later; None: none are kept. measuring:
+    picks prompts that are computed exactly; None: none are.
     pads: SGLang's attention computes a piece's rows padded to the whole sequence
     (``torch_native``), so that a piece of few rows behind a long prefix takes as long as the whole
     prompt."""
@@ -64,6 +68,8 @@ class PlannerContext:
     scores: ScoreTable | None = None
     pace: Callable[[], float | None] = lambda: None
     pads: bool = False
+    kept: KeptRequests | None = None
+    measuring: Measuring | None = None
 
 
 @dataclass(eq=False)
@@ -116,6 +122,8 @@ class Planner:
                     # What an earlier piece has reused stays as it is, and labelled as it is.
                     state.fallback = company
                     spans = []
+                if spans and self.c.measuring and self.c.measuring.exact(req.rid, state):
+                    state.fallback, spans = REASON, []
                 self._set(mine[-1], spans, forward_batch.input_ids.device)
                 # A sampled prompt may end in a piece that reuses nothing.
                 sample = self._sample(req, begin + rows) if company is None else None
@@ -153,7 +161,10 @@ class Planner:
                 self.c.tiers.release(p.req)
 
     def settle(self) -> None:
-        """Put complete prompts into the metrics, once it is known what they are made of."""
+        """Put complete prompts into the metrics, once it is known what they are made of, and how
+        long they took."""
+        if self.c.measuring is not None:
+            self.c.measuring.settle()
         while self._complete and self._complete[0][0].there():
             counts, fallback = self._complete.popleft()
             self.c.metrics.prompt(counts, fallback, self.c.pace())
@@ -195,6 +206,8 @@ class Planner:
         if (state.next_begin, state.retractions) != (begin, req.retraction_count) or stale:
             self._restart(req, state, begin, _tokens(req))
         state.next_begin = begin + piece.rows
+        if self.c.kept is not None and state.probe is None:
+            self.c.kept.watch(state)
         return state
 
     def _starts(self, req: Any, state: RequestState, piece: Piece) -> np.ndarray:
@@ -323,13 +336,19 @@ class Planner:
             hosted = sum(s.length for s in b.plan.spans if s.parts)
             if hosted:
                 self.c.metrics.store("loaded", hosted)
+        if state.detail is not None:
+            state.detail.add(piece)
         if piece.begin + piece.rows >= state.prompt_tokens:
             state.counted = True
+            if self.c.kept is not None:
+                self.c.kept.add(req, state)
+            if self.c.measuring is not None:
+                self.c.measuring.prefilled(req, state)
             if not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):  # SGLang counts none either
                 self._complete.append((c, state.fallback))
                 self.settle()
         if self.c.config.report:
-            put_report(req, state, piece)
+            put_report(req, state)
 
 
 @dataclass(frozen=True, eq=False)

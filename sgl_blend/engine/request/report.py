@@ -21,18 +21,16 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
     from sgl_blend.engine.request.state import RequestState
-    from sgl_blend.prefill.pieces import Piece
 
 KEY = "blend"
 
 
-def put_report(req: Req, state: RequestState, piece: Piece) -> None:
-    """Put the counts so far on the request, ``piece`` being the last that they hold; the response
-    carries the last ones."""
+def report_of(state: RequestState) -> dict[str, Any]:
+    """The counts so far, and how the request is blended."""
     c = state.counts
     record = state.record
     n = c.prefix + c.reused + c.recomputed + c.computed
-    report = {
+    return {
         "prefix": c.prefix,
         "reused": c.reused,
         "recomputed": c.recomputed,
@@ -47,8 +45,12 @@ def put_report(req: Req, state: RequestState, piece: Piece) -> None:
         "risk": None if state.risk is None else round(state.risk, 4),
         "fallback": state.fallback,
     }
-    if state.detail is not None:
-        state.detail.add(piece)
+
+
+def put_report(req: Req, state: RequestState) -> None:
+    """Put the report on the request; the response carries the last one."""
+    report = report_of(state)
+    if state.options.explain and state.detail is not None:
         report["explain"] = state.detail.told(state.suffix_start)
     if req.customized_info is None:
         req.customized_info = {}

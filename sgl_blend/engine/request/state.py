@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,8 +83,16 @@ class RequestState:
     used_ratio: float = -1.0
     #: how much may be recomputed while chunks are loading without taking longer
     free_ratio: float = 0.0
-    #: what is told of single tokens; None: nobody asked (``blend_explain``)
+    #: what is told of single tokens; None: nobody asked (``blend_explain``), and it is not kept
+    #: for those who ask later (``kept``)
     detail: Detail | None = None
+    #: seconds of ``time.perf_counter``
+    arrived: float = field(default_factory=time.perf_counter)
+    #: how it takes part in measuring what blending saves (``measuring``); None: not at all
+    measured: str | None = None
+    #: since when, and how many seconds before that, it was left in the queue for blending's sake
+    held_since: float | None = None
+    held: float = 0.0
     #: highest estimated risk that it is answered with; 0: no bound
     max_risk: float = 0.0
     #: summed over its pieces so far; None before the first estimate
@@ -94,7 +103,7 @@ class RequestState:
     def __post_init__(self) -> None:
         self.used_ratio = self.ratio
         if self.options.explain:
-            self.detail = Detail()
+            self.detail = Detail(self.arrived)
 
     @property
     def wants_blend(self) -> bool:
