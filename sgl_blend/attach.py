@@ -49,6 +49,8 @@ LOAD = Attachment("_blend_load")
 # On ``PrefillAdder``.
 #: int: requests that it has looked at and passed over (``engine.request.admission``)
 PASSED = Attachment("_blend_passed")
+#: ``engine.request.whole.WholeBatch``: may its batch hold prompts longer than a piece, does it?
+WHOLE = Attachment("_blend_whole")
 #: set of bytes: chunks that prefill is computing just now (``engine.request.underway``)
 UNDERWAY = Attachment("_blend_underway")
 

@@ -196,3 +196,15 @@ class BlendRecord:
         n = min(upto, len(self.labels))
         out[:n] = self.labels[:n]
         return out
+
+
+def remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:
+    """The parts of ``span`` that do not come from ``lost`` chunks (ids)."""
+    if not span.parts:
+        return [span]
+    out, at = [], span.start
+    for part in span.parts:
+        if id(part.chunk) not in lost:
+            out.append(span.within(at, at + part.length))
+        at += part.length
+    return out

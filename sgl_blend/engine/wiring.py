@@ -40,6 +40,7 @@ from sgl_blend.engine.request.measuring import Measuring
 from sgl_blend.engine.request.planner import Planner, PlannerContext
 from sgl_blend.engine.request.state import namespace_of, read_options, state_of
 from sgl_blend.engine.request.underway import Underway
+from sgl_blend.engine.request.whole import WholePrompts, rows_of_a_piece
 from sgl_blend.errors import ConfigError, SeamError, UnsupportedError
 from sgl_blend.gate.budget import seconds_for
 from sgl_blend.gate.state import GateState
@@ -172,6 +173,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     metrics = Metrics(_metric_labels())
     tiers = connect_store(ctx, config, gate, tree, pool, num_layers, ranks, metrics)
     clock = ForwardClock(pool.k(0).device, None if tiers is None else tiers.service.speeds)
+    scores = _score_table(config, pool, num_layers)
     planner = Planner(
         PlannerContext(
             tree=tree,
@@ -182,7 +184,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
             tiers=tiers,
             gate=gate,
             company=lambda forward_batch, batch: why_not(forward_batch, batch, model),
-            scores=_score_table(config, pool, num_layers),
+            scores=scores,
             pace=clock.pace,
             # Latent attention has a faster form for ordinary rows.
             pads=isinstance(model_runner.attn_backend, TorchNativeAttnBackend) and not pool.latent,
@@ -191,6 +193,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
             if config.explain_last and ctx.tp_rank == 0
             else None,
             measuring=Measuring(config.measure_share, metrics) if config.measure_share else None,
+            most=rows_of_a_piece(scores is not None and scores.layer == num_layers - 1),
         )
     )
     # Kernels are built at launch, not in the first blended request.
@@ -337,12 +340,14 @@ def _install(
                     runner.lora_manager,
                 )
                 try:
-                    result = prefill.run(batch.pieces, passes, pool, ranks, config, scores)
+                    result = prefill.run(
+                        batch.pieces, passes, pool, ranks, config, scores, batch.most
+                    )
                     break
                 except LoadFailed as e:
                     # Each turn loses at least one chunk, so this ends.
                     logger.warning("sgl-blend: %s; they are computed instead", e)
-                    planner.without(batch.planned, e.chunks)
+                    planner.without(batch, e.chunks)
         planner.finish(batch.planned)
         if batch.samples:
             planner.live.collect(batch.samples, result)
@@ -362,6 +367,7 @@ def _install(
             underway=Underway(planner.c.tree, planner.lookup, config)
             if config.wait_for_documents
             else None,
+            whole=WholePrompts(planner.lookup, config, gate) if planner.c.most else None,
         ),
         "around",
     )

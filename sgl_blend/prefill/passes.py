@@ -101,10 +101,12 @@ def run(
     ranks: Ranks,
     config: BlendConfig,
     scores: ScoreTable | None = None,
+    most: int = 0,
 ) -> Any:
     """Prefill the batch; returns what the model's ``forward`` returns (the logits).
 
     scores: of the pool's slots; needed for ``Need.STORED``. Rows that run are scored anew.
+    most: rows that a pass runs, where pieces with a ``tail`` let it run fewer; 0: any number.
     """
     passes = [PiecePass(p) if p.blend is None else BlendPass(p, p.blend) for p in pieces]
     asking = [s for s in passes if isinstance(s, BlendPass) and s.blend.question_ids is not None]
@@ -118,14 +120,35 @@ def run(
     checking = _of_need(passes, Need.DEVIATION)
     if checking:
         _check_passes(checking, passes, model, pool, ranks, config)
-    result = _pass(passes, passes, model, pool, scores)
+    result = _last_pass(passes, model, pool, scores, most)
     depth = query_depth(model.num_layers, config)
     over = estimate(passes, result, depth, model, pool, ranks)
     if over:
         # The whole batch once more: all that SGLang reads of it by rows then comes of one pass.
         passes = [PiecePass(s.piece) if s in over else s for s in passes]
-        result = _pass(passes, passes, model, pool, scores)
+        result = _last_pass(passes, model, pool, scores, most)
     return result
+
+
+def _last_pass(
+    passes: Sequence[PiecePass], model: Model, pool: PoolView, scores: ScoreTable | None, most: int
+) -> Any:
+    """The pass that computes the logits. What it would run beyond ``most`` rows runs before it:
+    the first rows of ordinary pieces, as if they had been pieces of their own."""
+    beyond = sum(s.count for s in passes) - most if most else 0
+    for s in passes:
+        if beyond <= 0:
+            break
+        if isinstance(s, BlendPass) or not s.piece.tail or s.rows is not None:
+            continue
+        ahead = min(beyond, s.piece.rows - s.piece.tail)
+        beyond -= ahead
+        for first in range(0, ahead, most):
+            s.rows = torch.arange(first, min(first + most, ahead), device=s.device)
+            # All that later rows need of it is KV.
+            _pass([s], passes, model, pool, scores, stop=model.num_layers - 1)
+        s.rows = torch.arange(ahead, s.piece.rows, device=s.device)
+    return _pass(passes, passes, model, pool, scores)
 
 
 def _of_need(passes: Sequence[PiecePass], need: Need) -> list[BlendPass]:

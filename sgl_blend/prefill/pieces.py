@@ -15,7 +15,7 @@ import torch
 from sgl_blend.ops import Download
 from sgl_blend.plan import BlendPlan
 from sgl_blend.prefill.rows import PoolView, RowSegment, Shift
-from sgl_blend.selection import Policy, ReusedTokens
+from sgl_blend.selection import Need, Policy, ReusedTokens
 
 
 @dataclass
@@ -26,6 +26,9 @@ class Piece:
     kv_slots: int64 [begin + rows], pool slots of all its tokens so far, own rows included.
     blend: None for an ordinary request. starts: int64 [rows], where each row's document begins, for
     the scores that are stored; None where none are kept.
+    tail: of a prompt that was taken into the batch whole though it is longer than a piece, how many
+    of its last rows the pass has to run that computes the logits; those before may run ahead. 0:
+    all.
     """
 
     row0: int
@@ -34,6 +37,22 @@ class Piece:
     kv_slots: torch.Tensor
     blend: PieceBlend | None = None
     starts: torch.Tensor | None = None
+    tail: int = 0
+
+    @property
+    def running(self) -> int:
+        """How many of its rows run in its largest pass, at most. Known once it is planned."""
+        b = self.blend
+        if b is None:
+            return self.rows
+        brought = b.tokens.count + sum(s.length for s in b.plan.spans if s.exact)
+        every = b.policy.need is Need.DEVIATION
+        return self.rows - brought + (b.tokens.count if every else b.recomputed())
+
+    @property
+    def least(self) -> int:
+        """How few of its rows the pass that computes the logits can run."""
+        return self.tail if self.tail and self.blend is None else self.running
 
     def segment(self, first: int, rows: torch.Tensor) -> RowSegment:
         """Its local ``rows`` (int64, ascending) as rows ``first``.. of a pass."""

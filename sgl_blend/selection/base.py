@@ -88,6 +88,10 @@ class Policy(ABC):
         """Tokens to recompute out of ``count`` reused ones."""
         return budget_of(count, ratio)
 
+    def at_most(self, lengths: Sequence[int], ratio: float, config: BlendConfig) -> int:
+        """The most tokens that ``select`` chooses out of spans of these lengths."""
+        return self.budget(sum(lengths), ratio)
+
     def takes_ratio(self, config: BlendConfig) -> bool:
         """Does a higher ratio recompute more?"""
         return self.budget(1000, 0.2) > self.budget(1000, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sgl_blend.selection.base import Policy, ReusedTokens, first
@@ -52,6 +53,11 @@ class Leading(Policy):
     """
 
     name = "leading"
+
+    def at_most(self, lengths: Sequence[int], ratio: float, config: BlendConfig) -> int:
+        if config.leading_tokens:
+            return sum(min(n, config.leading_tokens) for n in lengths)
+        return super().at_most(lengths, ratio, config)
 
     def takes_ratio(self, config: BlendConfig) -> bool:
         return not config.leading_tokens

@@ -257,7 +257,7 @@ class Served:
                 raise AssertionError("nothing was blended")
             model = ModelPasses(self.small.forward, fb, LAYERS)
             result = passes.run(
-                planned.pieces, model, self.pool, OneRank(), self.config, self.scores
+                planned.pieces, model, self.pool, OneRank(), self.config, self.scores, planned.most
             )
             self.planner.finish(planned.planned)
         return result.next_token_logits

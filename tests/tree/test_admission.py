@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from admission_queue import PIECE, Queue
 from cache_world import World, doc
-from packing import pack
 
-from sgl_blend.config import BlendConfig
-from sgl_blend.engine.request.admission import LOOKS, PATIENCE, admit
+from sgl_blend.engine.request.admission import LOOKS, PATIENCE
 from sgl_blend.engine.request.lookup import SourceLookup
-from sgl_blend.gate.state import GateState
 
-PIECE = 256
 A, B = doc(10, 150), doc(11, 120)
-
-
-class Queue:
-    """Packs prefill batches of one waiting queue, as ``Scheduler`` does, with our hook or
-    without."""
-
-    def __init__(self, world: World, hooked: bool = True, apart: bool = False) -> None:
-        self.world = world
-        config, gate = BlendConfig(tiers=("device",)), GateState(0.1)
-        lookup = SourceLookup(world.cache, config, gate, 4096, None)
-        hook = admit(config, gate, None, lookup, apart)
-        self.add = hook if hooked else lambda add, adder, req, **kw: add(adder, req, **kw)
-
-    def batch(self, reqs: list) -> tuple[list[tuple[str, int, int]], list]:
-        """(id, begin, end) of what runs, in order; and the requests that go on waiting."""
-        runs, left = pack(self.world, self.add, reqs, PIECE)
-        return [(r.rid, r.prefix_len, r.extend_end) for r in runs], left
 
 
 def seen_world() -> World:

@@ -102,6 +102,12 @@ def why_not(
     return None
 
 
+def rows_are_bounded() -> bool:
+    """May a batch hold more rows than a piece, as long as no pass runs more? Not where what SGLang
+    records goes by the batch's rows."""
+    return not (notes_experts() or _notes_experts_of_each_token())
+
+
 def _holds(value: Any) -> bool:
     """Does a field hold anything? A list has one entry a request."""
     if isinstance(value, list):

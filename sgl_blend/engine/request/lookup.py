@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from sgl_blend.engine.forward.company import notes_experts
 from sgl_blend.engine.request.state import RequestState, state_of, unservable
 from sgl_blend.gate.state import TURNED_OFF, GateState
 from sgl_blend.plan import ReuseSpan
+from sgl_blend.selection import Need
 
 
 class Sources(Protocol):
@@ -44,6 +45,17 @@ class Loaded(Protocol):
 
     def fill(self, req: Any, begin: int, end: int, here: list[ReuseSpan]) -> list[ReuseSpan]:
         """``here``, and what the request has loaded besides."""
+
+    def free_ratio(self, req: Any) -> float:
+        """The recompute ratio that costs nothing while the request's chunks are loading."""
+
+
+class Running(NamedTuple):
+    """Of a prompt that is prefilled in one piece: how many of its rows run in one pass, at most,
+    and the ratio it is blended at."""
+
+    rows: int
+    ratio: float
 
 
 class SourceLookup:
@@ -111,6 +123,28 @@ class SourceLookup:
         """Would a waiting request be blended if it ran now, so that what it is cut into matters?"""
         spans = self._waiting(req) if state_of(req, self.config, self.gate).wants_blend else []
         return not all(s.exact for s in spans)
+
+    def running(self, req: Any, room: int) -> Running | None:
+        """What of a waiting request would run if all of it were blended now; None where it would
+        not be blended, or more than ``room`` rows ran."""
+        state = state_of(req, self.config, self.gate)
+        spans = self._waiting(req) if state.wants_blend else []
+        if not spans:
+            return None
+        scored = [s.length for s in spans if not s.exact]
+        computed = len(req.full_untruncated_fill_ids) - int(req.prefix_len)
+        computed -= sum(s.length for s in spans)
+        ratios = [state.used_ratio]
+        if self.loads is not None and state.options.ratio is None:
+            # The planner raises it where slow chunks are loading.
+            ratios.insert(0, max(state.used_ratio, self.loads.free_ratio(req)))
+        for ratio in ratios:
+            again = state.policy.at_most(scored, ratio, self.config)
+            if state.policy.need is Need.DEVIATION:
+                again = sum(scored)  # all run up to the check layer
+            if computed + again <= room:
+                return Running(computed + again, ratio)
+        return None
 
     def would_reuse(self, req: Any) -> bool:
         """Would any of a waiting request be reused if it ran now, be it all recomputed?"""

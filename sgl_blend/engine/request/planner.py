@@ -27,13 +27,9 @@ from sgl_blend.engine.request.lookup import SourceLookup
 from sgl_blend.engine.request.measuring import REASON, Measuring
 from sgl_blend.engine.request.report import put_report
 from sgl_blend.engine.request.state import RequestState, StateMark, namespace_of, state_of
+from sgl_blend.engine.request.whole import rows_with_logits
 from sgl_blend.gate.state import GateState
-from sgl_blend.plan import (
-    BLENDED,
-    EXACT,
-    BlendRecord,
-    ReuseSpan,
-)
+from sgl_blend.plan import BLENDED, EXACT, BlendRecord, ReuseSpan, remaining
 from sgl_blend.prefill.passes import token_layers
 from sgl_blend.prefill.pieces import Piece
 from sgl_blend.prefill.scores import ScoreTable
@@ -55,7 +51,8 @@ class PlannerContext:
     picks prompts that are computed exactly; None: none are.
     pads: SGLang's attention computes a piece's rows padded to the whole sequence
     (``torch_native``), so that a piece of few rows behind a long prefix takes as long as the whole
-    prompt."""
+    prompt. most: rows that a piece holds, for prompts that are longer and not cut (``whole.py``);
+    0: there are none."""
 
     tree: ChunkRadixCache
     config: BlendConfig
@@ -70,6 +67,7 @@ class PlannerContext:
     pads: bool = False
     kept: KeptRequests | None = None
     measuring: Measuring | None = None
+    most: int = 0
 
 
 @dataclass(eq=False)
@@ -80,6 +78,8 @@ class _Planned:
     state: RequestState
     piece: Piece
     before: StateMark
+    #: which request of the batch
+    index: int
 
 
 class Planner:
@@ -115,7 +115,9 @@ class Planner:
                 state = self._begin(req, piece)
                 if scores is not None:
                     piece.starts = ops.upload(self._starts(req, state, piece), no_slots.device)
-                mine.append(_Planned(req, state, piece, state.mark()))
+                mine.append(_Planned(req, state, piece, state.mark(), i))
+                if state.whole is not None:
+                    piece.tail = rows_with_logits(forward_batch, i)
                 spans = self._spans(req, state, piece)
                 state.decided = True
                 if spans and company is not None and state.probe is None:
@@ -125,14 +127,19 @@ class Planner:
                 if spans and self.c.measuring and self.c.measuring.exact(req.rid, state):
                     state.fallback, spans = REASON, []
                 self._set(mine[-1], spans, forward_batch.input_ids.device)
-                # A sampled prompt may end in a piece that reuses nothing.
-                sample = self._sample(req, begin + rows) if company is None else None
-                if sample is not None:
-                    samples.append((i, sample))
             pieces.append(piece)
             row += rows
+        most = self.c.most if any(p.state.whole is not None for p in mine) else 0
+        if most:
+            self._bound(mine, pieces, most, no_slots.device)
+        for p in mine if company is None else ():
+            # A sampled prompt may end in a piece that reuses nothing.
+            sample = self._sample(p.req, p.piece.begin + p.piece.rows)
+            if sample is not None:
+                samples.append((p.index, sample))
         blended = bool(samples) or any(piece.blend is not None for piece in pieces)
-        blended = blended or (company is None and any(map(self._padded, mine)))
+        beyond = 0 < most < sum(piece.running for piece in pieces)
+        blended = blended or (company is None and (beyond or any(map(self._padded, mine))))
         if blended and not batch.return_hidden_states:
             capture_nothing(forward_batch)
         if not blended:
@@ -145,7 +152,7 @@ class Planner:
                 piece.kv_slots = row_slots.to(torch.int64)
                 if piece.blend is not None and self.c.tiers is not None:
                     self.c.tiers.attach(req, piece)
-            attach.PIECES.set(forward_batch, PlannedBatch(pieces, mine, samples, blended))
+            attach.PIECES.set(forward_batch, PlannedBatch(pieces, mine, samples, blended, most))
 
     def _padded(self, p: _Planned) -> bool:
         """Is the piece, which reuses nothing, better run as beside a blended one?"""
@@ -183,20 +190,36 @@ class Planner:
             self._label(p.req, state, p.piece.begin, p.piece.begin + p.piece.rows, [])
             state.fallback = "risk above max_risk"
 
-    def without(self, planned: list[_Planned], chunks: list[Any]) -> None:
+    def _bound(
+        self, planned: list[_Planned], pieces: list[Piece], most: int, device: torch.device
+    ) -> None:
+        """Compute prompts that were taken whole and of which more runs than was reckoned, where a
+        pass of the batch would run more than ``most`` rows. Computed rows can run ahead."""
+        whole = [p for p in planned if p.state.whole is not None and p.piece.blend is not None]
+        whole.sort(key=lambda p: p.piece.running)
+        while whole and sum(piece.least for piece in pieces) > most:
+            p = whole.pop()
+            p.state.reset_to(p.before, p.req)
+            p.state.fallback = "sources of a long prompt gone"
+            self._set(p, [], device)
+
+    def without(self, batch: PlannedBatch, chunks: list[Any]) -> None:
         """Plan again without ``chunks``, which did not arrive: their tokens are computed."""
         lost = set(map(id, chunks))
-        for p in planned:
+        for p in batch.planned:
             blend = p.piece.blend
             if blend is None or not any(
                 id(part.chunk) in lost for s in blend.plan.spans for part in s.parts
             ):
                 continue
             p.state.reset_to(p.before, p.req)
-            spans = [t for s in blend.plan.spans for t in _remaining(s, lost)]
+            spans = [t for s in blend.plan.spans for t in remaining(s, lost)]
             self._set(p, spans, p.piece.kv_slots.device)
             if p.piece.blend is not None:
                 self.c.tiers.attach(p.req, p.piece)
+        if batch.most:
+            device = batch.pieces[0].kv_slots.device
+            self._bound(batch.planned, batch.pieces, batch.most, device)
 
     def _begin(self, req: Any, piece: Piece) -> RequestState:
         """The request's state at the beginning of ``piece``."""
@@ -278,6 +301,9 @@ class Planner:
 
     def _ratio(self, state: RequestState, spans: list[ReuseSpan]) -> float:
         """The request's ratio, or a higher one that costs nothing while slow chunks are loading."""
+        if state.whole is not None:
+            state.used_ratio = state.whole
+            return state.used_ratio
         loading = any(s.parts and not s.exact for s in spans)
         if loading and state.options.ratio is None:
             state.used_ratio = max(state.used_ratio, state.free_ratio)
@@ -355,24 +381,14 @@ class Planner:
 class PlannedBatch:
     """What travels on a ``ForwardBatch``: the pieces to run, how to plan them again, and which
     rows of its output the correctness gate wants to see: (row, sample). blended: it runs in our
-    passes; False for a batch that SGLang runs unchanged, and that is scored."""
+    passes; False for a batch that SGLang runs unchanged, and that is scored. most: rows that a pass
+    runs, where the batch holds prompts longer than a piece; 0: it holds none."""
 
     pieces: list[Piece]
     planned: list[_Planned]
     samples: list[tuple[int, Any]]
     blended: bool = True
-
-
-def _remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:
-    """The parts of ``span`` that do not come from ``lost`` chunks (ids)."""
-    if not span.parts:
-        return [span]
-    out, at = [], span.start
-    for part in span.parts:
-        if id(part.chunk) not in lost:
-            out.append(span.within(at, at + part.length))
-        at += part.length
-    return out
+    most: int = 0
 
 
 def _tokens(req: Any) -> np.ndarray:

@@ -76,6 +76,9 @@ class RequestState:
     passed_over: int = 0
     #: how many batches it has waited for documents that others compute (``admission``)
     awaited: int = 0
+    #: the ratio under which it was last taken into a batch whole though it is longer than a piece;
+    #: None: it was not (``whole``)
+    whole: float | None = None
     #: whether it found anything to reuse when it was last considered for a batch (``admission``)
     reuses: bool = False
     probe: Probe | None = None
