@@ -41,6 +41,7 @@ USED = (
     "sglang.srt.managers.schedule_batch.ScheduleBatch",
     "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
     "sglang.srt.managers.schedule_policy.AddReqResult",
+    "sglang.srt.managers.schedule_policy.PrefillAdder.budget_state",
     "sglang.srt.managers.schedule_policy.PrefillAdder.ceil_paged_tokens",
     "sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",

@@ -14,7 +14,6 @@ from small_model import LAYERS, Served, Small
 from sgl_blend import attach
 from sgl_blend.engine.request.state import state_of
 from sgl_blend.prefill import passes as prefill
-from sgl_blend.tiering.chunks import LoadFailed
 
 CPU = torch.device("cpu")
 #: rows of a piece: of the two prompts' 210 and 230 tokens, 124 each are found, and 218 rows run
@@ -155,15 +154,12 @@ def test_loads_that_fail():
     assert max(served.ran) <= MOST
     assert served.report(0)["fallback"] == GONE and served.report(0)["computed"] == 210
     same(logits[0], exact()[0])
-    assert isinstance(LoadFailed([], "x"), Exception)
 
 
 def test_rows_whose_logits_are_read_are_not_run_ahead():
     served = Bounded(most=100)
     for i in (0, 1):
         served.lose(i)
-    served.planner.c = replace(served.planner.c)
-    [right] = Bounded(most=0, policy="all").run()
     seen = []
     last = prefill._last_pass
 
@@ -176,7 +172,7 @@ def test_rows_whose_logits_are_read_are_not_run_ahead():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(prefill, "_last_pass", watched)
         [logits] = served.run()
-    same(logits, right)
+    same(logits, exact())
     assert seen[0] >= 41 and sum(seen) <= 100 and max(served.ran) <= 100
 
 

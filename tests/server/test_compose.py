@@ -260,12 +260,13 @@ def test_long_prompts_in_small_pieces_equal_plain(packed, plain, question):
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "leading", "random", "none"])
 def test_pieces_report_and_repeat(packed, policy):
+    """The question alone fills a piece, so that the prompt is cut."""
     d = Docs(61)
     d.warm(packed)
-    p = d.prompt([4, 0, 2, 3])
-    first = ask(packed, p, custom={"blend_policy": policy})
+    p = d.prompt([4, 0, 2, 3], question=140)
+    first = ask(packed, p, custom={"blend_policy": policy, "blend_explain": True})
     check_report(first)
-    assert first.blend["reused"] > 200
+    assert first.blend["reused"] > 200 and len(first.blend["explain"]["pieces"]) > 3
     packed.flush()
     d.rng.seed(1)
     d.warm(packed)

@@ -71,9 +71,9 @@ def test_the_default_holds_where_the_question_lies_in_a_later_piece(shipped):
     """Chunked prefill: every piece but the last is selected for a question that it does not
     hold."""
     size = 256
-    rows, samples = _rows(
-        shipped, {"one": 6, "joint": 4}, ("default",), "--chunked-prefill-size", str(size)
-    )
+    # The second flag: nothing longer than a piece is taken whole.
+    flags = ("--chunked-prefill-size", str(size), "--max-prefill-tokens", str(size))
+    rows, samples = _rows(shipped, {"one": 6, "joint": 4}, ("default",), *flags)
     mine = [s for s in samples if s.setting == "default"]
     assert all(s.tokens.prompt - s.tokens.prefix > size for s in mine), "prefilled in one piece"
     row = rows["default"]

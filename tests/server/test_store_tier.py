@@ -290,7 +290,8 @@ def test_new_weights_find_no_old_chunks(server, store, model):
 
 @pytest.fixture(scope="module")
 def in_pieces(model, start, store) -> Server:
-    args = ["--page-size", "16", "--chunked-prefill-size", "256"]
+    """The last flag: nothing longer than a piece is taken whole."""
+    args = ["--page-size", "16", "--chunked-prefill-size", "256", "--max-prefill-tokens", "256"]
     some = start(model, [*ARGS, *args, "--blend-store-endpoint", store[0].endpoint])
     yield some
     some.stop()

@@ -56,12 +56,15 @@ def test_explain_tells_of_every_token(packed, tmp_path, capsys):
     params = {"temperature": 0, "max_new_tokens": 1, "custom_params": {"blend": False}}
     packed.generate(text=[f"{d}\n\n" for d in docs], sampling_params=params)
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text("\n\n".join(docs[i] for i in (3, 0, 4, 1)) + "\n\nWhat is on page 3?")
+    prompt.write_text(
+        "\n\n".join(docs[i] for i in (3, 0, 4, 1)) + "\n\nWhat is on page 3?" + " Please!" * 16
+    )
     words = ["explain", str(prompt), "--url", packed.url, "--tokens", "4"]
     code, page = _json(capsys, *words)
     assert code == 0
     report, kinds = page["report"], Counter(t["kind"] for t in page["tokens"])
     assert report["recomputed"] > 0 and len(page["tokens"]) > 2 * 128  # the piece's size
+    assert report["computed"] > 128, "one piece"
     for kind in ("prefix", "reused", "recomputed", "computed"):
         assert kinds[kind] == report[kind], (kinds, report)
     text = "".join(t["text"] for t in page["tokens"])

@@ -36,11 +36,6 @@ def warm(world: World, number: int = 31, question: int = 40, custom: dict | None
     return req
 
 
-def runs_of(req) -> int:
-    """Rows that run of ``warm``, as it was taken: all but its documents, and a tenth of these."""
-    return attach.STATE.get(req).whole
-
-
 @pytest.mark.parametrize("page", [1, 16])
 def test_a_warm_prompt_is_one_piece_and_the_rest_of_the_piece_is_others(page):
     """Its batch goes on for as many tokens as its running rows leave. SGLang's pool is charged for
@@ -223,7 +218,6 @@ def test_nobody_waits_for_ever_behind_whole_prompts():
     assert queue.batch(left)[0] == [(req.rid, 0, len(req.origin_input_ids))]
     # One that is gone when its turn comes holds up one batch, not more.
     gone = _image(world, 71)
-    attach.STATE.get(other)  # the first one's patience is its own
     for turn in range(PATIENCE):
         queue.batch([warm(world, 300 + turn), gone])
     req = warm(world, 195)
