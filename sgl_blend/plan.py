@@ -202,9 +202,10 @@ def remaining(span: ReuseSpan, lost: set[int]) -> list[ReuseSpan]:
     """The parts of ``span`` that do not come from ``lost`` chunks (ids)."""
     if not span.parts:
         return [span]
-    out, at = [], span.start
+    out: list[ReuseSpan] = []
+    at = span.start
     for part in span.parts:
-        if id(part.chunk) not in lost:
-            out.append(span.within(at, at + part.length))
+        kept = None if id(part.chunk) in lost else span.within(at, at + part.length)
+        out += [] if kept is None else [kept]
         at += part.length
     return out
