@@ -175,6 +175,7 @@ def test_the_page_is_one_file_with_every_token_as_it_is():
     prompt = page.text.rpartition("begins at token")[2]
     for shown in ("<s>", " <b>", "river", "⏎", "&"):
         assert shown in prompt
+    assert "a lower bound; behind" in page.text
     assert all("scope" in a for tag, a in page.tags if tag == "th")
     assert sum(t == "caption" for t, _ in page.tags) == sum(t == "table" for t, _ in page.tags) == 3
     assert [a["lang"] for tag, a in page.tags if tag == "html"] == ["en"]

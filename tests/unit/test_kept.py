@@ -168,6 +168,7 @@ def test_a_page_of_a_request_that_is_over():
     assert page.times == page_of(ASKED).times[:-1] and page.ttft == (None, 0.7)
     text = Checked(html(page)).text
     assert "r-1" in text and "as it was served" in text and "0.600 s after it arrived" in text
+    assert "underlined. Exact" in " ".join(text.split()) and "served. Behind" in text
     assert page_of(about([("It", 1), (" is", 2), ("x", 3)])).same
 
 
