@@ -4,7 +4,7 @@ SGLang's own counters beside them. Needs: CPU, real servers."""
 from __future__ import annotations
 
 import requests
-from monitoring import expressions, rules
+from monitoring import dashboard, expressions, picture, rules
 from polling import eventually
 from prometheus_process import Prometheus
 from scraping import Gained, check_sums, scrape
@@ -88,6 +88,11 @@ def test_a_real_prometheus_has_an_answer_to_every_panel(packed, tmp_path):
         assert up["value"][1] == "1"
         [state] = prometheus.ask(expressions()["panel Blending A 1"])
         assert state["value"][1] == "1"
+        drawn = picture().draw(
+            picture().Prometheus(prometheus.url, 30.0, "15s"), tmp_path / "a.png"
+        )
+        assert drawn == [panel["title"] for panel in dashboard()["panels"]]
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
         groups = prometheus.get("/api/v1/rules")["groups"]
         loaded = [rule for group in groups for rule in group["rules"]]
         assert {r["name"] for r in loaded} == {r["alert"] for r in rules()}

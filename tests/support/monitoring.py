@@ -35,12 +35,21 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def made_by() -> Any:
-    """The module that writes the dashboard."""
-    spec = importlib.util.spec_from_file_location("dashboard", FOLDER / "dashboard.py")
+def _module(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def made_by() -> Any:
+    """The module that writes the dashboard."""
+    return _module("dashboard")
+
+
+def picture() -> Any:
+    """The module that draws it."""
+    return _module("picture")
 
 
 def expressions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Many clients that stream from one server at once, some of which vanish, and what is left.
 
     python tests/support/streaming.py --seconds 600 --clients 64
+    python tests/support/streaming.py --seconds 180 --clients 8 --dashboard docs/dashboard.png
 
 Every route of SGLang that streams takes part. A stream that is read to its end must carry a report
 whose counts add up to the prompt; at the end the server must be idle and clean, and its counters
@@ -10,6 +11,7 @@ must add up to the prompts that SGLang counted. Needs: CPU, about 3 GB of memory
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -22,7 +24,9 @@ from pathlib import Path
 
 import probe
 import requests
+from monitoring import picture
 from polling import eventually
+from prometheus_process import Prometheus
 from routes import DONE, ROUTES, Route, details_of, report_of, served_name
 from scraping import KINDS, Gained
 from talk import words
@@ -204,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--dashboard", type=Path, help="draw what a Prometheus saw of it")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -216,7 +221,14 @@ def main(argv: list[str] | None = None) -> int:
             model, server_args, env=env, timeout=600.0, log=folder / "server.log"
         ) as server:
             gained = Gained(server)
-            out = stream_from(server, args.seconds, args.clients)
+            with contextlib.ExitStack() as stack:
+                if args.dashboard is not None:
+                    watch = stack.enter_context(Prometheus(folder, server.url))
+                begun = time.monotonic()
+                out = stream_from(server, args.seconds, args.clients)
+                if args.dashboard is not None:
+                    seen = picture().Prometheus(watch.url, time.monotonic() - begun, "15s")
+                    picture().draw(seen, args.dashboard)
             wrong = [*out.problems, *wrong_sums(gained, out)]
             idle = probe.last_after(output, time.time() + 1.0)
             if idle["leak"] or idle["protected"] or idle["locked_nodes"] or idle["integrity"]:
