@@ -240,7 +240,8 @@ def harm(path: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", ["head", "tail", "truncated"])
 def test_damage_on_disk_is_recomputed(server, store, folder, damage):
     """``tail``: the first layers arrive and are blended before the damage is found, within a
-    forward pass that has begun on them."""
+    forward pass that has begun on them. What is lost and computed fits into a piece, so that the
+    prompt, which is longer than one, is still blended."""
     there, seed = 0, {"head": 12, "tail": 13, "truncated": 14}[damage]
     # Chunks that so small a model recomputes faster than a disk brings them are recomputed: on a
     # busy machine that may be all of a prompt's, and the next prompt is tried.
@@ -253,7 +254,7 @@ def test_damage_on_disk_is_recomputed(server, store, folder, damage):
         prompt = docs.prompt([1, 3, 5, 0, 4, 2])
         whole = fresh(server, prompt, custom=NONE)
         restarted(store, folder)
-        harmed = sorted(set(files_of(folder / "disk")) - before)[::2]
+        harmed = sorted(set(files_of(folder / "disk")) - before)[::10]
         assert harmed
         for path in harmed:
             harm(path, damage)
