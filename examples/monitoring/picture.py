@@ -41,7 +41,8 @@ def said(value: float, unit: str) -> str:
         power = min(4, int(math.log(value, 1024))) if value >= 1 else 0
         return f"{value / 1024**power:.3g} {'B KiB MiB GiB TiB'.split()[power]}"
     factor, mark = UNITS.get(unit, (1.0, ""))
-    return f"{value * factor:,.3g}{mark}"
+    value *= factor
+    return f"{value:,.0f}{mark}" if abs(value) >= 1000 else f"{value:.3g}{mark}"
 
 
 class Prometheus:
@@ -117,6 +118,7 @@ def draw_lines(axes: Axes, panel: dict[str, Any], prometheus: Prometheus) -> Non
     if defaults.get("min") == 0:
         axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=6)
+    axes.set_xlabel("minutes", fontsize=6, labelpad=1)
     axes.yaxis.set_major_formatter(lambda value, _: said(value, unit))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=6, loc="upper left", framealpha=0.6)
