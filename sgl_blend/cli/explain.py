@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from sgl_blend.cli.asking import ask, ask_about
     from sgl_blend.cli.explaining import page_of
     from sgl_blend.cli.table import Progress
-    from sgl_blend.harness.client import Client
+    from sgl_blend.harness.client import Client, bearer
 
     _check(args)
     prompt = None if args.prompt is None else _read(args.prompt)
@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
         out = Path(args.prompt).with_suffix(".html")
     custom = {"blend_policy": args.policy, "blend_ratio": args.ratio}
     tenant = {"cache_salt": args.cache_salt, "extra_key": args.extra_key}
-    client = Client(args.url, _key(args.api_key))
+    client = Client(args.url, bearer(args.api_key))
     with Progress() as progress:
         if prompt is None:
-            admin = Client(args.url, _key(args.admin_api_key or args.api_key))
+            admin = Client(args.url, bearer(args.admin_api_key or args.api_key))
             asked = ask_about(client, admin, args.request, args.tokens, progress)
         else:
             asked = ask(client, prompt, args.tokens, _given(custom), _given(tenant), progress)
@@ -104,10 +104,6 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is for a prompt that is sent; --request {args.request} was")
-
-
-def _key(key: str | None) -> dict[str, str] | None:
-    return {"Authorization": f"Bearer {key}"} if key else None
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

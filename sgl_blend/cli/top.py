@@ -18,7 +18,7 @@ from sgl_blend.cli.observe import KINDS, Frame, Observer
 from sgl_blend.cli.size import amount
 from sgl_blend.cli.store import open_client
 from sgl_blend.errors import ConfigError
-from sgl_blend.harness.client import Client, ServerError
+from sgl_blend.harness.client import Client, ServerError, bearer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,7 +64,7 @@ def observer(args: argparse.Namespace) -> Observer:
             argparse.Namespace(at=endpoint, namespace="00" * 16, deadline=5.0, **keys)
         )
 
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else None
+    headers = bearer(args.api_key)
     return Observer(Client(args.url, headers), open_store, args.at)
 
 

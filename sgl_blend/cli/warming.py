@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sgl_blend.cli.documents import Document, head_of, split_to_fit
-from sgl_blend.harness.client import Client, ServerError, map_threads
+from sgl_blend.harness.client import Client, ServerError, bearer, map_threads
 
 #: characters of another document that stand before each one: a passage
 COMPANY_CHARS = 1000
@@ -47,7 +47,7 @@ class WarmServer:
         cache_salt: str | None = None,
         extra_key: str | None = None,
     ):
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        headers = bearer(api_key)
         self._client, self._timeout_s = Client(url, headers), timeout_s
         self._key = {"cache_salt": cache_salt, "extra_key": extra_key}
         self._key = {k: v for k, v in self._key.items() if v is not None}

@@ -80,6 +80,11 @@ def greedy(
     return {"input_ids": list(prompt), "sampling_params": params}
 
 
+def bearer(key: str | None) -> dict[str, str] | None:
+    """The header that a server with an API key asks for; None without a key."""
+    return {"Authorization": f"Bearer {key}"} if key else None
+
+
 class Client:
     """Talks to the server at ``url``. Thread-safe. Raises :class:`ServerError`."""
 

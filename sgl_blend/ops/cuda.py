@@ -168,6 +168,11 @@ def take_from(
     )
 
 
+def row_bytes(cache: torch.Tensor) -> int:
+    """Bytes of one token in one layer [num_slots, heads, dim]."""
+    return cache.shape[1] * cache.shape[2] * cache.element_size()
+
+
 def gathers(
     k_caches: Sequence[torch.Tensor], v_caches: Sequence[torch.Tensor], out: torch.Tensor
 ) -> bool:
@@ -192,7 +197,7 @@ def gather_chunks(
     out: torch.Tensor,
 ) -> None:
     """``gather.gather_chunks``."""
-    a_token = [x[0].shape[1] * x[0].shape[2] * x[0].element_size() for x in (k_caches, v_caches)]
+    a_token = [row_bytes(x[0]) for x in (k_caches, v_caches)]
     layers = layers_of(k_caches, v_caches)
     spans = np.array(chunks, dtype=np.int64)
     counts = spans[:, 1] - spans[:, 0]

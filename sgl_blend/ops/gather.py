@@ -49,7 +49,7 @@ def gather_chunks(
             0 <= first < last <= index.shape[0],
             f"a chunk is [{first}, {last}) of {index.shape[0]} tokens",
         )
-    a_token = len(k_caches) * (_row_bytes(k) + _row_bytes(v))
+    a_token = len(k_caches) * (cuda.row_bytes(k) + cuda.row_bytes(v))
     total = a_token * sum(last - first for first, last in chunks)
     require(
         out.dtype == torch.uint8
@@ -69,12 +69,7 @@ def gather_chunks(
         at = index[first:last]
         for pair in zip(k_caches, v_caches, strict=True):
             for cache in pair:
-                end = begin + (last - first) * _row_bytes(cache)
+                end = begin + (last - first) * cuda.row_bytes(cache)
                 to = out[begin:end].view(cache.dtype).view(last - first, *cache.shape[1:])
                 to.copy_(cache[at])
                 begin = end
-
-
-def _row_bytes(cache: torch.Tensor) -> int:
-    """Bytes of one token in one layer."""
-    return cache.shape[1] * cache.shape[2] * cache.element_size()

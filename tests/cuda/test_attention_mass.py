@@ -63,17 +63,7 @@ class Case:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7, msg=way)
 
 
-@pytest.mark.parametrize(
-    ("q_dtype", "k_dtype"),
-    [
-        (BF16, BF16),
-        (FP16, FP16),
-        (BF16, torch.float8_e4m3fn),
-        (FP16, torch.float8_e4m3fn),
-        (BF16, torch.float8_e5m2),
-        (FP16, torch.float8_e5m2),
-    ],
-)
+@pytest.mark.parametrize(("q_dtype", "k_dtype"), emulated.TYPES)
 def test_every_type(module, q_dtype, k_dtype):
     """33 rows of 4 query heads a key head: five steps, the last one ragged."""
     Case(33, 70, 4, 1, 64, q_dtype, k_dtype).check(module)

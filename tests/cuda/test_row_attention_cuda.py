@@ -140,17 +140,7 @@ def gapped(first, last, n):
     return torch.linspace(first, last, n).long().tolist()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "k_dtype"),
-    [
-        (BF16, BF16),
-        (FP16, FP16),
-        (BF16, torch.float8_e4m3fn),
-        (FP16, torch.float8_e4m3fn),
-        (BF16, torch.float8_e5m2),
-        (FP16, torch.float8_e5m2),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "k_dtype"), emulated.TYPES)
 def test_every_type(module, dtype, k_dtype):
     """Two tiles, the second one ragged; four steps, the last one ragged. The queries' rows lie
     within wider ones."""

@@ -28,6 +28,13 @@ FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 #: modules of ``sgl_blend.ops`` that look for a device's kernels
 ASKING = ("attention", "batch", "deviation", "gather", "mass", "parts", "rotation", "rows")
 
+#: types of queries and of the keys that they meet
+TYPES = [
+    (query, keys)
+    for query in (torch.bfloat16, torch.float16)
+    for keys in (query, torch.float8_e4m3fn, torch.float8_e5m2)
+]
+
 #: how threads are ordered (forward, reverse, two shuffles), and whether copies arrive early
 SCHEDULES = [(0, 0), (1, 1), (2, 0), (3, 1)]
 
@@ -81,6 +88,18 @@ def serve(monkeypatch: Any, choose: Callable[[Any], Any], asking: tuple[str, ...
     """The ops get ``choose(device)`` for a device's kernels; None: there are none."""
     for name in asking:
         monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", choose)
+
+
+def launches_of(module: Any) -> Callable[[], int]:
+    """A function: how many launches there were since it was last asked."""
+    last = module.launches()
+
+    def since() -> int:
+        nonlocal last
+        before, last = last, module.launches()
+        return last - before
+
+    return since
 
 
 def schedules(module: Any) -> Iterator[str]:

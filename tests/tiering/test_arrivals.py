@@ -37,14 +37,7 @@ def launches(monkeypatch):
     for name in ("parts", "rotation"):
         monkeypatch.setattr(f"sgl_blend.ops.{name}.cpu_module", lambda device: None)
     emulated.serve(monkeypatch, lambda device: module if device.type == "cuda" else None)
-    last = module.launches()
-
-    def since() -> int:
-        nonlocal last
-        before, last = last, module.launches()
-        return last - before
-
-    return since
+    return emulated.launches_of(module)
 
 
 class Chunk:

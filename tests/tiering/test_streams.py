@@ -102,13 +102,7 @@ def launches(request, monkeypatch):
     module = emulated.kernels()
     there = module if request.param == "kernels" else None
     emulated.serve(monkeypatch, lambda device: there if device.type == "cuda" else None)
-    last = module.launches()
-
-    def since() -> int:
-        nonlocal last
-        before, last = last, module.launches()
-        return last - before
-
+    since = emulated.launches_of(module)
     since.kernels = there is not None
     return since
 
