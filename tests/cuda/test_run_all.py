@@ -54,6 +54,7 @@ def test_every_phase_is_rehearsed(tmp_path):
     assert {"test_dispatch.py", "select_rows of random shapes"} <= of_phase["parity"]
     assert sum(what.startswith("emulator finds") for what in of_phase["sanitizer"]) == 12
     assert "copy with rotation, 48 tokens" in of_phase["rooflines"]
+    assert "query 0.1, 120 tokens: device at work" in of_phase["model"]
     assert sum("waits for nothing" in what for what in of_phase["streams"]) == 8
     assert "new chunks hold what the model wrote" in of_phase["streams"]
     assert "query of every token gives full prefill's logits" in of_phase["model"]

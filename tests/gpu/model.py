@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from gpu import attention, clock
+from gpu import attention, clock, profiled
 from gpu.llama import EIGHT_B, SMALL, Llama, Shape
 from gpu.prompts import HEAD, SETTINGS, Prompt, blended, from_host, hosted
 from gpu.record import Job
@@ -21,6 +21,7 @@ from sgl_blend.tiering.streams import SideStreams
 
 #: reused tokens of each measurement: 4k, 16k, 32k
 SIZES = (Prompt(4, 1000, 100), Prompt(16, 1000, 100), Prompt(32, 1000, 100))
+PROFILED = 16000
 #: (policy, ratio) -> full prefill's TTFT at 16k over the blended one's, at least
 WANTED = {("query", 0.10): 5.0, ("hkvd", 0.15): 3.5}
 #: relative to the largest logit; bf16 rounds each of 32 layers
@@ -112,6 +113,8 @@ def _times(job: Job, llama: Llama, prompt: Prompt) -> None:
     for policy, ratio in ratios:
         one = blended(llama, prompt, ids, there, policy, ratio)
         _compare(job, prompt, full, clock.waited(device, one.run), policy, ratio, "device")
+        if n == PROFILED or job.rehearse:
+            profiled.note(job, f"{policy} {ratio:g}, {n} tokens", one.run)
     _prepared(llama, prompt)
     streams = SideStreams(torch.cuda.current_stream() if device.type == "cuda" else None)
     chunks = from_host(llama, prompt)

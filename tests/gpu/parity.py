@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,8 +35,10 @@ def test_files() -> list[Path]:
 
 
 def run(job: Job) -> None:
-    for path in test_files()[-1:] if job.rehearse else test_files():
-        job.trying(path.name, lambda p=path: _pytest(job, p))
+    files = test_files()[-1:] if job.rehearse else test_files()
+    with ThreadPoolExecutor(len(files)) as pool:
+        for path in files:
+            pool.submit(job.trying, path.name, lambda p=path: _pytest(job, p, len(files)))
     module = module_of(job)
     if not job.check("there are kernels", module is not None):
         return
@@ -47,16 +50,18 @@ def run(job: Job) -> None:
         job.trying("pools of more than 2 GiB", lambda: _far(job, module))
 
 
-def _pytest(job: Job, path: Path) -> None:
+def _pytest(job: Job, path: Path, beside: int) -> None:
     """One file in a process of its own: a device that has met an illegal address serves its process
-    no more. Without the suite's conftest and plugins, which need what is not here."""
+    no more. Without the suite's conftest and plugins, which need what is not here. ``beside`` of
+    them share the processor's cores."""
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=", "-o", f"pythonpath={ROOT / 'tests' / 'support'}", "-k", NOT_HERE]
     device = "twins" if job.rehearse else "cuda"
+    threads = str(max(1, (os.cpu_count() or 1) // beside))
     done = subprocess.run(
         [*command, str(path)],
         capture_output=True, text=True, cwd=ROOT, timeout=max(1.0, job.left - 5),
-        env={**os.environ, "BLEND_TEST_DEVICE": device},
+        env={**os.environ, "BLEND_TEST_DEVICE": device, "OMP_NUM_THREADS": threads},
     )  # fmt: skip
     print(done.stdout, done.stderr)
     passed = sum(int(n) for n, what in _CLOSING.findall(done.stdout) if what == "passed")

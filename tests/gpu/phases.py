@@ -54,6 +54,14 @@ PHASES = (
         "events of the device, a flushed L2",
     ),
     Phase(
+        "counters",
+        "gpu.counters",
+        90,
+        "ncu",
+        "the program that is measured, with few tokens",
+        "ncu itself",
+    ),
+    Phase(
         "streams",
         "gpu.streams",
         150,

@@ -6,6 +6,8 @@ kernel has to move and compute, not what it does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -49,12 +51,16 @@ class Layer:
 
 
 def run(job: Job) -> None:
+    measure(job, (48,) if job.rehearse else SIZES)
+
+
+def measure(job: Job, sizes: Sequence[int]) -> None:
     module = module_of(job)
     if not job.check("there are kernels", module is not None):
         return
     job.note("rows attend by", attention.choose(job.device))
     peak = clock.known(job.out, job.device, job.rehearse)
-    for n in (48,) if job.rehearse else SIZES:
+    for n in sizes:
         layer = Layer(n, job.device)
         for what in (_copies, _from_host, _gather, _deviations, _selection, _mass, _rows):
             job.trying(

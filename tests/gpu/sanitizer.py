@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,16 +50,21 @@ def run(job: Job) -> None:
     target = cuda_build.target_of(torch.cuda.get_device_capability(job.device))
     program = _built([str(compiler), "-std=c++17", "-O1", "-lineinfo", f"-arch=sm_{target}"])
     job.check("the kernels, without a tool", _said(program, ["kernels"])[0] == 0)
-    for name, faults in FINDS.items():
-        command = [tool, "--tool", name, "--error-exitcode", str(_ERRORS)]
-        status, said = _said(program, ["kernels"], command)
-        job.check(f"{name}: nothing in the kernels", status == 0, said=said if status else "")
-        for words in faults:
-            status, said = _said(program, words, command)
-            job.check(f"{name} finds {_name(words)}", status == _ERRORS, said=said)
-        for words in TOLD.get(name, ()):
-            status, said = _said(program, words, command)
-            job.note(f"{name}, {_name(words)}", "found" if status == _ERRORS else "not found")
+    with ThreadPoolExecutor(len(FINDS)) as pool:
+        for name in FINDS:
+            pool.submit(job.trying, name, lambda n=name: _one_tool(job, program, tool, n))
+
+
+def _one_tool(job: Job, program: Path, tool: str, name: str) -> None:
+    command = [tool, "--tool", name, "--error-exitcode", str(_ERRORS)]
+    status, said = _said(program, ["kernels"], command)
+    job.check(f"{name}: nothing in the kernels", status == 0, said=said if status else "")
+    for words in FINDS[name]:
+        status, said = _said(program, words, command)
+        job.check(f"{name} finds {_name(words)}", status == _ERRORS, said=said)
+    for words in TOLD.get(name, ()):
+        status, said = _said(program, words, command)
+        job.note(f"{name}, {_name(words)}", "found" if status == _ERRORS else "not found")
 
 
 def _emulated(job: Job, program: Path) -> None:
@@ -107,7 +113,7 @@ def _said(program: Path, words, before=()) -> tuple[int, str]:
     """Exit status, and the last line that tells something."""
     try:
         done = subprocess.run(
-            [*before, str(program), *words], capture_output=True, text=True, timeout=60
+            [*before, str(program), *words], capture_output=True, text=True, timeout=120
         )
     except subprocess.TimeoutExpired:
         return _ERRORS if before else 1, "it hung"
