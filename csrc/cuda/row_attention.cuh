@@ -3,9 +3,10 @@
 // in position, hence a tile of them sees a run of keys, whose bounds are read from the device; only
 // in the steps at its ends are positions compared.
 //
-// A block takes a tile (64 packed rows: row x query head of one key head), a key head, and one part
-// of the tile's keys; the tiles of all requests of a batch are one launch. Scores stay in
-// registers. Each part leaves its state, and join_parts_kernel joins them in a fixed order.
+// A block takes a tile (128 packed rows: row x query head of one key head; long heads half of it), a
+// key head, and one part of the tile's keys; the tiles of all requests of a batch are one launch.
+// Keys and values arrive two steps ahead, and a step has one barrier. Scores stay in registers.
+// Each part leaves its state, and join_parts_kernel joins them in a fixed order.
 //
 // For R rows over S keys, half of which are seen: 2 R S heads D operations of the tensor cores.
 #pragma once
@@ -14,23 +15,28 @@
 
 namespace blend::cuda {
 
-constexpr int ROW_WARPS = 4;
-constexpr int ROW_TILE = 16 * ROW_WARPS;  // packed rows of a block
+constexpr int ROW_TILE = 128;  // packed rows of a tile
 constexpr float NEVER = -INFINITY;
 constexpr float LN_2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
 constexpr int LAST = 0x7fffffff;
 
-// Keys of a step: two stages of K and V are 32 to 64 KiB.
-template <int D>
-constexpr int ROW_KEYS = D > 128 ? 32 : 64;
+// How a block goes about it. WARPS: of 16 x HIGH packed rows each: what a warp reads of keys and
+// values serves them all. KEYS: of a step. STAGES: steps whose
+// keys and values have room in shared memory. BLOCKS: for which a multiprocessor's registers are
+// dealt out. QUERIES: do they stay in registers? Long heads leave no room for them.
+template <int WARPS_, int HIGH_, int KEYS_, int STAGES_, int BLOCKS_, bool QUERIES_>
+struct RowPlan {
+  static constexpr int WARPS = WARPS_, HIGH = HIGH_, KEYS = KEYS_;
+  static constexpr int STAGES = STAGES_, BLOCKS = BLOCKS_;
+  static constexpr bool QUERIES = QUERIES_;
+  static constexpr int THREADS = 32 * WARPS, ROWS = 16 * HIGH * WARPS;  // of a block
+};
 
-// Do the queries stay in registers? Long heads leave no room for them.
+// Shared memory is 96 KiB at most: what each multiprocessor since Ampere gives a block.
 template <int D>
-constexpr bool KEEPS_QUERIES = D <= 128;
-
-// Blocks for which a multiprocessor's registers are dealt out: three of heads of 128 would spill.
-template <int D>
-constexpr int ROW_BLOCKS = D <= 64 ? 3 : 2;
+using RowPlanOf = std::conditional_t<
+    (D > 128), RowPlan<4, 1, 32, 2, 2, false>,
+    std::conditional_t<(D > 64), RowPlan<8, 1, 64, 3, 1, true>, RowPlan<8, 1, 64, 3, 2, true>>>;
 
 // A tile: one request's rows and keys, of those of all, and the packed row of it where the tile
 // begins. Made on the host; int64 in this order.
@@ -73,25 +79,28 @@ struct Softmax {
   }
 };
 
-template <typename T, int D>
-__global__ void __launch_bounds__(32 * ROW_WARPS, ROW_BLOCKS<D>) row_attention_kernel(Rows p) {
-  constexpr int KEYS = ROW_KEYS<D>;
+template <typename T, int D, typename Plan>
+__global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_kernel(Rows p) {
+  constexpr int KEYS = Plan::KEYS, STAGES = Plan::STAGES, ROWS = Plan::ROWS;
+  constexpr int HALVES = ROW_TILE / ROWS;  // blocks of a tile
+  constexpr int HIGH = Plan::HIGH;
   BLEND_SHARED(raw);
-  // Two stages of K, two of V. Queries that move on to registers pass through the first.
+  // Each stage: K, then V. Queries that move on to registers pass through the first.
   T* const stages = reinterpret_cast<T*>(raw);
-  T* const queries = KEEPS_QUERIES<D> ? stages : stages + 4 * KEYS * D;
+  T* const queries = Plan::QUERIES ? stages : stages + STAGES * 2 * KEYS * D;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int head = blockIdx.y;
-  const Tile& tile = *reinterpret_cast<const Tile*>(p.tiles + 5 * int64_t(blockIdx.x));
-  const int count = tile.rows * p.group, first = tile.begin, keys = tile.keys;
+  const int head = blockIdx.x / HALVES;
+  const Tile& tile = *reinterpret_cast<const Tile*>(p.tiles + 5 * int64_t(blockIdx.y));
+  const int count = tile.rows * p.group, keys = tile.keys;
+  const int first = tile.begin + blockIdx.x % HALVES * ROWS;
+  if (first >= count) return;
   const int64_t first_row = tile.first_row, first_key = tile.first_key;
 
   // Positions as indices of keys, where these are one: what the tile's rows see, and this part.
   const int64_t origin = p.key_pos ? 0 : p.first_pos;
   const int64_t* const pos = p.row_pos + first_row;
   const int lowest = clamped(pos[first / p.group] - origin, -1, LAST - 1);
-  const int highest =
-      clamped(pos[(min(first + ROW_TILE, count) - 1) / p.group] - origin, -1, LAST - 1);
+  const int highest = clamped(pos[(min(first + ROWS, count) - 1) / p.group] - origin, -1, LAST - 1);
   const bool windowed = p.window >= 0, listed = p.key_pos != nullptr;
   const int last = listed ? keys : min(highest + 1, keys);
   const int begin_all = listed || !windowed ? 0 : clamped(lowest - p.window, 0, keys) / KEYS * KEYS;
@@ -104,7 +113,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, ROW_BLOCKS<D>) row_attention_k
   const int inside_from = windowed ? clamped(highest - p.window, 0, LAST) : 0;
   const int inside_to = listed ? -1 : min(lowest, end - 1) - (KEYS - 1);
 
-  for (int u = threadIdx.x; u < ROW_TILE * (D / 8); u += blockDim.x) {
+  for (int u = threadIdx.x; u < ROWS * (D / 8); u += Plan::THREADS) {
     const int row = u / (D / 8), piece = u % (D / 8), r = first + row;
     const bool there = r < count && 8 * piece < p.dim;
     const int64_t at = there ? (first_row + r / p.group) * p.q_row +
@@ -113,131 +122,175 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, ROW_BLOCKS<D>) row_attention_k
     copy16_async(queries + place<D>(row, piece), static_cast<const T*>(p.q) + at, there);
   }
   copy_commit();
+  Stager<T, D, KEYS, Plan::THREADS> stager;
+  const auto look_up = [&](int step) {
+    stager.look_up(p.k, first_key + begin + int64_t(step) * KEYS, first_key + end);
+  };
+  look_up(0);
   copy_wait<0>();
   __syncthreads();
-  const auto load_queries = [&](uint32_t (&a)[4], int d) {
-    load_matrices(a, queries + place<D>(warp * 16 + lane % 16, 2 * d + lane / 16));
+  const int warp_row = warp * 16 * HIGH;
+  // Where this lane's rows of matrices lie: of sixteen rows, at columns 16 d. Queries and values go
+  // by lane % 16, keys by eights.
+  const Columns<D> of_rows(lane % 16, lane / 16);
+  const Columns<D> of_keys(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const auto load_queries = [&](uint32_t (&a)[HIGH][4], int d) {
+#pragma unroll
+    for (int m = 0; m < HIGH; ++m) {
+      load_matrices(a[m], queries + (warp_row + 16 * m) * D + of_rows[d]);
+    }
   };
-  uint32_t kept[KEEPS_QUERIES<D> ? D / 16 : 1][4];
-  if constexpr (KEEPS_QUERIES<D>) {
+  uint32_t kept[Plan::QUERIES ? D / 16 : 1][HIGH][4];
+  if constexpr (Plan::QUERIES) {
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) load_queries(kept[d], d);
   }
   __syncthreads();  // before the stages are filled
 
-  // This lane's rows are g and g + 8 of the warp's sixteen.
-  const bool idle = first + warp * 16 >= count;
-  int low[2], high[2];
+  // This lane's rows are g and g + 8 of each sixteen of the warp's.
+  const bool idle = first + warp_row >= count;
+  int low[2 * HIGH], high[2 * HIGH];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = first + warp * 16 + g + 8 * half;
+  for (int half = 0; half < 2 * HIGH; ++half) {
+    const int r = first + warp_row + g + 8 * half;
     const int64_t at = r < count ? pos[r / p.group] - origin : 0;
     low[half] = windowed ? clamped(at - p.window, 0, LAST) : 0;
     high[half] = clamped(at, -1, listed ? LAST - 1 : keys - 1);
   }
 
-  float o[D / 8][4] = {}, top[2] = {NEVER, NEVER}, total[2] = {};
-  const auto stage = [&](const Head& tokens, int which, int from) {
-    stage_tokens<T, D, KEYS>(tokens, stages + which * KEYS * D, first_key + from, first_key + end,
-                             head);
-  };
-  if (steps > 0) stage(p.k, 0, begin), stage(p.v, 2, begin);
-  for (int step = 0; step < steps; ++step) {
-    const int now = step % 2, next = 1 - now, from = begin + step * KEYS;
-    if (step + 1 < steps) {
-      stage(p.k, next, from + KEYS), stage(p.v, 2 + next, from + KEYS);
-    } else {
-      copy_commit(), copy_commit();  // as many groups in flight as before
+  // What multiplies a score in the exponent: with a cap it is done already.
+  const float factor = p.cap_log2 > 0.0f ? 1.0f : p.scale_log2;
+  float o[HIGH][D / 8][4] = {}, top[2 * HIGH], total[2 * HIGH] = {};
+#pragma unroll
+  for (float& x : top) x = NEVER;
+  const auto stage_of = [&](int step) { return stages + step % STAGES * 2 * KEYS * D; };
+  const auto stage = [&](int step) {  // its slots are looked up; those of the next one come
+    if (step < steps) {
+      T* const to = stage_of(step);
+      stager.copy(p.k, to, head);
+      stager.copy(p.v, to + KEYS * D, head);
+      if (step + 1 < steps) look_up(step + 1);
     }
-    copy_wait<3>();  // all but the last three: this step's K is there
-    __syncthreads();
-    uint32_t weights[KEYS / 16][4];  // the second product's left side
-    if (!idle) {
-      const T* k = stages + now * KEYS * D;
-      float s[KEYS / 8][4] = {};
+    copy_commit();  // an empty one too: as many groups in flight
+  };
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-        uint32_t mine[4];
-        if constexpr (!KEEPS_QUERIES<D>) load_queries(mine, d);
-        const uint32_t (&a)[4] = KEEPS_QUERIES<D> ? kept[KEEPS_QUERIES<D> ? d : 0] : mine;
+  for (int step = 0; step < STAGES - 1; ++step) stage(step);
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<STAGES - 2>();
+    __syncthreads();  // this step's keys are there, and all are done with those of the one before
+    stage(step + STAGES - 1);
+    if (idle) continue;
+    const int from = begin + step * KEYS;
+    const T *k = stage_of(step), *v = k + KEYS * D;
+    float s[HIGH][KEYS / 8][4] = {};
 #pragma unroll
-        for (int n = 0; n < KEYS / 16; ++n) {
-          uint32_t b[4];
-          load_matrices(b, k + place<D>(n * 16 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
-          multiply<T>(s[2 * n], a, b[0], b[1]);
-          multiply<T>(s[2 * n + 1], a, b[2], b[3]);
-        }
-      }
-      const bool inside = from >= inside_from && from <= inside_to;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float peak = top[half];
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float x = s[n][2 * half + c] * p.scale_log2;
-            if (p.cap_log2 > 0.0f) x = p.cap_log2 * tanhf(x);
-            if (!inside) {
-              int at = from + n * 8 + 2 * t + c;
-              if (listed) at = at < end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
-              if (at > high[half] || at < low[half]) x = NEVER;
-            }
-            s[n][2 * half + c] = x;
-            peak = fmaxf(peak, x);
-          }
-        }
-        peak = fmaxf(peak, __shfl_xor_sync(WARP_MASK, peak, 1));
-        peak = fmaxf(peak, __shfl_xor_sync(WARP_MASK, peak, 2));
-        const float base = peak == NEVER ? 0.0f : peak, factor = power2(top[half] - base);
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float e = power2(s[n][2 * half + c] - base);
-            s[n][2 * half + c] = e;
-            sum += e;
-          }
-        }
-        top[half] = peak;
-        total[half] = total[half] * factor + sum;
-#pragma unroll
-        for (int d = 0; d < D / 8; ++d) o[d][2 * half] *= factor, o[d][2 * half + 1] *= factor;
-      }
-      // Two tiles of eight keys, packed, lie as a left side of sixteen does.
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t mine[HIGH][4];
+      if constexpr (!Plan::QUERIES) load_queries(mine, d);
+      const uint32_t (&a)[HIGH][4] = Plan::QUERIES ? kept[Plan::QUERIES ? d : 0] : mine;
 #pragma unroll
       for (int n = 0; n < KEYS / 16; ++n) {
+        uint32_t b[4];
+        load_matrices(b, k + n * 16 * D + of_keys[d]);
+#pragma unroll
+        for (int m = 0; m < HIGH; ++m) {
+          multiply<T>(s[m][2 * n], a[m], b[0], b[1]);
+          multiply<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+    const bool inside = from >= inside_from && from <= inside_to;
+    // Several chains of operations side by side: by row and column.
+    float peak[2 * HIGH][2], sum[2 * HIGH][2], base[2 * HIGH], shrink[2 * HIGH];
+#pragma unroll
+    for (int half = 0; half < 2 * HIGH; ++half) peak[half][0] = peak[half][1] = NEVER;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2 * HIGH; ++half) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[half / 2][n][half % 2 * 2 + c];
+          if (p.cap_log2 > 0.0f) x = p.cap_log2 * tanhf(x * p.scale_log2);
+          if (!inside) {
+            int at = from + n * 8 + 2 * t + c;
+            if (listed) at = at < end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
+            if (at > high[half] || at < low[half]) x = NEVER;
+          }
+          peak[half][c] = fmaxf(peak[half][c], x);
+        }
+      }
+    }
+    bool shrinks = false;
+#pragma unroll
+    for (int half = 0; half < 2 * HIGH; ++half) {
+      float all = fmaxf(peak[half][0], peak[half][1]);
+      all = fmaxf(all, __shfl_xor_sync(WARP_MASK, all, 1));
+      all = fmaxf(all, __shfl_xor_sync(WARP_MASK, all, 2));
+      all = all == NEVER ? top[half] : fmaxf(top[half], all * factor);
+      base[half] = all == NEVER ? 0.0f : all;
+      shrink[half] = power2(top[half] - base[half]);
+      shrinks |= shrink[half] != 1.0f;
+      top[half] = all;
+      sum[half][0] = sum[half][1] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2 * HIGH; ++half) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[half / 2][n][half % 2 * 2 + c];
+          x = power2(fmaf(x, factor, -base[half]));
+          sum[half][c] += x;
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2 * HIGH; ++half) {
+      total[half] = total[half] * shrink[half] + (sum[half][0] + sum[half][1]);
+    }
+    // Most steps meet no higher score, and then nothing shrinks.
+    if (__ballot_sync(WARP_MASK, shrinks)) {
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d) {
+#pragma unroll
+        for (int half = 0; half < 2 * HIGH; ++half) {
+          o[half / 2][d][half % 2 * 2] *= shrink[half];
+          o[half / 2][d][half % 2 * 2 + 1] *= shrink[half];
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < KEYS / 16; ++n) {
+      // Two tiles of eight keys, packed, lie as a left side of sixteen does.
+      uint32_t weights[HIGH][4];
+#pragma unroll
+      for (int m = 0; m < HIGH; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* two = s[2 * n + i / 2] + i % 2 * 2;
-          weights[n][i] = pack(two[0], two[1], T());
+          const float* two = s[m][2 * n + i / 2] + i % 2 * 2;
+          weights[m][i] = pack(two[0], two[1], T());
+        }
+      }
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) {
+        uint32_t b[4];
+        load_matrices_turned(b, v + n * 16 * D + of_rows[d]);
+#pragma unroll
+        for (int m = 0; m < HIGH; ++m) {
+          multiply<T>(o[m][2 * d], weights[m], b[0], b[1]);
+          multiply<T>(o[m][2 * d + 1], weights[m], b[2], b[3]);
         }
       }
     }
-    copy_wait<2>();  // this step's V
-    __syncthreads();
-    if (!idle) {
-      const T* v = stages + (2 + now) * KEYS * D;
-#pragma unroll
-      for (int n = 0; n < KEYS / 16; ++n) {
-#pragma unroll
-        for (int d = 0; d < D / 16; ++d) {
-          uint32_t b[4];
-          load_matrices_turned(b, v + place<D>(n * 16 + lane % 16, 2 * d + lane / 16));
-          multiply<T>(o[2 * d], weights[n], b[0], b[1]);
-          multiply<T>(o[2 * d + 1], weights[n], b[2], b[3]);
-        }
-      }
-    }
-    __syncthreads();  // before this stage is filled again
   }
   copy_wait<0>();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {  // four lanes hold parts of one row's sum
+  for (int half = 0; half < 2 * HIGH; ++half) {  // four lanes hold parts of one row's sum
     total[half] += __shfl_xor_sync(WARP_MASK, total[half], 1);
     total[half] += __shfl_xor_sync(WARP_MASK, total[half], 2);
-    const int r = first + warp * 16 + g + 8 * half;
+    const int r = first + warp_row + g + 8 * half;
     if (r >= count) continue;
     const int64_t cell = (first_row + r / p.group) * p.heads + head * p.group + r % p.group;
     const bool whole = p.out != nullptr;
@@ -251,8 +304,9 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, ROW_BLOCKS<D>) row_attention_k
 #pragma unroll
     for (int d = 0; d < D / 8; ++d) {
       const int column = 8 * d + 2 * t;
-      const float a = o[d][2 * half] * done.inverse, b = o[d][2 * half + 1] * done.inverse;
       if (column >= p.v.dim) continue;
+      const float* two = o[half / 2][d] + half % 2 * 2;
+      const float a = two[0] * done.inverse, b = two[1] * done.inverse;
       if (whole) {
         static_cast<uint32_t*>(p.out)[(at * p.v.dim + column) / 2] = pack(a, b, T());
       } else {
@@ -288,12 +342,13 @@ __global__ void __launch_bounds__(128) join_parts_kernel(Rows p) {
   }
 }
 
-template <typename T, int D>
+template <typename T, int D, typename Plan = RowPlanOf<D>>
 void row_attention(const Rows& p, int tiles, Stream stream) {
-  const Extent grid{tiles, p.heads / p.group, p.parts};
-  const size_t queries = KEEPS_QUERIES<D> ? 0 : ROW_TILE;
-  const size_t shared = (4 * ROW_KEYS<D> + queries) * D * sizeof(T);
-  launch(row_attention_kernel<T, D>, grid, Extent{32 * ROW_WARPS}, shared, stream, p);
+  // Heads first: tiles begin in their order, those with most keys first.
+  const Extent grid{p.heads / p.group * (ROW_TILE / Plan::ROWS), tiles, p.parts};
+  const size_t queries = Plan::QUERIES ? 0 : Plan::ROWS;
+  const size_t shared = (Plan::STAGES * 2 * Plan::KEYS + queries) * D * sizeof(T);
+  launch(row_attention_kernel<T, D, Plan>, grid, Extent{Plan::THREADS}, shared, stream, p);
 }
 
 template <typename T>

@@ -220,45 +220,47 @@ ROW_ATTENTION = {
     **_of(
         "row_attention.cuh",
         queries_are_not_waited_for=(
-            "copy_wait<0>();\n  __syncthreads();\n  const auto load",
-            "copy_wait<1>();\n  __syncthreads();\n  const auto load",
+            "copy_wait<0>();\n  __syncthreads();\n  const int warp_row",
+            "copy_wait<1>();\n  __syncthreads();\n  const int warp_row",
         ),
         no_barrier_before_the_queries=(
-            "copy_wait<0>();\n  __syncthreads();\n  const auto load",
-            "copy_wait<0>();\n  const auto load",
+            "copy_wait<0>();\n  __syncthreads();\n  const int warp_row",
+            "copy_wait<0>();\n  const int warp_row",
         ),
         queries_are_overwritten_by_keys=("__syncthreads();  // before the stages are filled", ""),
-        keys_are_not_waited_for=("copy_wait<3>();", "copy_wait<4>();"),
-        no_barrier_before_the_keys=(
-            "this step's K is there\n    __syncthreads();",
-            "this step's K is there",
+        a_step_is_not_waited_for=("copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();"),
+        no_barrier_before_a_step=(
+            "__syncthreads();  // this step's keys are there",
+            "// this step's keys are there",
         ),
-        values_are_not_waited_for=("copy_wait<2>();", "copy_wait<3>();"),
-        no_barrier_before_the_values=("this step's V\n    __syncthreads();", "this step's V"),
-        no_barrier_behind_a_step=("__syncthreads();  // before this stage is filled again", ""),
-        one_stage_for_all_steps=("next = 1 - now", "next = now"),
+        one_stage_for_all_steps=("step % STAGES * 2", "step % (STAGES - 1) * 2"),
         no_groups_behind_the_last_step=(
-            "copy_commit(), copy_commit();  // as many groups in flight as before",
-            "",
+            "    copy_commit();  // an empty one too: as many groups in flight",
+            "    if (step < steps) copy_commit();",
+        ),
+        slots_of_the_step_before=("if (step + 1 < steps) look_up(step + 1);", "look_up(step);"),
+        values_in_the_place_of_keys=(
+            "stager.copy(p.v, to + KEYS * D, head);",
+            "stager.copy(p.v, to, head);",
         ),
         wrong_address_of_a_query=(
-            "warp * 16 + lane % 16, 2 * d + lane / 16)",
-            "warp * 16 + lane % 16, 2 * d + lane % 2)",
+            "of_rows(lane % 16, lane / 16)",
+            "of_rows(lane % 16, lane % 2)",
         ),
         wrong_address_of_a_key=(
-            "n * 16 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2)",
-            "n * 16 + lane % 16, 2 * d + lane / 16)",
+            "of_keys(lane / 16 * 8 + lane % 8, lane / 8 % 2)",
+            "of_keys(lane % 16, lane / 16)",
         ),
         values_are_not_turned=("load_matrices_turned(b", "load_matrices(b"),
         probabilities_change_places=(
-            "s[2 * n + i / 2] + i % 2 * 2",
-            "s[2 * n + i % 2] + i / 2 * 2",
+            "s[m][2 * n + i / 2] + i % 2 * 2",
+            "s[m][2 * n + i % 2] + i / 2 * 2",
         ),
-        keys_for_values_in_the_first_step=("stage(p.v, 2, begin)", "stage(p.k, 2, begin)"),
+        keys_for_values=("stager.copy(p.v, to + KEYS", "stager.copy(p.k, to + KEYS"),
         no_bound_on_rows=("if (r >= count) continue;", ""),
         a_warp_without_rows_ends=(
-            "const bool idle = first + warp * 16 >= count;",
-            "const bool idle = first + warp * 16 >= count;\n  if (idle) return;",
+            "const bool idle = first + warp_row >= count;",
+            "const bool idle = first + warp_row >= count;\n  if (idle) return;",
         ),
         rows_see_what_the_last_of_their_tile_sees=(
             "r < count ? pos[r / p.group] - origin : 0",
@@ -285,13 +287,16 @@ ROW_ATTENTION = {
         positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
         listed_positions_are_not_read=("if (listed) at =", "if (false) at ="),
         no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
-        sums_are_not_rescaled=("total[half] * factor + sum", "total[half] + sum"),
-        outputs_are_not_rescaled=("o[d][2 * half] *= factor, o", "o"),
-        a_row_without_keys_divides_by_zero=(
-            "const float base = peak == NEVER ? 0.0f : peak,",
-            "const float base = peak,",
+        sums_are_not_rescaled=("total[half] * shrink[half] + (sum", "total[half] + (sum"),
+        outputs_are_not_rescaled=(
+            "[half % 2 * 2 + 1] *= shrink[half];",
+            "[half % 2 * 2 + 1] *= 1.0f;",
         ),
-        peaks_of_two_of_four_lanes=("peak = fmaxf(peak, __shfl_xor_sync(WARP_MASK, peak, 2));", ""),
+        a_row_without_keys_divides_by_zero=(
+            "base[half] = all == NEVER ? 0.0f : all;",
+            "base[half] = all;",
+        ),
+        peaks_of_two_of_four_lanes=("all = fmaxf(all, __shfl_xor_sync(WARP_MASK, all, 2));", ""),
         two_of_four_lanes_are_summed=(
             "total[half] += __shfl_xor_sync(WARP_MASK, total[half], 2);",
             "",
@@ -309,7 +314,16 @@ ROW_ATTENTION = {
             "p.heads + r % p.group;",
         ),
         queries_of_another_request=("(first_row + r / p.group) * p.q_row", "r / p.group * p.q_row"),
-        keys_of_another_request=("first_key + from, first_key + end,", "from, end,"),
+        keys_of_another_request=(
+            "first_key + begin + int64_t(step) * KEYS, first_key + end",
+            "begin + int64_t(step) * KEYS, end",
+        ),
+        a_shrink_of_one_row_is_missed=(
+            "shrinks |= shrink[half] != 1.0f",
+            "shrinks = shrink[half] != 1.0f",
+        ),
+        the_other_half_of_a_tile_again=("blockIdx.x % HALVES * ROWS", "0"),
+        rows_behind_the_last_are_read=("if (first >= count) return;", ""),
         sinks_of_another_head=(
             "p.sinks + cell % p.heads : nullptr;",
             "p.sinks + cell % p.group : nullptr;",
@@ -326,15 +340,15 @@ ROW_ATTENTION = {
     ),
     **_of(
         "tile.cuh",
-        no_bound_on_keys=("first + row < end && wide", "wide"),
+        no_bound_on_keys=("P::within(row) && token < end", "P::within(row)"),
         a_head_that_fills_no_tile_reads_on=(
-            "first + row < end && wide * piece < p.dim",
-            "first + row < end",
+            "const bool there = within && slot[i] >= 0;",
+            "const bool there = slot[i] >= 0;",
         ),
-        misaligned_vector=("head * p.head + 16 * piece", "head * p.head + 16 * piece + 2"),
+        misaligned_vector=("(within ? 16 * piece : 0)", "(within ? 16 * piece + 2 : 0)"),
         pieces_lie_where_they_are_not_looked_for=(
-            "copy16_async(to + place<D>(row, piece), from, there);",
-            "copy16_async(to + row * D + 8 * piece, from, there);",
+            "        copy16_async(to + place<D>(row, piece), from, there);\n      });",
+            "        copy16_async(to + row * D + 8 * piece, from, there);\n      });",
         ),
     ),
 }

@@ -13,10 +13,10 @@ from sgl_blend.ops.build import launch
 from sgl_blend.ops.upload import upload
 
 #: rows x query heads of a key head that a block takes
-TILE = 64
-#: blocks that a launch should have, two for each multiprocessor of an H100: where tiles and heads
+TILE = 128
+#: blocks that a launch should have, one for each multiprocessor of an H100: where tiles and heads
 #: make fewer, the keys are split. The same on every device, and so are the results.
-BLOCKS = 264
+BLOCKS = 132
 #: keys of one step of a block, and steps that a part of split keys has at least
 STEP, LEAST_STEPS = 64, 4
 
