@@ -96,6 +96,22 @@ __device__ __forceinline__ uint4 load16_once(const void* from) {
 #endif
 }
 
+// As load16_once, 8 bytes.
+__device__ __forceinline__ uint2 load8_once(const void* from) {
+#if defined(BLEND_EMULATED)
+  emulator::require_aligned(from, 8, "load8_once");
+  uint2 v;
+  std::memcpy(&v, from, 8);
+  return v;
+#else
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from));
+  return v;
+#endif
+}
+
 __device__ __forceinline__ void store16(void* to, uint4 v) {
 #if defined(BLEND_EMULATED)
   emulator::require_aligned(to, 16, "store16");
@@ -115,6 +131,21 @@ __device__ __forceinline__ void copy16_async(void* to, const void* from, bool th
   const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(from),
                "r"(there ? 16 : 0)
+               : "memory");
+#endif
+}
+
+// As copy16_async, of 4 or 8 bytes.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
+#if defined(BLEND_EMULATED)
+  emulator::require_aligned(to, BYTES, "copy_async");
+  emulator::require_aligned(from, BYTES, "copy_async");
+  emulator::copy_async({to, from, BYTES, there ? BYTES : 0u});
+#else
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(BYTES),
+               "r"(there ? BYTES : 0)
                : "memory");
 #endif
 }

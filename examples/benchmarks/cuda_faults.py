@@ -128,66 +128,51 @@ SELECT = {
     ),
 }
 
-ATTENTION_MASS = {
-    **_of(
-        "attention_mass.cuh",
-        keys_are_not_waited_for=(
-            "copy_wait<1>();\n  __syncthreads();\n\n  // The warp's",
-            "copy_wait<2>();\n  __syncthreads();\n\n  // The warp's",
-        ),
-        no_barrier_before_the_keys=(
-            "copy_wait<1>();\n  __syncthreads();\n\n  // The warp's",
-            "copy_wait<1>();\n\n  // The warp's",
-        ),
-        queries_are_not_waited_for=(
-            "copy_wait<1>();\n    __syncthreads();\n    const T* q",
-            "copy_wait<2>();\n    __syncthreads();\n    const T* q",
-        ),
-        no_barrier_before_the_queries=(
-            "copy_wait<1>();\n    __syncthreads();\n    const T* q",
-            "copy_wait<1>();\n    const T* q",
-        ),
-        no_barrier_behind_a_step=("__syncthreads();  // before this stage is filled again", ""),
-        one_stage_for_all_steps=(
-            "queries + (step + 1) % 2 * MASS_ROWS * D, step + 1, head",
-            "queries + step % 2 * MASS_ROWS * D, step + 1, head",
-        ),
-        no_group_behind_the_last_step=("copy_commit();  // as many groups in flight as before", ""),
-        wrong_address_of_a_fragment=(
-            "warp * 16 + lane % 16, 2 * d + lane / 16)",
-            "warp * 16 + lane % 16, 2 * d + lane % 2)",
-        ),
-        pieces_lie_where_they_are_not_looked_for=(
-            "copy16_async(to + place<D>(row, piece), static_cast<const T*>(p.q) + at, there);",
-            "copy16_async(to + row * D + 8 * piece, static_cast<const T*>(p.q) + at, there);",
-        ),
-        no_bound_on_rows=("if (r >= count) continue;", ""),
-        no_bound_on_keys=("if (t == 0 && key[half] < p.n)", "if (t == 0)"),
-        shuffle_of_half_the_lanes=(
-            "sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 1);",
-            "if (t < 2) sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 1);",
-        ),
-        two_of_four_lanes_are_summed=("sum[half] += __shfl_xor_sync(WARP_MASK, sum[half], 2);", ""),
-        log_sum_exp_of_another_head=("head * p.group + r % p.group];", "r % p.group];"),
-        queries_of_another_head=(
-            "(head * p.group + r % p.group) * p.q_head",
-            "r % p.group * p.q_head",
-        ),
-        row_weights_are_left_out=("sum[half] += weight * power2", "sum[half] += power2"),
-        the_window_is_one_too_short=("pos[half] >= at - p.window);", "pos[half] > at - p.window);"),
-        a_row_does_not_see_its_own_place=("pos[half] <= at &&", "pos[half] < at &&"),
-        no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
-        a_head_that_fills_no_tile_reads_on=("r < count && 8 * piece < p.k.dim", "r < count"),
+ATTENTION_MASS = _of(
+    "attention_mass.cuh",
+    queries_are_not_waited_for=("copy_wait<MASS_STAGES - 2>();", "copy_wait<MASS_STAGES - 1>();"),
+    no_barrier_before_the_queries=("__syncthreads();  // the step's", "// the step's"),
+    the_stage_in_use_is_filled=("now == 0 ? MASS_STAGES - 1 : now - 1", "now"),
+    two_steps_ahead_are_three=("begin + (MASS_STAGES - 1) *", "begin + MASS_STAGES *"),
+    wrong_address_of_a_fragment=("g, 4 * c + t)", "g, 4 * c + (t ^ 1))"),
+    pieces_lie_where_they_are_not_looked_for=(
+        "to.query + to.place(q, piece)",
+        "to.query + q * D + 8 * piece",
     ),
-    **_of(
-        "tile.cuh",
-        fp8_pieces_change_places=(
-            "low[i] = x[i], high[i] = x[8 + i]",
-            "high[i] = x[i], low[i] = x[8 + i]",
-        ),
-        every_fp8_is_e4m3=("if (p.type == KeyType::E4M3)", "if (true)"),
+    no_bound_on_queries=("begin + q < count && 8 * piece < p.k.dim", "8 * piece < p.k.dim"),
+    no_bound_on_weights=("const bool there = begin + q < count;", "const bool there = true;"),
+    no_bound_on_keys=("if (t == 0 && key < p.n)", "if (t == 0)"),
+    shuffle_of_half_the_lanes=(
+        "sum[i] += __shfl_xor_sync(WARP_MASK, sum[i], 1);",
+        "if (t < 2) sum[i] += __shfl_xor_sync(WARP_MASK, sum[i], 1);",
     ),
-}
+    two_of_four_lanes_are_summed=("sum[i] += __shfl_xor_sync(WARP_MASK, sum[i], 2);", ""),
+    log_sum_exp_of_another_head=("p.heads + head * p.group + of, there", "p.heads + of, there"),
+    queries_of_another_head=(
+        "static_cast<const T*>(p.q) + head * p.group * p.q_head +",
+        "static_cast<const T*>(p.q) +",
+    ),
+    rows_are_rounded_down=("((1u << 31) + p.group - 1) / p.group", "(1u << 31) / p.group"),
+    row_weights_are_left_out=("sum[i] += weight * power2", "sum[i] += power2"),
+    the_window_is_one_too_short=(
+        "pos < at - p.window)) continue",
+        "pos <= at - p.window)) continue",
+    ),
+    a_row_does_not_see_its_own_place=("if (pos > at ||", "if (pos >= at ||"),
+    a_step_that_sees_all_sees_the_first_key=("(highest > at ||", "(lowest > at ||"),
+    a_step_that_sees_all_has_the_last_in_its_window=(
+        "lowest < at - p.window));",
+        "highest < at - p.window));",
+    ),
+    no_soft_cap=("const bool capped = p.cap_log2 > 0.0f;", "const bool capped = false;"),
+    a_head_that_fills_no_tile_reads_on=(
+        "begin + q < count && 8 * piece < p.k.dim",
+        "begin + q < count",
+    ),
+    a_key_that_fills_no_tile_reads_on=("if (32 * c + 8 * t < p.k.dim) {", "{"),
+    keys_change_places=("even[i % 2] = v.x", "even[1 - i % 2] = v.x"),
+    every_fp8_is_e4m3=(": Fp8Piece<__NV_E5M2> {}", ": Fp8Piece<__NV_E4M3> {}"),
+)
 
 GATHER = _of(
     "gather.cuh",
@@ -350,6 +335,11 @@ ROW_ATTENTION = {
             "        copy16_async(to + place<D>(row, piece), from, there);\n      });",
             "        copy16_async(to + row * D + 8 * piece, from, there);\n      });",
         ),
+        fp8_pieces_change_places=(
+            "low[i] = x[i], high[i] = x[8 + i]",
+            "high[i] = x[i], low[i] = x[8 + i]",
+        ),
+        every_fp8_is_e4m3=("if (p.type == KeyType::E4M3)", "if (true)"),
     ),
 }
 

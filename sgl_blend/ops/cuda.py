@@ -21,7 +21,6 @@ VECTOR = 16
 #: blocks that read the host's memory at once: enough in flight to fill the bus (reckoned, not
 #: measured), few enough to leave nearly all of the GPU to the model
 BUS_BLOCKS = 32
-LOG2_E = 1.4426950408889634
 NO_BIAS = (None,) * 5
 
 
@@ -291,7 +290,7 @@ def attention_mass(
     by_head = torch.empty((k_cache.shape[1], slots.shape[0]), dtype=torch.float32, device=q.device)
     launch(
         module.attention_mass,
-        (q, k_cache, slots, q_pos, key_pos, lse * LOG2_E, weights, by_head),
+        (q, k_cache, slots, q_pos, key_pos, lse, weights, by_head),
         (kv_pos0, window, scale, logit_cap),
     )
     return by_head.sum(dim=0) if norms is None else (by_head * norms.T).sum(dim=0)

@@ -21,18 +21,23 @@ def module():
     return emulated.kernels()
 
 
+def poisoned(x):
+    """``x``, with NaN behind its end."""
+    return torch.cat((x, torch.full_like(x[:1], math.nan)))[:-1]
+
+
 class Case:
     """``rows`` queries behind ``keys`` cached keys, whose slots lie in no order."""
 
     def __init__(self, rows, keys, q_heads, kv_heads, dim, q_dtype=BF16, k_dtype=None, **options):
         gen = torch.Generator().manual_seed(rows + keys)
-        self.q = torch.randn(rows, q_heads, dim, generator=gen).to(q_dtype)
+        self.q = poisoned(torch.randn(rows, q_heads, dim, generator=gen).to(q_dtype))
         # One slot before the first and one behind the last are poison.
         k = torch.randn(keys + 9, kv_heads, dim, generator=gen)
         self.slots = torch.randperm(keys + 7, generator=gen)[:keys] + 1
         k[0] = k[-1] = torch.nan
         self.k = k.to(k_dtype or q_dtype)
-        self.weights = torch.rand(rows, generator=gen)
+        self.weights = poisoned(torch.rand(rows, generator=gen))
         self.q_pos = torch.arange(keys, keys + rows)
         self.options = dict(
             scale=dim**-0.5, window=-1, logit_cap=0.0, kv_pos0=0, key_pos=None, **options
@@ -56,6 +61,7 @@ class Case:
         scores = self.scores()
         lse = torch.logaddexp(scores.logsumexp(-1), torch.tensor(more or -math.inf))
         want = (torch.exp(scores - lse[..., None]) * self.weights[:, None, None]).sum((0, 1))
+        lse = poisoned(lse)
         for way in emulated.schedules(module):
             got = cuda.attention_mass(
                 module, self.q, self.k, self.slots, self.q_pos, lse, self.weights, **self.options
@@ -65,8 +71,8 @@ class Case:
 
 @pytest.mark.parametrize(("q_dtype", "k_dtype"), emulated.TYPES)
 def test_every_type(module, q_dtype, k_dtype):
-    """33 rows of 4 query heads a key head: five steps, the last one ragged."""
-    Case(33, 70, 4, 1, 64, q_dtype, k_dtype).check(module)
+    """67 rows of 4 query heads a key head: five steps, the last one ragged."""
+    Case(67, 70, 4, 1, 64, q_dtype, k_dtype).check(module)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +81,10 @@ def test_every_type(module, q_dtype, k_dtype):
         (1, 1, 1, 1, 64),
         (25, 64, 8, 2, 128),
         (17, 66, 7, 1, 80),  # a group that fills no step, a head that fills no tile
-        (70, 20, 2, 2, 256),
+        (101, 20, 2, 2, 256),
         (3, 130, 12, 3, 16),
         (9, 65, 10, 1, 200),
+        (3, 40, 256, 256, 16),  # enough blocks for all of their warps
     ],
 )
 def test_shapes(module, rows, keys, q_heads, kv_heads, dim):

@@ -158,12 +158,13 @@ def _mass(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
     rows = 4 if job.rehearse else QUESTION
     q = torch.randn(rows, HEADS, DIM, device=job.device).bfloat16()
     lse = torch.full((rows, HEADS), 5.0, device=job.device)
+    asked = torch.full((rows,), x.n, device=job.device)
+    weights = torch.ones(rows, device=job.device)
     took = clock.on_device(
         job.device,
         lambda: cuda.attention_mass(
-            module, q, x.k_cache, x.src, torch.full((rows,), x.n, device=job.device), lse,
-            torch.ones(rows, device=job.device), scale=DIM**-0.5, window=-1, logit_cap=0.0,
-            kv_pos0=0, key_pos=None,
+            module, q, x.k_cache, x.src, asked, lse, weights, scale=DIM**-0.5, window=-1,
+            logit_cap=0.0, kv_pos0=0, key_pos=None,
         ),
     )  # fmt: skip
     share = 2 * rows * HEADS * x.n * DIM / took / peak["flops"]

@@ -221,7 +221,7 @@ void masses() {
   const auto keys = pool(2);
   const Memory<__nv_bfloat16> k(keys), q(queries(keys));
   const Memory<int64_t> slots(from(1, TOKENS)), rows(from(TOKENS, ROWS));
-  const Memory<float> lse(std::vector<float>(ROWS * GROUP * HEADS, std::log2(float(TOKENS)))),
+  const Memory<float> lse(std::vector<float>(ROWS * GROUP * HEADS, std::log(float(TOKENS)))),
       weights(std::vector<float>(ROWS, 1.0f)), out(size_t{HEADS * TOKENS});
   Mass p{};
   p.q = q.at(), p.k = head_of(k, slots.at()), p.row_pos = rows.at();
