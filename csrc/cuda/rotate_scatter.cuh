@@ -40,91 +40,180 @@ struct Heads {
   int heads, dim, v_dim, rotary_dim;
 };
 
-// Of a block, row y copies tokens blockIdx.x * blockDim.y + y and on, a grid further each; its
-// threads share a token's units.
-template <typename T, bool HALVES, bool BIASED>
-__global__ void __launch_bounds__(256, BIASED && sizeof(T) == 1 ? 1 : 2)
-    rotate_scatter_kernel(Source src, Target dst, Angles angles, Bias bias, Heads h, int64_t n) {
-  constexpr int N = VECTOR<T>;
-  const int64_t step = int64_t(gridDim.x) * blockDim.y;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; i < n; i += step) {
-    if (dst.runs && dst.runs[i]) continue;
-    const char *k_from, *v_from;
-    if (src.places) {
-      k_from = reinterpret_cast<const char*>(src.places[i] + src.layer * src.places[2 * n + i]);
-      v_from = reinterpret_cast<const char*>(src.places[n + i] + src.layer * src.places[3 * n + i]);
-    } else {
-      k_from = src.k + src.slots[i] * src.k_stride;
-      v_from = src.v + src.slots[i] * src.v_stride;
-    }
-    char* k_to = dst.k + dst.slots[i] * dst.k_stride;
-    char* v_to = dst.v + dst.slots[i] * dst.v_stride;
-    const int64_t group = BIASED ? bias.group[i] : -1;
-    const float* k_bias = bias.k + group * h.heads * h.dim;
-    const float* v_bias = bias.v + group * h.heads * h.v_dim;
+// What is known of a token before its KV is read.
+struct Token {
+  int64_t k, v;  // its slot, or the addresses of its K and V
+  int64_t to;    // slot
+  int group;     // -1: none
+  bool stays;    // its slot stays as it is
+};
 
-    const int half = h.rotary_dim / 2, turned = half / N, rest = (h.dim - h.rotary_dim) / N;
-    const int of_head = turned + rest, of_k = h.heads * of_head, of_v = h.heads * h.v_dim / N;
-    for (int u = threadIdx.x; u < of_k + of_v; u += blockDim.x) {
-      const int head = u / of_head, part = u % of_head;
-      if (u < of_k && part < turned) {
-        const Unit<HALVES, N> unit(part, half);
-        const int first = head * h.dim + unit.first, second = head * h.dim + unit.second;
-        float x[N], y[N], cos[N], sin[N];
-        as_floats(load16_once(k_from + int64_t(first) * sizeof(T)), x, T());
-        as_floats(load16_once(k_from + int64_t(second) * sizeof(T)), y, T());
-        read_floats(angles.cos + i * half + N * part, cos);
-        read_floats(angles.sin + i * half + N * part, sin);
-        turn<HALVES>(x, y, cos, sin);
-        if (BIASED && group >= 0) {
-          float a[N], b[N];
-          read_floats(k_bias + first, a);
-          read_floats(k_bias + second, b);
-          read_floats(bias.angles.cos + i * half + N * part, cos);
-          read_floats(bias.angles.sin + i * half + N * part, sin);
-          turn<HALVES>(a, b, cos, sin);
+template <bool BIASED>
+__device__ __forceinline__ Token token(const Source& src, const Target& dst, const Bias& bias,
+                                       int n, int i) {
+  Token out{};
+  if (i >= n) return out;
+  if (src.places) {
+    out.k = src.places[i] + src.layer * src.places[2 * int64_t(n) + i];
+    out.v = src.places[int64_t(n) + i] + src.layer * src.places[3 * int64_t(n) + i];
+  } else {
+    out.k = src.slots[i];
+  }
+  out.to = dst.slots[i];
+  out.group = BIASED ? bias.group[i] : -1;
+  out.stays = dst.runs && dst.runs[i];
+  return out;
+}
+
+// 32 bytes of K that are turned, and what is added to them.
+template <typename T, bool HALVES, bool BIASED>
+struct Turned {
+  static constexpr int N = VECTOR<T>;
+  int first, second;
+  uint4 x_raw, y_raw;
+  float cos[N], sin[N], a[N], b[N], a_cos[N], a_sin[N];
+
+  // angle: of the token's first.
+  __device__ __forceinline__ void load(const char* k, const Angles& angles, const Bias& bias,
+                                       const Heads& h, int64_t angle, int group, int u) {
+    const int half = h.rotary_dim / 2, turned = half / N, head = u / turned;
+    const int part = u - head * turned;
+    const Unit<HALVES, N> unit(part, half);
+    first = head * h.dim + unit.first, second = head * h.dim + unit.second;
+    x_raw = load16_once(k + int64_t(first) * sizeof(T));
+    y_raw = load16_once(k + int64_t(second) * sizeof(T));
+    angle += N * part;
+    read_floats(angles.cos + angle, cos), read_floats(angles.sin + angle, sin);
+    if (BIASED && group >= 0) {
+      const float* const from = bias.k + int64_t(group) * h.heads * h.dim;
+      read_floats(from + first, a), read_floats(from + second, b);
+      read_floats(bias.angles.cos + angle, a_cos), read_floats(bias.angles.sin + angle, a_sin);
+    }
+  }
+
+  __device__ __forceinline__ void store(char* k, int group) {
+    float x[N], y[N];
+    as_floats(x_raw, x, T()), as_floats(y_raw, y, T());
+    turn<HALVES>(x, y, cos, sin);
+    if (BIASED && group >= 0) {
+      turn<HALVES>(a, b, a_cos, a_sin);
 #pragma unroll
-          for (int j = 0; j < N; ++j) x[j] = __fadd_rn(x[j], a[j]), y[j] = __fadd_rn(y[j], b[j]);
-        }
-        store16(k_to + int64_t(first) * sizeof(T), from_floats(x, T()));
-        store16(k_to + int64_t(second) * sizeof(T), from_floats(y, T()));
-      } else {
-        const bool key = u < of_k;
-        const int at = key ? head * h.dim + h.rotary_dim + N * (part - turned) : N * (u - of_k);
-        uint4 moved = load16_once((key ? k_from : v_from) + int64_t(at) * sizeof(T));
-        if (BIASED && group >= 0) {
-          float x[N], a[N];
-          as_floats(moved, x, T());
-          read_floats((key ? k_bias : v_bias) + at, a);
+      for (int i = 0; i < N; ++i) x[i] = __fadd_rn(x[i], a[i]), y[i] = __fadd_rn(y[i], b[i]);
+    }
+    store16(k + int64_t(first) * sizeof(T), from_floats(x, T()));
+    store16(k + int64_t(second) * sizeof(T), from_floats(y, T()));
+  }
+};
+
+// 16 bytes that are not turned: of K beyond its rotation, then of V.
+template <typename T, bool BIASED>
+struct Plain {
+  static constexpr int N = VECTOR<T>;
+  bool key;
+  int at;
+  uint4 raw;
+  float a[N];
+
+  __device__ __forceinline__ void load(const char* k, const char* v, const Bias& bias,
+                                       const Heads& h, int group, int u) {
+    const int rest = (h.dim - h.rotary_dim) / N, of_rest = h.heads * rest;
+    key = u < of_rest;
+    at = key ? u / rest * h.dim + h.rotary_dim + N * (u % rest) : N * (u - of_rest);
+    raw = load16_once((key ? k : v) + int64_t(at) * sizeof(T));
+    if (BIASED && group >= 0) {
+      read_floats((key ? bias.k : bias.v) + int64_t(group) * h.heads * (key ? h.dim : h.v_dim) + at,
+                  a);
+    }
+  }
+
+  __device__ __forceinline__ void store(char* k, char* v, int group) {
+    if (BIASED && group >= 0) {
+      float x[N];
+      as_floats(raw, x, T());
 #pragma unroll
-          for (int j = 0; j < N; ++j) x[j] = __fadd_rn(x[j], a[j]);
-          moved = from_floats(x, T());
+      for (int i = 0; i < N; ++i) x[i] = __fadd_rn(x[i], a[i]);
+      raw = from_floats(x, T());
+    }
+    store16((key ? k : v) + int64_t(at) * sizeof(T), raw);
+  }
+};
+
+// Of a block, row y copies tokens blockIdx.x * blockDim.y + y and on, a grid further each; its
+// threads share a token's units. All that a thread reads of a token's UNITS units of K and of as
+// many bytes beside them is on its way before the first is used.
+template <typename T, bool HALVES, bool BIASED, int UNITS, int THREADS, int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    rotate_scatter_kernel(Source src, Target dst, Angles angles, Bias bias, Heads h, int n) {
+  constexpr int N = VECTOR<T>, PLAIN = 2 * UNITS;
+  const int half = h.rotary_dim / 2, pairs = h.heads * (half / N);
+  const int others = h.heads * ((h.dim - h.rotary_dim) / N + h.v_dim / N);
+  for (int i = blockIdx.x * blockDim.y + threadIdx.y; i < n; i += gridDim.x * blockDim.y) {
+    const Token at = token<BIASED>(src, dst, bias, n, i);
+    if (at.stays) continue;
+    const char* const k_from =
+        src.places ? reinterpret_cast<const char*>(at.k) : src.k + at.k * src.k_stride;
+    const char* const v_from =
+        src.places ? reinterpret_cast<const char*>(at.v) : src.v + at.k * src.v_stride;
+    // u: the first unit that is turned; p: the first of the others, of which there are two for one.
+    for (int u = threadIdx.x, p = u; u < pairs || p < others;
+         u += UNITS * blockDim.x, p += PLAIN * blockDim.x) {
+      Turned<T, HALVES, BIASED> turned[UNITS];
+      Plain<T, BIASED> plain[PLAIN];
+#pragma unroll
+      for (int j = 0; j < UNITS; ++j) {
+        const int unit = u + j * blockDim.x;
+        if (unit < pairs) {
+          turned[j].load(k_from, angles, bias, h, int64_t(i) * half, at.group, unit);
         }
-        store16((key ? k_to : v_to) + int64_t(at) * sizeof(T), moved);
+      }
+#pragma unroll
+      for (int j = 0; j < PLAIN; ++j) {
+        const int unit = p + j * blockDim.x;
+        if (unit < others) plain[j].load(k_from, v_from, bias, h, at.group, unit);
+      }
+      char* const k_to = dst.k + at.to * dst.k_stride;
+      char* const v_to = dst.v + at.to * dst.v_stride;
+#pragma unroll
+      for (int j = 0; j < PLAIN; ++j) {
+        if (int(p + j * blockDim.x) < others) plain[j].store(k_to, v_to, at.group);
+      }
+#pragma unroll
+      for (int j = 0; j < UNITS; ++j) {
+        if (int(u + j * blockDim.x) < pairs) turned[j].store(k_to, at.group);
       }
     }
   }
 }
 
-// blocks: at most so many, 0: as many as there is work for.
+// blocks: at most so many, 0: as many as there is work for. UNITS, THREADS, BLOCKS: of a thread, of
+// a block, of a multiprocessor.
+template <typename T, bool HALVES, bool BIASED, int UNITS, int THREADS, int BLOCKS>
+void rotate_scatter_by(const Source& src, const Target& dst, const Angles& angles, const Bias& bias,
+                       const Heads& heads, int64_t n, int64_t blocks, Stream stream) {
+  const int units = heads.heads * (heads.dim + heads.v_dim) / VECTOR<T>;
+  int threads = 8;  // a token: a power of two, so that rows of a block fill whole warps
+  while (threads < 64 && 4 * UNITS * threads < units) threads *= 2;
+  const int rows = THREADS / threads;
+  const int64_t all = (n + rows - 1) / rows;
+  const Extent grid{static_cast<int>(blocks > 0 && blocks < all ? blocks : all)};
+  launch(rotate_scatter_kernel<T, HALVES, BIASED, UNITS, THREADS, BLOCKS>, grid,
+         Extent{threads, rows}, 0, stream, src, dst, angles, bias, heads, static_cast<int>(n));
+}
+
+// n: below 2^31 less what one grid takes.
 template <typename T>
 void rotate_scatter(const Source& src, const Target& dst, const Angles& angles, const Bias& bias,
                     const Heads& heads, int64_t n, bool halves, int64_t blocks, Stream stream) {
-  const int units = heads.heads * (heads.dim + heads.v_dim) / VECTOR<T>;
-  int threads = 8;  // a token: a power of two, so that rows of a block fill whole warps
-  while (threads < 64 && threads < units) threads *= 2;
-  const int rows = 256 / threads;
-  const int64_t all = (n + rows - 1) / rows;
-  const Extent grid{static_cast<int>(blocks > 0 && blocks < all ? blocks : all)};
-  const Extent block{threads, rows};
-  const auto run = [&](auto kernel) {
-    launch(kernel, grid, block, 0, stream, src, dst, angles, bias, heads, n);
+  constexpr int FEW = sizeof(T) == 1 ? 4 : 7, FEWER = sizeof(T) == 1 ? 2 : 4;
+  const auto run = [&](auto by) {
+    by(src, dst, angles, bias, heads, n, blocks, stream);
   };
   if (bias.k) {
-    halves ? run(rotate_scatter_kernel<T, true, true>) : run(rotate_scatter_kernel<T, false, true>);
+    run(halves ? rotate_scatter_by<T, true, true, 1, 128, FEWER>
+               : rotate_scatter_by<T, false, true, 1, 128, FEWER>);
   } else {
-    halves ? run(rotate_scatter_kernel<T, true, false>)
-           : run(rotate_scatter_kernel<T, false, false>);
+    run(halves ? rotate_scatter_by<T, true, false, 1, 128, FEW>
+               : rotate_scatter_by<T, false, false, 1, 128, FEW>);
   }
 }
 

@@ -18,32 +18,31 @@ def _of(file: str, **faults: tuple[str, str]) -> dict[str, Planted]:
 ROTATE_SCATTER = {
     **_of(
         "rotate_scatter.cuh",
-        tokens_that_run_are_overwritten=(
-            "if (dst.runs && dst.runs[i]) continue;",
-            "",
-        ),
-        no_bound_on_tokens=("i < n; i += step", "i < n + 1; i += step"),
-        a_small_grid_leaves_tokens_out=("i < n; i += step", "i < n; i += n"),
-        angles_of_another_token=(
-            "read_floats(angles.cos + i * half + N * part, cos);",
-            "read_floats(angles.cos + i / 2 * half + N * part, cos);",
-        ),
+        tokens_that_run_are_overwritten=("if (at.stays) continue;", ""),
+        no_bound_on_tokens=("i < n; i += gridDim", "i < n + 1; i += gridDim"),
+        a_small_grid_leaves_tokens_out=("i += gridDim.x * blockDim.y", "i += n"),
+        angles_of_another_token=("int64_t(i) * half, at.group", "int64_t(i / 2) * half, at.group"),
         a_token_without_group_gets_the_first=(
             "group = BIASED ? bias.group[i] : -1",
             "group = BIASED ? max(bias.group[i], 0) : -1",
         ),
-        the_bias_is_not_turned=("turn<HALVES>(a, b, cos, sin);", ""),
+        the_bias_is_not_turned=("turn<HALVES>(a, b, a_cos, a_sin);", ""),
         V_gets_no_bias=(
-            "if (BIASED && group >= 0) {\n          float x[N], a[N];",
-            "if (BIASED && key && group >= 0) {\n          float x[N], a[N];",
+            "if (BIASED && group >= 0) {\n      float x[N];",
+            "if (BIASED && key && group >= 0) {\n      float x[N];",
         ),
-        steps_of_V_for_K=("src.places[2 * n + i]", "src.places[3 * n + i]"),
-        the_layer_is_ignored=("src.layer * src.places[3 * n + i]", "src.places[3 * n + i]"),
+        steps_of_V_for_K=("src.places[2 * int64_t(n) + i]", "src.places[3 * int64_t(n) + i]"),
+        the_layer_is_ignored=(
+            "src.layer * src.places[3 * int64_t(n) + i]",
+            "src.places[3 * int64_t(n) + i]",
+        ),
         the_unturned_rest_is_left_out=(
-            "rest = (h.dim - h.rotary_dim) / N;",
-            "rest = (h.dim - h.rotary_dim) / N / 2;",
+            "rest = (h.dim - h.rotary_dim) / N, of_rest",
+            "rest = (h.dim - h.rotary_dim) / N / 2, of_rest",
         ),
-        V_in_the_stride_of_K=("dst.slots[i] * dst.v_stride", "dst.slots[i] * dst.k_stride"),
+        V_in_the_stride_of_K=("at.to * dst.v_stride", "at.to * dst.k_stride"),
+        what_is_beside_the_turned_ends_with_it=("u < pairs || p < others", "u < pairs"),
+        every_second_of_the_others=("p += PLAIN * blockDim.x", "p += 2 * PLAIN * blockDim.x"),
     ),
     **_of(
         "rotation.cuh",

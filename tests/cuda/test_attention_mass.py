@@ -100,6 +100,7 @@ def test_soft_cap(module):
 def test_rows_see_keys_by_position_and_window(module):
     case = Case(40, 90, 4, 2, 64)
     case.q_pos = torch.arange(30, 110, 2)
+    case.check(module)
     case.options.update(window=25, kv_pos0=7)
     case.check(module, more=-1.0)
     case.options["key_pos"] = torch.arange(90) * 3  # with holes
