@@ -47,33 +47,6 @@ struct Head {
   KeyType type;
 };
 
-// Tokens `first` .. `first + N`, as far as they lie below `end`, into `to`, in one group of copies;
-// zeros beyond, and beyond the head. fp8 is widened on its way, and is there at once.
-template <typename T, int D, int N>
-__device__ __forceinline__ void stage_tokens(const Head& p, T* to, int64_t first, int64_t end,
-                                             int head) {
-  const bool same = p.type == KeyType::SAME;
-  const int of_row = same ? D / 8 : D / 16, wide = same ? 8 : 16;  // loads, elements of one
-  for (int u = threadIdx.x; u < N * of_row; u += blockDim.x) {
-    const int row = u / of_row, piece = u % of_row;
-    const bool there = first + row < end && wide * piece < p.dim;
-    const int64_t token = first + row, slot = there ? (p.slots ? p.slots[token] : token) : 0;
-    const char* from = p.pool + (there ? slot * p.slot + head * p.head + 16 * piece : 0);
-    if (same) {
-      copy16_async(to + place<D>(row, piece), from, there);
-      continue;
-    }
-    const uint4 v = there ? load16(from) : uint4{0, 0, 0, 0};
-    T *low = to + place<D>(row, 2 * piece), *high = to + place<D>(row, 2 * piece + 1);
-    if (p.type == KeyType::E4M3) {
-      widen<T, __nv_fp8_e4m3>(low, high, v);
-    } else {
-      widen<T, __nv_fp8_e5m2>(low, high, v);
-    }
-  }
-  copy_commit();
-}
-
 // How the THREADS of a block bring N tokens of D elements into shared memory, step by step. A thread
 // takes the same piece of every so many tokens, in K and V alike. It looks up their slots a step
 // ahead, all at once: a slot that is asked for right before its copy is waited for, one after the
