@@ -2,6 +2,7 @@
 #define BLEND_EMULATED 1
 
 #include "../cuda/attention_mass.cu"
+#include "../cuda/deltas.cu"
 #include "../cuda/gather.cu"
 #include "../cuda/rotate_scatter.cu"
 #include "../cuda/row_attention.cu"

@@ -67,6 +67,36 @@ ROTATE_SCATTER = {
     ),
 }
 
+DELTAS = {
+    **_of(
+        "deltas.cuh",
+        tokens_of_the_next_document=("p.bounds[blockIdx.y + 1];", "p.bounds[blockIdx.y + 1] + 1;"),
+        a_document_begins_one_late=(
+            "i = p.bounds[blockIdx.y] + threadIdx.y",
+            "i = p.bounds[blockIdx.y] + threadIdx.y + 1",
+        ),
+        the_first_step_alone=("i += DELTA_ROWS) {", "i += p.bounds[blockIdx.y + 1]) {"),
+        cached_K_is_not_turned=("p.old.cos + angle, p.old.sin + angle", "p.fresh.cos, p.fresh.sin"),
+        angles_of_another_token=("angle = i * half + N * part", "angle = i / 2 * half + N * part"),
+        beside_is_not_looked_at=("old_slot < 0 ? p.beside : p.old.kept", "p.old.kept"),
+        V_in_the_stride_of_K=(
+            "cached.v + from * cached.v_stride",
+            "cached.v + from * cached.k_stride",
+        ),
+        no_barrier_before_the_sums=("  __syncthreads();\n", ""),
+        the_last_row_is_left_out=("row < DELTA_ROWS; ++row", "row < DELTA_ROWS - 1; ++row"),
+        not_scaled=("sum *= p.scale[blockIdx.y];", ""),
+        the_second_half_in_the_place_of_the_first=(
+            "place.second + j - N",
+            "place.first + j - N",
+        ),
+        the_unturned_rest_is_left_out=(
+            "(p.dim - 2 * half) / N;",
+            "(p.dim - 2 * half) / N / 2;",
+        ),
+    ),
+}
+
 SELECT = {
     **_of(
         "select.cuh",
@@ -346,6 +376,7 @@ FAULTS = {
     "rotate_scatter": ROTATE_SCATTER,
     "select": SELECT,
     "attention_mass": ATTENTION_MASS,
+    "deltas": DELTAS,
     "gather": GATHER,
     "row_attention": ROW_ATTENTION,
 }

@@ -4,8 +4,9 @@
 
 A copy of ``csrc`` gets the fault, g++ compiles it for the emulator, and the kernel's tests run
 until one fails. Writes ``results/cuda_mutants.json`` and a table of it beside this script. KERNELs:
-``rotate_scatter``, ``select``, ``attention_mass``, ``gather``, ``row_attention``; all where none is
-named. What has a result is tried ``--again`` only if that is said. A quarter of a minute a fault.
+``rotate_scatter``, ``select``, ``attention_mass``, ``deltas``, ``gather``, ``row_attention``; all
+where none is named. What has a result is tried ``--again`` only if that is said. A quarter of a
+minute a fault.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 ``parts.py``          ``Parts``: KV outside the pool, wherever it lies
 ``gather.py``         KV of whole chunks out of the pool
 ``ropes.py``          ``Rope``, ``FrequencyRope``: rotations between positions
-``deltas.py``         difference of fresh from cached KV, K at one position
+``deltas.py``         difference of fresh from cached KV, K at one position; its means
 ``rows.py``           scores to row indices
 ``cuda_build.py``     finds nvcc, compiles ``csrc/cuda`` for a device and compares it with torch
 ``cuda_check.py``     that comparison
@@ -43,7 +43,7 @@ from sgl_blend.ops.attention import (
 from sgl_blend.ops.batch import RowBatch
 from sgl_blend.ops.cuda import Chosen
 from sgl_blend.ops.cuda_rows import Attended
-from sgl_blend.ops.deltas import At, kv_deltas
+from sgl_blend.ops.deltas import At, Averaged, averages, kv_deltas, mean_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
 from sgl_blend.ops.download import Download
 from sgl_blend.ops.gather import gather_chunks
@@ -61,6 +61,7 @@ __all__ = [
     "At",
     "Attended",
     "AttentionWithMass",
+    "Averaged",
     "Bias",
     "Chosen",
     "Download",
@@ -71,12 +72,14 @@ __all__ = [
     "Rotation",
     "Turns",
     "attention_mass",
+    "averages",
     "biased",
     "cast",
     "covering_rows",
     "gather_chunks",
     "kv_deltas",
     "kv_deviation",
+    "mean_deltas",
     "outward_share",
     "page_locked",
     "put",

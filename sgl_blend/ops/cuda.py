@@ -52,7 +52,7 @@ def rotates(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     rotary_dim: int,
-    turn: Turn,
+    turn: Sequence[torch.Tensor],
     bias: Bias | None = None,
 ) -> bool:
     """Do the kernels that turn K serve this pool, and where its angles and biases lie?"""

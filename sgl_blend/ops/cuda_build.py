@@ -36,6 +36,7 @@ SOURCES = (
     "rotate_scatter.cu",
     "select.cu",
     "attention_mass.cu",
+    "deltas.cu",
     "gather.cu",
     "row_attention.cu",
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sgl_blend.ops import cuda, cuda_rows, reference
+from sgl_blend.ops.build import launch
 from sgl_blend.ops.upload import page_locked
 
 TOKENS, HEADS, DIM = 70, 2, 64
@@ -32,6 +33,7 @@ def differing(module: Any, device: torch.device) -> list[str]:
             reference.squared_distance(v[dst], v[src]),
             rtol=1e-4,
         ),
+        "mean_deltas": _averages(module, k, v, src, dst, turn),
         "select_rows": _selects(module, device),
         "attention_mass": _sums(module, k, src),
         "gather_chunks": _gathers(module, k, v, src),
@@ -56,6 +58,30 @@ def _moves(
     cuda.rotate_copy(module, *ours, src, dst, turn, DIM, True, bias)
     reference.rotate_from(k[src], v[src], *theirs, dst, *turn, DIM, True, bias)
     return all(map(torch.equal, ours, theirs))
+
+
+def _averages(
+    module: Any,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    old: torch.Tensor,
+    fresh: torch.Tensor,
+    turn: cuda.Turn,
+) -> bool:
+    """Of two documents, whose fresh K alone is turned."""
+    still = tuple(x[-1:].expand_as(x).contiguous() for x in (turn[0] * 0 + 1, turn[1] * 0))
+    bounds = torch.tensor([0, 20, TOKENS]).to(k.device)
+    scale = torch.tensor([0.5, 2.0]).to(k.device)
+    got = [x.new_zeros(2, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
+    launch(
+        module.mean_deltas,
+        (k, v, fresh, *turn, k, v, old, *still, None, None, bounds, scale, *got),
+        (DIM, 1, 0),
+    )
+    turned = reference.rotate(k[fresh].float(), *turn, DIM, True)
+    apart = (turned - k[old].float(), v[fresh].float() - v[old].float())
+    want = [torch.stack((x[:20].sum(0) * 0.5, x[20:].sum(0) * 2)) for x in apart]
+    return all(torch.allclose(a, b, atol=1e-3) for a, b in zip(got, want, strict=True))
 
 
 def _gathers(module: Any, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> bool:

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from sgl_blend.ops import checks, reference
+from sgl_blend.errors import KernelError
+from sgl_blend.ops import checks, cuda, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
+from sgl_blend.ops.cuda_build import kernels
 from sgl_blend.ops.ropes import Rotation
 
 
@@ -70,3 +72,59 @@ def kv_deltas(
         (rotary_dim, int(neox), torch.get_num_threads()),
     )
     return out[0], out[1]
+
+
+class Averaged(NamedTuple):
+    """Tokens whose deltas are averaged by document, for all layers.
+
+    fresh, cached: int64 [n] slots of the pool, a document's tokens one after another; cached: -1
+    where the token's cached KV lies beside the pool. bounds: int64 [documents + 1], document d's
+    tokens are those from bounds[d] to bounds[d + 1]. scale: fp32 [documents], what multiplies the
+    sum of its deltas.
+    """
+
+    fresh: torch.Tensor
+    cached: torch.Tensor
+    bounds: torch.Tensor
+    scale: torch.Tensor
+
+
+def averages(k_cache: torch.Tensor, v_cache: torch.Tensor, rotary_dim: int) -> bool:
+    """Does a kernel average deltas of this pool [slots, heads, dim]? It does not on the CPU."""
+    return kernels(k_cache.device) is not None and cuda.rotates(k_cache, v_cache, rotary_dim, ())
+
+
+def mean_deltas(
+    of: Averaged,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    beside: tuple[torch.Tensor, torch.Tensor] | None,
+    turns: tuple[Rotation, Rotation] | None,
+    rotary_dim: int,
+    neox: bool,
+    out: tuple[torch.Tensor, torch.Tensor],
+    first: int = 0,
+) -> None:
+    """Writes of each document the sum of its tokens' ``kv_deltas`` times ``scale`` into ``out``,
+    fp32 [all documents, Hk, D] and [.., Hk, Dv], from document ``first`` on; in one launch.
+
+    beside: K [n, Hk, D] and V [n, Hk, Dv], token i where cached[i] is -1. turns: what turns fresh
+    and cached K to position 0; None where K has no positions (``rotary_dim`` 0).
+
+    Raises:
+        KernelError: arguments that do not fit, or that no kernel serves (``averages``).
+    """
+    module = kernels(k_cache.device)
+    if module is None:
+        raise KernelError("no kernel averages the deltas of this pool")
+    turn, back = turns or (None, None)
+    launch(
+        module.mean_deltas,
+        (
+            *(k_cache, v_cache, of.fresh, *(turn or (None, None))),
+            *(k_cache, v_cache, of.cached, *(back or (None, None))),
+            *(beside or (None, None)),
+            *(of.bounds, of.scale, *out),
+        ),
+        (rotary_dim, int(neox), first),
+    )

@@ -137,21 +137,23 @@ class Turns:
 
     def __init__(self, old: torch.Tensor, new: torch.Tensor) -> None:
         self.old, self.new = old, new
-        self._made: dict[tuple[str, int], Rotation] = {}
+        #: ropes are kept beside what was made of them, so that no other gets one's number
+        self._made: dict[tuple[str, int], tuple[AnyRope, Rotation]] = {}
 
     def move(self, rope: AnyRope) -> Rotation:
         """From the old positions to the new ones."""
-        return self._of("move", rope, self.old, self.new)
+        return self._of("move", rope)
 
     def forth(self, rope: AnyRope) -> Rotation:
         """From position 0 to the new ones."""
-        return self._of("forth", rope, torch.zeros_like(self.new), self.new)
+        return self._of("forth", rope)
 
-    def _of(self, name: str, rope: AnyRope, old: torch.Tensor, new: torch.Tensor) -> Rotation:
-        turn = self._made.get((name, id(rope)))
-        if turn is None:
-            turn = self._made[name, id(rope)] = rope.delta(old, new)
-        return turn
+    def _of(self, name: str, rope: AnyRope) -> Rotation:
+        made = self._made.get((name, id(rope)))
+        if made is None:
+            old = self.old if name == "move" else torch.zeros_like(self.new)
+            made = self._made[name, id(rope)] = rope, rope.delta(old, self.new)
+        return made[1]
 
 
 def _positions(

@@ -20,6 +20,7 @@ and ``head_tokens``) is off by other amounts and left out of the mean.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -47,6 +48,16 @@ class Source(Protocol):
     def read(self, pool: PoolView, layer: int) -> Cached:
         """``layer``'s ``moved`` parts, as they were computed."""
 
+    def ordered(self, order: torch.Tensor) -> Source:
+        """The same tokens in another order (int64 [c])."""
+
+    def pool_slots(self) -> torch.Tensor:
+        """int64 [c]: where in the pool; -1: beside it."""
+
+    def beside(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """[c, Hk, Dr] and [c, Hk, Dc] of ``layer``, of which those are read that do not lie in the
+        pool; None: all do."""
+
 
 @dataclass
 class PoolSource:
@@ -56,6 +67,15 @@ class PoolSource:
 
     def read(self, pool: PoolView, layer: int) -> Cached:
         return Cached(*pool.moved(layer), self.slots)
+
+    def ordered(self, order: torch.Tensor) -> PoolSource:
+        return PoolSource(self.slots[order])
+
+    def pool_slots(self) -> torch.Tensor:
+        return self.slots
+
+    def beside(self, pool: PoolView, layer: int) -> None:
+        return None
 
 
 @dataclass
@@ -100,23 +120,59 @@ def weights_of(piece: Recomputed) -> torch.Tensor:
 class Correction:
     """Of the pieces of one pass, whose documents follow each other.
 
-    weights: fp32 [documents, c], 0 where a token is of another document. ``watch`` is given each
-    layer's deltas, for whoever wants to know.
+    ``watch`` is given each layer's deltas, for whoever wants to know.
     """
 
     def __init__(self, pieces: list[Recomputed]) -> None:
-        self.pieces = [
-            (p.slots, p.source, _to_zero(p.positions), _to_zero(p.src_pos)) for p in pieces
-        ]
-        self.weights: torch.Tensor = torch.block_diag(*map(weights_of, pieces))
+        self._pieces = pieces
+        self._documents = sum(p.documents for p in pieces)
         self.watch: Callable[[int, Deltas], None] | None = None
+        self._out: Shifts | None = None
 
     def shifts(self, pool: PoolView, layer: int) -> Shifts:
-        """``layer``'s estimates, once the rows' own KV lies in the pool."""
+        """``layer``'s estimates, once the rows' own KV lies in the pool. A kernel's lie where the
+        next layer's will."""
+        rope = pool.rope(layer)
+        dims, neox = (0, False) if rope is None else (rope.rotary_dim, rope.neox)
+        if self.watch is None and ops.averages(*pool.moved(layer), dims):
+            return self._means(pool, layer, rope, (dims, neox))
         deltas = self.deltas(pool, layer)
         if self.watch is not None:
             self.watch(layer, deltas)
         return Shifts(self._shift(deltas.k), self._shift(deltas.v))
+
+    def _means(
+        self, pool: PoolView, layer: int, rope: ops.AnyRope | None, how: tuple[int, bool]
+    ) -> Shifts:
+        k, v = pool.moved(layer)
+        sizes = [(self._documents, *x.shape[1:]) for x in (k, v)]
+        if self._out is None or [x.shape for x in self._out] != sizes:
+            self._out = Shifts(*(k.new_empty(x, dtype=torch.float32) for x in sizes))
+        first = 0
+        for group in self._groups:
+            turns = None if rope is None else (group.new.move(rope), group.old.move(rope))
+            beside = group.source.beside(pool, layer)
+            ops.mean_deltas(group.of, k, v, beside, turns, *how, self._out, first)
+            first += group.of.scale.shape[0]
+        return self._out
+
+    @functools.cached_property
+    def _groups(self) -> list[_Group]:
+        """Pieces whose cached KV lies in the pool together, each other one alone."""
+        groups: list[list[Recomputed]] = []
+        for piece in self._pieces:
+            alike = groups and isinstance(groups[-1][0].source, PoolSource)
+            if alike and isinstance(piece.source, PoolSource):
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+        return [_Group.of_pieces(pieces) for pieces in groups]
+
+    @functools.cached_property
+    def weights(self) -> torch.Tensor:
+        """fp32 [documents, c]: 0 where a token is of another document."""
+        found: torch.Tensor = torch.block_diag(*map(weights_of, self._pieces))
+        return found
 
     @property
     def members(self) -> torch.Tensor:
@@ -127,20 +183,59 @@ class Correction:
         shift: torch.Tensor = self.weights @ delta.flatten(1)
         return shift.view(-1, *delta.shape[1:])
 
+    @functools.cached_property
+    def _turns(self) -> list[tuple[ops.Turns, ops.Turns]]:
+        return [(_to_zero(p.positions), _to_zero(p.src_pos)) for p in self._pieces]
+
     def deltas(self, pool: PoolView, layer: int) -> Deltas:
         rope = pool.rope(layer)
         parts = []
-        for slots, source, new, old in self.pieces:
+        for piece, (new, old) in zip(self._pieces, self._turns, strict=True):
             turn = back = None
             if rope is not None:
                 turn, back = new.move(rope), old.move(rope)
-            fresh = ops.At(*pool.moved(layer), slots, turn)
-            cached = ops.At(*source.read(pool, layer), back)
+            fresh = ops.At(*pool.moved(layer), piece.slots, turn)
+            cached = ops.At(*piece.source.read(pool, layer), back)
             dims, neox = (0, False) if rope is None else (rope.rotary_dim, rope.neox)
             parts.append(ops.kv_deltas(fresh, cached, dims, neox))
         if len(parts) == 1:
             return Deltas(*parts[0])
         return Deltas(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class _Group(NamedTuple):
+    """Tokens of some pieces whose deltas a kernel averages, in the order of their documents. new,
+    old: their turns to position 0."""
+
+    of: ops.Averaged
+    source: Source
+    new: ops.Turns
+    old: ops.Turns
+
+    @classmethod
+    def of_pieces(cls, pieces: list[Recomputed]) -> _Group:
+        device = pieces[0].slots.device
+        documents = sum(p.documents for p in pieces)
+        labels, first = [], 0
+        for p in pieces:
+            labels.append(torch.where(p.document < 0, documents, p.document + first))
+            first += p.documents
+        label, order = torch.sort(torch.cat(labels), stable=True)
+        bounds = torch.searchsorted(label, torch.arange(documents + 1, device=device))
+        strength = torch.cat(
+            [p.document.new_full((p.documents,), p.strength, dtype=torch.float32) for p in pieces]
+        )
+        slots, new, old = (
+            torch.cat(x)[order]
+            for x in zip(*((p.slots, p.positions, p.src_pos) for p in pieces), strict=True)
+        )
+        source = pieces[0].source
+        if len(pieces) > 1:
+            source = PoolSource(torch.cat([p.source.pool_slots() for p in pieces]))
+        source = source.ordered(order)
+        scale = strength / bounds.diff().clamp(min=1)
+        of = ops.Averaged(slots, source.pool_slots(), bounds, scale)
+        return cls(of, source, _to_zero(new), _to_zero(old))
 
 
 def _to_zero(positions: torch.Tensor) -> ops.Turns:

@@ -213,3 +213,17 @@ class MixedSource:
         pick = self.in_host[:, None, None]
         k, v = (torch.where(pick, a.float(), b.float()) for a, b in zip(parts, inside, strict=True))
         return Cached(k, v, here)
+
+    def ordered(self, order: torch.Tensor) -> MixedSource:
+        slots = None if self.slots is None else self.slots[order]
+        return MixedSource(
+            self.host, self.in_host[order], self.host_index[order], self.pool_index[order], slots
+        )
+
+    def pool_slots(self) -> torch.Tensor:
+        if self.slots is None:
+            return torch.full_like(self.host_index, -1)
+        return torch.where(self.in_host, -1, self.slots)
+
+    def beside(self, pool: PoolView, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.host.kv.take(pool, layer, self.host_index)

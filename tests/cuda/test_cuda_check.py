@@ -41,7 +41,7 @@ def poisoned():
 @pytest.mark.parametrize(
     "name",
     ["rotate_copy", "v_deviation", "select_rows", "attention_mass", "gather_chunks", "rotate_from",
-     "take_from", "row_attention", "join_parts"],
+     "take_from", "row_attention", "join_parts", "mean_deltas"],
 )  # fmt: skip
 def test_wrong_kernels_are_named(poisoned, name):
     found = cuda_check.differing(Wrong(name), CPU)

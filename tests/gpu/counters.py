@@ -27,7 +27,9 @@ COUNTERS = {
     "l1tex__data_bank_conflicts_pipe_lsu.sum": ("bank conflicts", 1.0),
     "launch__registers_per_thread": ("registers", 1.0),
 }
-OURS = "(rotate_scatter|deviation|select|attention_mass|row_attention|join_parts|gather|take)"
+OURS = (
+    "(rotate_scatter|deltas|deviation|select|attention_mass|row_attention|join_parts|gather|take)"
+)
 
 
 def run(job: Job) -> None:

@@ -13,6 +13,7 @@
 
 #include "../cuda/faults.cuh"
 #include "cuda/attention_mass.cuh"
+#include "cuda/deltas.cuh"
 #include "cuda/deviation.cuh"
 #include "cuda/gather.cuh"
 #include "cuda/rotate_scatter.cuh"
@@ -149,6 +150,41 @@ void deviations() {
       sum += apart * apart;
     }
     require(now[t] == sum, "deviation");
+  }
+}
+
+// Two documents' tokens, whose K is turned by 90 degrees where it is fresh and not at all elsewhere.
+void means() {
+  constexpr int DOCUMENTS = 2;
+  const auto keys = pool(2), values = pool(4);
+  const Memory<__nv_bfloat16> k(keys), v(values);
+  const int64_t bounds_of[] = {0, 30, TOKENS};
+  const Memory<int64_t> fresh(from(1, TOKENS)), old(from(1 + TOKENS, TOKENS)),
+      bounds(std::vector<int64_t>(bounds_of, bounds_of + 3));
+  const Memory<float> zero(std::vector<float>(TOKENS * DIM / 2, 0.0f)),
+      one(std::vector<float>(TOKENS * DIM / 2, 1.0f)), scale(std::vector<float>{1.0f, 2.0f}),
+      out_k(size_t{DOCUMENTS * SLOT}), out_v(size_t{DOCUMENTS * SLOT});
+  const int64_t stride = SLOT * sizeof(__nv_bfloat16);
+  const Kept kept{k.bytes(), v.bytes(), stride, stride};
+  Deltas p{};
+  p.fresh = {kept, fresh.at(), zero.at(), one.at()};
+  p.old = {kept, old.at(), one.at(), zero.at()};
+  p.bounds = bounds.at(), p.scale = scale.at(), p.k = out_k.at(), p.v = out_v.at();
+  p.heads = HEADS, p.dim = p.v_dim = p.rotary_dim = DIM;
+  deltas<__nv_bfloat16>(p, DOCUMENTS, true, nullptr);
+  const auto of_k = out_k.read(), of_v = out_v.read();
+  for (int d = 0; d < DOCUMENTS; ++d) {
+    for (int i = 0; i < SLOT; ++i) {
+      const int half = i % DIM < DIM / 2 ? DIM / 2 : -DIM / 2;
+      float sum_k = 0, sum_v = 0;
+      for (int64_t t = bounds_of[d]; t < bounds_of[d + 1]; ++t) {
+        const float turned = value(keys, 1 + t, i + half);
+        sum_k += (half > 0 ? -turned : turned) - value(keys, 1 + TOKENS + t, i);
+        sum_v += value(values, 1 + t, i) - value(values, 1 + TOKENS + t, i);
+      }
+      require(of_k[d * SLOT + i] == sum_k * (d + 1), "deltas: K");
+      require(of_v[d * SLOT + i] == sum_v * (d + 1), "deltas: V");
+    }
   }
 }
 
@@ -311,7 +347,7 @@ void run(int count, char** words) {
   if (what == "out-of-bounds" || what == "not-set") return of_memory(what == "out-of-bounds");
 #endif
   if (what == "fault") return fault(std::atoi(words[2]));
-  copies(), gathers(), deviations(), choices(), masses(), rows();
+  copies(), gathers(), deviations(), means(), choices(), masses(), rows();
 }
 
 }  // namespace

@@ -26,7 +26,9 @@ SOURCES = Path(os.environ.get("EMULATED_SOURCES") or build.source_dir())
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 
 #: modules of ``sgl_blend.ops`` that look for a device's kernels
-ASKING = ("attention", "batch", "deviation", "gather", "mass", "parts", "rotation", "rows")
+ASKING = (
+    *("attention", "batch", "deltas", "deviation", "gather", "mass", "parts", "rotation", "rows"),
+)
 
 #: types of queries and of the keys that they meet
 TYPES = [

@@ -74,15 +74,20 @@ def on_host(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Watch:
-    """waits: (what, file, line) of each wait. copies: bytes of each copy to the device that waits
+    """waits: (what, file, line) of each wait. launches: (operation, file, line) of each that would
+    launch a kernel or a copy on the device. copies: bytes of each copy to the device that waits
     for nothing. log: what streams and events were asked for, and copies to the host."""
 
     waits: list[tuple[str, str, int]] = field(default_factory=list)
+    launches: list[tuple[str, str, int]] = field(default_factory=list)
     copies: list[int] = field(default_factory=list)
     log: list[tuple[Any, ...]] = field(default_factory=list)
 
     def wait(self, what: str) -> None:
         self.waits.append((what, *_line()))
+
+    def launch(self, what: str) -> None:
+        self.launches.append((what, *_line()))
 
     def table(self) -> list[str]:
         """One line a place: how often, where, what."""
@@ -125,6 +130,12 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
+def _is_view(func: Any) -> bool:
+    """Does what it returns share the memory of what it is given, unchanged?"""
+    shared = [x.alias_info for x in func._schema.returns]
+    return any(x is not None and not x.is_write for x in shared)
+
+
 class _Dispatched(TorchDispatchMode):
     """What PyTorch's own functions call. ``active``: for tensors of the device."""
 
@@ -137,6 +148,13 @@ class _Dispatched(TorchDispatchMode):
         aten.bincount.default: "bincount",
         aten.equal.default: "equal",
     }
+    RESERVES = (
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten._local_scalar_dense.default,
+    )
     PUTS = (aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 
     def __init__(self, watch: Watch) -> None:
@@ -145,6 +163,8 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in self.RESERVES and not _is_view(func):
+            self.watch.launch(func._schema.name.removeprefix("aten::"))
         if func in self.WAITS:
             self.watch.wait(self.WAITS[func])
         elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
@@ -184,7 +204,8 @@ class _Functions(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         mine = [x for x in tensors if isinstance(x, OnDevice)]
         if not mine:
-            out = func(*args, **kwargs)
+            with self.inner if to_device else contextlib.nullcontext():
+                out = func(*args, **kwargs)
             return _marked(out, OnDevice) if to_device else self._still_locked(out, tensors)
         if name in ("__getitem__", "__setitem__"):
             self._indexed(name, args)
@@ -254,6 +275,7 @@ class _Functions(TorchFunctionMode):
             self.watch.wait("a copy that is waited for")
         else:
             self.watch.copies.append(x.nbytes)
+            self.watch.launch("copy to the device")
         return on_device(x.clone())
 
     def _to(self, func, x, args, kwargs):
