@@ -18,59 +18,85 @@ struct Deviation {
   float* out;  // [n]
 };
 
-template <typename T>
-__device__ __forceinline__ float apart(const char* a, const char* b, int64_t at) {
-  constexpr int N = VECTOR<T>;
-  float x[N], y[N], sum = 0;
-  as_floats(load16_once(a + at * int64_t(sizeof(T))), x, T());
-  as_floats(load16_once(b + at * int64_t(sizeof(T))), y, T());
+// Adds |x - y|^2 of one 16 bytes, element by element.
+template <int N>
+__device__ __forceinline__ void add_apart(float& sum, const float (&x)[N], const float (&y)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) sum += (x[i] - y[i]) * (x[i] - y[i]);
-  return sum;
 }
 
-template <typename T, bool HALVES>
-__device__ __forceinline__ float turned_apart(const Deviation& p, const char* fresh,
-                                              const char* src, int64_t i, int head, int part) {
-  constexpr int N = VECTOR<T>;
-  const int half = p.rotary_dim / 2;
-  const Unit<HALVES, N> unit(part, half);
-  const int64_t first = int64_t(head * p.dim + unit.first) * sizeof(T);
-  const int64_t second = int64_t(head * p.dim + unit.second) * sizeof(T);
-  float x[N], y[N], cos[N], sin[N], a[N], sum = 0;
-  as_floats(load16_once(src + first), x, T());
-  as_floats(load16_once(src + second), y, T());
-  read_floats(p.cos + i * half + N * part, cos);
-  read_floats(p.sin + i * half + N * part, sin);
-  turn<HALVES>(x, y, cos, sin);
-  as_floats(load16_once(fresh + first), a, T());
-#pragma unroll
-  for (int j = 0; j < N; ++j) sum += (a[j] - x[j]) * (a[j] - x[j]);
-  as_floats(load16_once(fresh + second), a, T());
-#pragma unroll
-  for (int j = 0; j < N; ++j) sum += (a[j] - y[j]) * (a[j] - y[j]);
-  return sum;
-}
+// 16 bytes of both copies, which need no turn.
+template <typename T>
+struct Apart {
+  uint4 fresh, src;
 
+  __device__ __forceinline__ void load(const char* a, const char* b, int at) {
+    fresh = load16_once(a + at * int64_t(sizeof(T))), src = load16_once(b + at * int64_t(sizeof(T)));
+  }
+  __device__ __forceinline__ void add(float& sum) const {
+    float x[VECTOR<T>], y[VECTOR<T>];
+    as_floats(fresh, x, T()), as_floats(src, y, T());
+    add_apart(sum, x, y);
+  }
+};
+
+// 32 bytes of both copies of K, of which the cached one is turned.
 template <typename T, bool HALVES>
-__global__ void __launch_bounds__(256, 2) deviation_kernel(Deviation p) {
+struct TurnedApart {
+  static constexpr int N = VECTOR<T>;
+  Apart<T> first, second;
+  float cos[N], sin[N];
+
+  // angle: of the token's first.
+  __device__ __forceinline__ void load(const Deviation& p, const char* a, const char* b,
+                                       int64_t angle, int head, int part) {
+    const Unit<HALVES, N> unit(part, p.rotary_dim / 2);
+    first.load(a, b, head * p.dim + unit.first), second.load(a, b, head * p.dim + unit.second);
+    read_floats(p.cos + angle + N * part, cos), read_floats(p.sin + angle + N * part, sin);
+  }
+  __device__ __forceinline__ void add(float& sum) const {
+    float x[N], y[N], z[N];
+    as_floats(first.src, x, T()), as_floats(second.src, y, T());
+    turn<HALVES>(x, y, cos, sin);
+    as_floats(first.fresh, z, T()), add_apart(sum, z, x);
+    as_floats(second.fresh, z, T()), add_apart(sum, z, y);
+  }
+};
+
+// A warp takes a token. A lane has UNITS pairs of 16 bytes on their way before it uses the first.
+template <typename T, bool HALVES, bool KEYS, int UNITS, int BLOCKS>
+__global__ void __launch_bounds__(128, BLOCKS) deviation_kernel(Deviation p) {
   constexpr int N = VECTOR<T>;
   const int64_t i = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (i >= p.n) return;  // the whole warp
   const int64_t fresh = p.fresh[i], src = p.src[i];
   float sum = 0;
-  for (int u = threadIdx.x; u < p.heads * p.v_dim / N; u += 32) {
-    sum += apart<T>(p.v + fresh * p.v_stride, p.v + src * p.v_stride, int64_t(u) * N);
+  const char *a = p.v + fresh * p.v_stride, *b = p.v + src * p.v_stride;
+  const int of_v = p.heads * p.v_dim / N;
+  for (int u = threadIdx.x; u < of_v; u += 32 * UNITS) {
+    Apart<T> pair[UNITS];
+#pragma unroll
+    for (int j = 0; j < UNITS; ++j) {
+      if (u + 32 * j < of_v) pair[j].load(a, b, N * (u + 32 * j));
+    }
+#pragma unroll
+    for (int j = 0; j < UNITS; ++j) {
+      if (u + 32 * j < of_v) pair[j].add(sum);
+    }
   }
-  if (p.k) {
-    const char *a = p.k + fresh * p.k_stride, *b = p.k + src * p.k_stride;
+  if (KEYS) {
+    a = p.k + fresh * p.k_stride, b = p.k + src * p.k_stride;
     const int turned = p.rotary_dim / 2 / N, of_head = turned + (p.dim - p.rotary_dim) / N;
     for (int u = threadIdx.x; u < p.heads * of_head; u += 32) {
-      const int head = u / of_head, part = u % of_head;
+      const int head = u / of_head, part = u - head * of_head;
       if (part < turned) {
-        sum += turned_apart<T, HALVES>(p, a, b, i, head, part);
+        TurnedApart<T, HALVES> pair;
+        pair.load(p, a, b, i * (p.rotary_dim / 2), head, part);
+        pair.add(sum);
       } else {
-        sum += apart<T>(a, b, head * p.dim + p.rotary_dim + N * (part - turned));
+        Apart<T> pair;
+        pair.load(a, b, head * p.dim + p.rotary_dim + N * (part - turned));
+        pair.add(sum);
       }
     }
   }
@@ -79,13 +105,22 @@ __global__ void __launch_bounds__(256, 2) deviation_kernel(Deviation p) {
   if (threadIdx.x == 0) p.out[i] = sum;
 }
 
+// UNITS: of a lane; BLOCKS: of a multiprocessor.
+template <typename T, bool HALVES, bool KEYS, int UNITS, int BLOCKS>
+void deviation_by(const Deviation& p, Stream stream) {
+  launch(deviation_kernel<T, HALVES, KEYS, UNITS, BLOCKS>,
+         Extent{static_cast<int>((p.n + 3) / 4)}, Extent{32, 4}, 0, stream, p);
+}
+
 template <typename T>
 void deviation(const Deviation& p, bool halves, Stream stream) {
-  const Extent grid{static_cast<int>((p.n + 7) / 8)}, block{32, 8};
-  if (halves) {
-    launch(deviation_kernel<T, true>, grid, block, 0, stream, p);
+  constexpr int BLOCKS = sizeof(T) == 1 ? 4 : 6;
+  if (!p.k) {
+    deviation_by<T, true, false, 4, 8>(p, stream);
+  } else if (halves) {
+    deviation_by<T, true, true, 4, BLOCKS>(p, stream);
   } else {
-    launch(deviation_kernel<T, false>, grid, block, 0, stream, p);
+    deviation_by<T, false, true, 4, BLOCKS>(p, stream);
   }
 }
 

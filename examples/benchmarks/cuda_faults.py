@@ -149,11 +149,17 @@ SELECT = {
             "if (threadIdx.x > 29) return;\n  for (int by = 16;",
         ),
         cached_K_is_not_turned=("turn<HALVES>(x, y, cos, sin);", ""),
-        the_second_half_is_left_out=("sum += (a[j] - y[j]) * (a[j] - y[j]);", ""),
+        the_second_half_is_left_out=(", add_apart(sum, z, y);", ";"),
         K_beyond_the_rotation_is_left_out=(
-            "sum += apart<T>(a, b, head * p.dim + p.rotary_dim + N * (part - turned));",
-            "",
+            "        Apart<T> pair;\n",
+            "        continue;\n        Apart<T> pair;\n",
         ),
+        one_pair_of_all_in_flight=("pair[j].add(sum)", "pair[0].add(sum)"),
+        a_second_round_begins_with_the_first=(
+            "pair[j].load(a, b, N * (u + 32 * j))",
+            "pair[j].load(a, b, N * (u % (32 * UNITS) + 32 * j))",
+        ),
+        no_bound_on_pairs=("if (u + 32 * j < of_v) pair[j].load", "pair[j].load"),
     ),
 }
 

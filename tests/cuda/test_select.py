@@ -25,9 +25,10 @@ def pools(dtype, *dims):
     return (*made, *torch.randperm(60, generator=gen)[:42].view(2, 21))
 
 
+@pytest.mark.parametrize("dim", [80, 1600])  # in one round of loads, and in several
 @pytest.mark.parametrize("dtype", POOL_DTYPES)
-def test_v_deviation(module, dtype):
-    v, fresh, src = pools(dtype, 80)
+def test_v_deviation(module, dtype, dim):
+    v, fresh, src = pools(dtype, dim)
     want = (v[fresh].double() - v[src].double()).square().sum((1, 2)).float()
     for way in emulated.schedules(module):
         got = cuda.v_deviation(module, v, fresh, src)
