@@ -114,7 +114,7 @@ void deviation_by(const Deviation& p, Stream stream) {
 
 template <typename T>
 void deviation(const Deviation& p, bool halves, Stream stream) {
-  constexpr int BLOCKS = sizeof(T) == 1 ? 4 : 6;
+  constexpr int BLOCKS = sizeof(T) == 1 ? 5 : 7;
   if (!p.k) {
     deviation_by<T, true, false, 4, 8>(p, stream);
   } else if (halves) {

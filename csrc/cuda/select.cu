@@ -52,9 +52,9 @@ void kv_deviation(TensorView k, TensorView v, TensorView fresh, TensorView src, 
 }
 
 // segments: int64 [count, 4] (select.cuh). Their sums must fit the other tensors: the host made
-// them.
+// them. most: scores of the longest segment.
 void select_rows(TensorView scores, TensorView segments, TensorView chosen, TensorView rest,
-                 TensorView runs) {
+                 TensorView runs, int64_t most) {
   const Place place(scores);
   const int64_t total = scores.numel(), count = segments.size(0);
   expect(segments.ndim() == 2 && chosen.numel() + rest.numel() == total,
@@ -66,7 +66,7 @@ void select_rows(TensorView scores, TensorView segments, TensorView chosen, Tens
       place.dense<int64_t>(rest, rest.numel(), kDLInt, "rest: expected int64"),
       place.dense<uint8_t>(runs, total, kDLUInt, "runs: expected uint8 [total]")};
   if (total == 0) return;
-  select(p, static_cast<int>(count), place.stream());
+  select(p, static_cast<int>(count), most, place.stream());
   place.expect_launched();
 }
 

@@ -2,17 +2,18 @@
 // are, and one flag a token. Among equal scores the lower index wins, NaN ranks highest
 // (ops/rows.py: top_rows).
 //
-// One block a segment. Four passes over the scores find the k-th highest, 8 bits of it a pass; one
-// more writes the result in order. The scores lie in L2 after the first.
+// One block a segment, whose scores stay in registers, as far as they fit. The k-th highest is found
+// bit by bit: how many are at least as high as a candidate. Each warp owns scores in a row, so that
+// one more count says where each of its own belongs.
 #pragma once
 
 #include "machine.cuh"
 
 namespace blend::cuda {
 
-constexpr int SELECT_THREADS = 512;
+constexpr int SELECT_THREADS = 1024;
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
-constexpr int BINS = 256;
+static_assert(SELECT_WARPS == 32);  // a lane of a warp for each
 
 struct Selection {
   const float* scores;      // [total]
@@ -22,7 +23,7 @@ struct Selection {
   uint8_t* runs;            // [total]: 1 where chosen
 };
 
-// Orders as the scores do: -0 equals 0, NaN is above all.
+// Orders as the scores do: -0 equals 0, NaN is above all. Never 0.
 __device__ __forceinline__ unsigned sort_key(float x) {
   const unsigned bits = __float_as_uint(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;
@@ -30,98 +31,119 @@ __device__ __forceinline__ unsigned sort_key(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// Adds one to `bins[bin]` for each lane, once a distinct bin; bin < 0: none. All lanes call it.
-__device__ __forceinline__ void count_in(unsigned* bins, int bin) {
-  const unsigned peers = __match_any_sync(WARP_MASK, bin);
-  const unsigned lower = (1u << (threadIdx.x % 32)) - 1;
-  if (bin >= 0 && !(peers & lower)) atomicAdd(bins + bin, static_cast<unsigned>(__popc(peers)));
-}
-
 struct SelectShared {
-  unsigned bins[BINS];
-  unsigned bin, before;  // found: the bin of the k-th, how many lie in higher ones
-  unsigned above[2][SELECT_WARPS], equal[2][SELECT_WARPS];  // by warp, of two tiles
+  unsigned counts[2][SELECT_WARPS];  // of two rounds: one barrier a round
+  unsigned above[SELECT_WARPS], equal[SELECT_WARPS];
 };
 
-// By one warp: the bin, from the highest, in which the `wanted`-th count lies.
-__device__ __forceinline__ void find_bin(SelectShared& s, unsigned wanted) {
-  const int lane = threadIdx.x,
-            top = BINS - 1 - 8 * lane;  // this lane's: top, top - 1, ... top - 7
-  unsigned mine = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) mine += s.bins[top - i];
-  unsigned through = mine;
-#pragma unroll
-  for (int by = 1; by < 32; by *= 2) {
-    const unsigned other = __shfl_up_sync(WARP_MASK, through, by);
-    if (lane >= by) through += other;
-  }
-  unsigned before = through - mine;
-  if (before >= wanted || through < wanted) return;
-  int bin = top;
-  while (before + s.bins[bin] < wanted) before += s.bins[bin--];
-  s.bin = bin, s.before = before;
-}
+// The warp's part of a segment: `rounds` times 32 scores in a row, KEYS rounds of them in registers.
+template <int KEYS>
+struct WarpKeys {
+  const float* scores;
+  int64_t first, n, rounds;
+  unsigned key[KEYS];
 
+  __device__ __forceinline__ int64_t index(int64_t j) const {
+    return first + 32 * j + threadIdx.x % 32;
+  }
+  // 0 beyond the segment.
+  __device__ __forceinline__ unsigned read(int64_t j) const {
+    return j < rounds && index(j) < n ? sort_key(scores[index(j)]) : 0;
+  }
+  __device__ __forceinline__ WarpKeys(const float* of, int64_t count) : scores(of), n(count) {
+    rounds = (n + SELECT_THREADS - 1) / SELECT_THREADS;
+    first = threadIdx.x / 32 * rounds * 32;
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) key[j] = read(j);
+  }
+  // Calls body(j, key) in ascending order; all lanes of the warp come.
+  template <typename Body>
+  __device__ __forceinline__ void each(Body&& body) const {
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) {
+      if (j < rounds) body(j, key[j]);
+    }
+#pragma unroll 4
+    for (int64_t j = KEYS; j < rounds; ++j) body(j, read(j));
+  }
+  // How many of the lane's are at least `least`, which is not 0.
+  __device__ __forceinline__ unsigned count(unsigned least) const {
+    unsigned out = 0;
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) out += key[j] >= least;
+#pragma unroll 4
+    for (int64_t j = KEYS; j < rounds; ++j) out += read(j) >= least;
+    return out;
+  }
+};
+
+template <int KEYS>
 __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(Selection p) {
   BLEND_SHARED(raw);
   auto& s = *reinterpret_cast<SelectShared*>(raw);
   const int64_t* segment = p.segments + 4 * int64_t(blockIdx.x);
   const int64_t first = segment[0], n = segment[1], k = segment[2], chosen_before = segment[3];
-  const float* scores = p.scores + first;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const WarpKeys<KEYS> keys(p.scores + first, n);
 
-  // Tokens above `key` are chosen, and the first `wanted` of those that equal it.
-  unsigned key = k == 0 ? 0xffffffffu : 0, wanted = static_cast<unsigned>(k);
-  for (int shift = 24; shift >= 0 && k > 0 && k < n; shift -= 8) {
-    for (int i = threadIdx.x; i < BINS; i += SELECT_THREADS) s.bins[i] = 0;
+  // Tokens above `bound` are chosen, and the first `wanted` of those that equal it.
+  unsigned bound = k == 0 ? 0xffffffffu : 0;
+  for (int bit = 31; bit >= 0 && k > 0 && k < n; --bit) {
+    const unsigned least = bound | 1u << bit;
+    const unsigned mine = __reduce_add_sync(WARP_MASK, keys.count(least));
+    const int half = bit % 2;
+    if (lane == 0) s.counts[half][warp] = mine;
     __syncthreads();
-    for (int64_t tile = 0; tile < n; tile += SELECT_THREADS) {
-      const int64_t i = tile + threadIdx.x;
-      int bin = -1;
-      if (i < n) {
-        const unsigned mine = sort_key(scores[i]);
-        if (shift == 24 || mine >> (shift + 8) == key >> (shift + 8)) bin = mine >> shift & 255;
-      }
-      count_in(s.bins, bin);
+    const unsigned all = __reduce_add_sync(WARP_MASK, s.counts[half][lane]);
+    if (all >= k) bound = least;
+    if (all == k) {  // nobody else equals the k-th
+      bound = least - 1;
+      break;
     }
-    __syncthreads();
-    if (warp == 0) find_bin(s, wanted);
-    __syncthreads();
-    key |= s.bin << shift, wanted -= s.before;
   }
 
-  unsigned all_above = 0, all_equal = 0;  // in the tiles before
-  for (int64_t tile = 0; tile < n; tile += SELECT_THREADS) {
-    const int64_t i = tile + threadIdx.x;
-    const unsigned mine = i < n ? sort_key(scores[i]) : 0;
-    const bool above = i < n && mine > key, equal = i < n && mine == key;
-    const unsigned aboves = __ballot_sync(WARP_MASK, above),
-                   equals = __ballot_sync(WARP_MASK, equal);
-    const int half = tile / SELECT_THREADS % 2;  // two halves: one barrier a tile
-    if (lane == 0) s.above[half][warp] = __popc(aboves), s.equal[half][warp] = __popc(equals);
-    __syncthreads();
-    const unsigned lower = (1u << lane) - 1;
-    unsigned above_before = all_above + __popc(aboves & lower);
-    unsigned equal_before = all_equal + __popc(equals & lower);
-    for (int w = 0; w < SELECT_WARPS; ++w) {
-      all_above += s.above[half][w], all_equal += s.equal[half][w];
-      if (w < warp) above_before += s.above[half][w], equal_before += s.equal[half][w];
-    }
-    if (i >= n) continue;
-    const bool runs = above || (equal && equal_before < wanted);
-    const int64_t rank = above_before + min(equal_before, wanted);  // chosen ones before this
+  unsigned above = 0, equal = 0;
+  keys.each([&](int64_t, unsigned key) { above += key > bound, equal += key && key == bound; });
+  above = __reduce_add_sync(WARP_MASK, above), equal = __reduce_add_sync(WARP_MASK, equal);
+  if (lane == 0) s.above[warp] = above, s.equal[warp] = equal;
+  __syncthreads();
+  const unsigned wanted = k - __reduce_add_sync(WARP_MASK, s.above[lane]);
+  // In the warps before, then in the rounds before, too.
+  unsigned all_above = __reduce_add_sync(WARP_MASK, lane < warp ? s.above[lane] : 0);
+  unsigned all_equal = __reduce_add_sync(WARP_MASK, lane < warp ? s.equal[lane] : 0);
+  const unsigned lower = (1u << lane) - 1;
+  keys.each([&](int64_t j, unsigned key) {
+    const bool higher = key > bound, same = key && key == bound;
+    const unsigned aboves = __ballot_sync(WARP_MASK, higher),
+                   equals = __ballot_sync(WARP_MASK, same);
+    const unsigned equal_before = all_equal + __popc(equals & lower);
+    const bool runs = higher || (same && equal_before < wanted);
+    // Chosen ones before this.
+    const int64_t rank = all_above + __popc(aboves & lower) + min(equal_before, wanted);
+    all_above += __popc(aboves), all_equal += __popc(equals);
+    const int64_t i = keys.index(j);
+    if (i >= n) return;
     p.runs[first + i] = runs;
     if (runs) {
       p.chosen[chosen_before + rank] = i;
     } else {
       p.rest[first - chosen_before + i - rank] = i;
     }
-  }
+  });
 }
 
-inline void select(const Selection& p, int segments, Stream stream) {
-  launch(select_kernel, Extent{segments}, Extent{SELECT_THREADS}, sizeof(SelectShared), stream, p);
+// most: scores of the longest segment.
+inline void select(const Selection& p, int segments, int64_t most, Stream stream) {
+  const auto run = [&](auto kernel) {
+    launch(kernel, Extent{segments}, Extent{SELECT_THREADS}, sizeof(SelectShared), stream, p);
+  };
+  if (most <= 4 * SELECT_THREADS) {
+    run(select_kernel<4>);
+  } else if (most <= 16 * SELECT_THREADS) {
+    run(select_kernel<16>);
+  } else {
+    run(select_kernel<32>);
+  }
 }
 
 }  // namespace blend::cuda

@@ -126,12 +126,6 @@ T __shfl_xor_sync(unsigned mask, T value, int by, int width = 32, EMULATOR_SITE)
   return emulator::shuffle("__shfl_xor_sync", site, mask, value, from, from / width <= me / width);
 }
 
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int by, int width = 32, EMULATOR_SITE) {
-  const int me = emulator::self->lane, from = me - by;
-  return emulator::shuffle("__shfl_up_sync", site, mask, value, from, from >= me / width * width);
-}
-
 inline unsigned __ballot_sync(unsigned mask, int yes, EMULATOR_SITE) {
   const auto& cells = emulator::block->exchange("__ballot_sync", site, mask, &yes, sizeof yes);
   unsigned out = 0;
@@ -141,12 +135,12 @@ inline unsigned __ballot_sync(unsigned mask, int yes, EMULATOR_SITE) {
   return out;
 }
 
-inline unsigned __match_any_sync(unsigned mask, int value, EMULATOR_SITE) {
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, EMULATOR_SITE) {
   const auto& cells =
-      emulator::block->exchange("__match_any_sync", site, mask, &value, sizeof value);
+      emulator::block->exchange("__reduce_add_sync", site, mask, &value, sizeof value);
   unsigned out = 0;
   for (int i = 0; i < emulator::WARP; ++i) {
-    if ((mask >> i & 1) && cells.of<int>(i) == value) out |= 1u << i;
+    if (mask >> i & 1) out += cells.of<unsigned>(i);
   }
   return out;
 }
@@ -172,9 +166,3 @@ inline float __uint_as_float(unsigned bits) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
-
-inline unsigned atomicAdd(unsigned* at, unsigned by) {
-  const unsigned old = *at;
-  *at = old + by;
-  return old;
-}

@@ -100,39 +100,42 @@ DELTAS = {
 SELECT = {
     **_of(
         "select.cuh",
-        no_barrier_behind_clearing_the_bins=(
-            "s.bins[i] = 0;\n    __syncthreads();",
-            "s.bins[i] = 0;",
-        ),
-        no_barrier_before_the_bins_are_read=(
-            "__syncthreads();\n    if (warp == 0) find_bin(s, wanted);",
-            "if (warp == 0) find_bin(s, wanted);",
-        ),
-        no_barrier_before_the_bin_is_read=(
-            "find_bin(s, wanted);\n    __syncthreads();",
-            "find_bin(s, wanted);",
-        ),
         no_barrier_before_counts_of_other_warps=(
-            "s.equal[half][warp] = __popc(equals);\n    __syncthreads();",
-            "s.equal[half][warp] = __popc(equals);",
+            "s.counts[half][warp] = mine;\n    __syncthreads();",
+            "s.counts[half][warp] = mine;",
         ),
-        one_half_for_all_tiles=("tile / SELECT_THREADS % 2;", "0;"),
+        one_half_for_all_rounds=("const int half = bit % 2;", "const int half = 0;"),
+        no_barrier_before_ranks_of_other_warps=(
+            "s.equal[warp] = equal;\n  __syncthreads();",
+            "s.equal[warp] = equal;",
+        ),
+        one_less_than_wanted=("if (all >= k) bound", "if (all > k) bound"),
+        the_last_is_left_out_where_nobody_equals_it=("bound = least - 1;", "bound = least;"),
+        the_lowest_bit_is_not_looked_at=("bit >= 0 && k > 0", "bit > 0 && k > 0"),
         one_tie_too_many=("equal_before < wanted)", "equal_before <= wanted)"),
+        ties_beyond_the_wanted_are_counted=("min(equal_before, wanted)", "equal_before"),
         NaN_is_a_large_number=(
             "if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;",
             "",
         ),
         minus_zero_is_below_zero=("if ((bits & 0x7fffffffu) == 0) return 0x80000000u;", ""),
-        bins_count_all_keys=(
-            "if (shift == 24 || mine >> (shift + 8) == key >> (shift + 8)) bin",
-            "bin",
+        scores_beyond_the_registers_are_not_counted=(
+            "for (int64_t j = KEYS; j < rounds; ++j) out",
+            "for (int64_t j = KEYS; j < 0; ++j) out",
         ),
-        each_lane_counts_its_peers=("if (bin >= 0 && !(peers & lower))", "if (bin >= 0)"),
-        lanes_without_a_key_do_not_come=(
-            "count_in(s.bins, bin);",
-            "if (bin >= 0) count_in(s.bins, bin);",
+        scores_beyond_the_registers_are_not_written=(
+            "for (int64_t j = KEYS; j < rounds; ++j) body",
+            "for (int64_t j = KEYS; j < 0; ++j) body",
         ),
-        ends_before_the_last_tile=("if (i >= n) continue;", "if (i >= n - 1) continue;"),
+        lanes_without_a_score_do_not_come=(
+            "if (j < rounds) body(j, key[j]);",
+            "if (j < rounds && index(j) < n) body(j, key[j]);",
+        ),
+        a_warp_counts_itself_before_it=(
+            "lane < warp ? s.above[lane] : 0",
+            "lane <= warp ? s.above[lane] : 0",
+        ),
+        ends_before_the_last_score=("if (i >= n) return;", "if (i >= n - 1) return;"),
         rest_begins_at_the_segment=(
             "p.rest[first - chosen_before + i - rank]",
             "p.rest[first + i - rank]",

@@ -252,7 +252,11 @@ def select_rows(
         torch.empty(first - before, dtype=torch.int64, device=scores.device),
         torch.empty(first, dtype=torch.uint8, device=scores.device),
     )
-    launch(module.select_rows, (scores, upload(segments, scores.device), *out), ())
+    launch(
+        module.select_rows,
+        (scores, upload(segments, scores.device), *out),
+        (max(counts, default=0),),
+    )
     return out
 
 

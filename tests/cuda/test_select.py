@@ -69,12 +69,19 @@ def check(module, segments, ks):
 def test_rows_of_many_segments_in_one_launch(module):
     gen = torch.Generator().manual_seed(5)
     before = module.launches()
-    # Less than a warp, ragged, several tiles of 512 threads; scores of few and of many values.
+    # Less than a warp, ragged, several for a thread; scores of few and of many values.
     counts, ks = [5, 700, 33, 1700, 1], [2, 69, 33, 171, 0]
     segments = [torch.randn(n, generator=gen) * 10.0 ** (i - 2) for i, n in enumerate(counts)]
     segments[1] = segments[1].mul(3).round()
     check(module, segments, ks)
     assert module.launches() == before + len(emulated.SCHEDULES)
+
+
+@pytest.mark.parametrize("n", [5000, 17000, 33001])  # the last: more than a block's registers hold
+def test_long_segments(module, n):
+    scores = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    check(module, [scores, (scores[:4000] * 8).round()], [n // 10, 1234])
+    check(module, [(scores * 50).round()], [n // 3])
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 7, 10])

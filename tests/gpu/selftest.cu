@@ -231,7 +231,8 @@ void choices() {
   const Memory<int64_t> segments(std::vector<int64_t>{0, n[0], k[0], 0, n[0], n[1], k[1], k[0]});
   const Memory<int64_t> chosen(k[0] + k[1]), rest(n[0] + n[1] - k[0] - k[1]);
   const Memory<uint8_t> runs(n[0] + n[1]);
-  select({scores.at(), segments.at(), chosen.at(), rest.at(), runs.at()}, 2, nullptr);
+  select({scores.at(), segments.at(), chosen.at(), rest.at(), runs.at()}, 2, n[0],
+         nullptr);
   const auto now = chosen.read(), others = rest.read();
   const auto flags = runs.read();
   for (int64_t i = 0; i < k[0]; ++i) require(now[i] == n[0] - k[0] + i, "select: chosen");
