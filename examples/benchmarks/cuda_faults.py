@@ -346,7 +346,6 @@ ROW_ATTENTION = {
             "shrinks = shrink[half] != 1.0f",
         ),
         the_other_half_of_a_tile_again=("blockIdx.x % HALVES * ROWS", "0"),
-        rows_behind_the_last_are_read=("if (first >= count) return;", ""),
         sinks_of_another_head=(
             "p.sinks + cell % p.heads : nullptr;",
             "p.sinks + cell % p.group : nullptr;",
@@ -364,10 +363,6 @@ ROW_ATTENTION = {
     **_of(
         "tile.cuh",
         no_bound_on_keys=("P::within(row) && token < end", "P::within(row)"),
-        a_head_that_fills_no_tile_reads_on=(
-            "const bool there = within && slot[i] >= 0;",
-            "const bool there = slot[i] >= 0;",
-        ),
         misaligned_vector=("(within ? 16 * piece : 0)", "(within ? 16 * piece + 2 : 0)"),
         pieces_lie_where_they_are_not_looked_for=(
             "        copy16_async(to + place<D>(row, piece), from, there);\n      });",

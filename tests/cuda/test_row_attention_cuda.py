@@ -153,7 +153,7 @@ def test_every_type(module, dtype, k_dtype):
         (gapped(0, 129, 10), 130, (7, 1), 16, 16),  # a group that fills no tile
         (gapped(60, 149, 9), 150, (4, 2), 80, 96),
         (gapped(80, 195, 17), 200, (8, 2), 128, 128),
-        (gapped(100, 131, 6), 132, (2, 1), 256, 256),
+        (gapped(30, 131, 34), 132, (2, 1), 256, 256),  # both halves of a tile
         (gapped(10, 99, 5), 100, (3, 3), 192, 128),
     ],
 )
