@@ -32,8 +32,8 @@ struct Mass {
   int64_t n;
   int rows, heads, group;
   uint32_t row_factor;  // 2^31 / group, rounded up
-  float scale_log2;  // softmax scale x log2 e; with a cap: scale / cap
-  float cap_log2;    // cap x log2 e; 0: none
+  float scale_log2;     // softmax scale x log2 e; with a cap: scale / cap
+  float cap_log2;       // cap x log2 e; 0: none
 };
 
 // What the queries of a step need: packed rows (row r, query head of the group: r * group + head).
@@ -135,8 +135,7 @@ __device__ __forceinline__ void load_keys(const Mass& p, uint32_t (&a)[TILES][PR
     for (int i = 0; i < ROWS; ++i) {
       piece[c][i].raw = {};
       if (32 * c + 8 * t < p.k.dim) {
-        piece[c][i].load(p.k.pool + slot[i] * p.k.slot + head * p.k.head +
-                         (32 * c + 8 * t) * SIZE);
+        piece[c][i].load(p.k.pool + slot[i] * p.k.slot + head * p.k.head + (32 * c + 8 * t) * SIZE);
       }
     }
   }

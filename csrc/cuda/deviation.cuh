@@ -31,7 +31,8 @@ struct Apart {
   uint4 fresh, src;
 
   __device__ __forceinline__ void load(const char* a, const char* b, int at) {
-    fresh = load16_once(a + at * int64_t(sizeof(T))), src = load16_once(b + at * int64_t(sizeof(T)));
+    fresh = load16_once(a + at * int64_t(sizeof(T))),
+    src = load16_once(b + at * int64_t(sizeof(T)));
   }
   __device__ __forceinline__ void add(float& sum) const {
     float x[VECTOR<T>], y[VECTOR<T>];
@@ -108,8 +109,8 @@ __global__ void __launch_bounds__(128, BLOCKS) deviation_kernel(Deviation p) {
 // UNITS: of a lane; BLOCKS: of a multiprocessor.
 template <typename T, bool HALVES, bool KEYS, int UNITS, int BLOCKS>
 void deviation_by(const Deviation& p, Stream stream) {
-  launch(deviation_kernel<T, HALVES, KEYS, UNITS, BLOCKS>,
-         Extent{static_cast<int>((p.n + 3) / 4)}, Extent{32, 4}, 0, stream, p);
+  launch(deviation_kernel<T, HALVES, KEYS, UNITS, BLOCKS>, Extent{static_cast<int>((p.n + 3) / 4)},
+         Extent{32, 4}, 0, stream, p);
 }
 
 template <typename T>

@@ -205,9 +205,7 @@ template <typename T>
 void rotate_scatter(const Source& src, const Target& dst, const Angles& angles, const Bias& bias,
                     const Heads& heads, int64_t n, bool halves, int64_t blocks, Stream stream) {
   constexpr int FEW = sizeof(T) == 1 ? 4 : 7, FEWER = sizeof(T) == 1 ? 2 : 4;
-  const auto run = [&](auto by) {
-    by(src, dst, angles, bias, heads, n, blocks, stream);
-  };
+  const auto run = [&](auto by) { by(src, dst, angles, bias, heads, n, blocks, stream); };
   if (bias.k) {
     run(halves ? rotate_scatter_by<T, true, true, 1, 128, FEWER>
                : rotate_scatter_by<T, false, true, 1, 128, FEWER>);

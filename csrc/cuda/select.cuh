@@ -2,9 +2,9 @@
 // are, and one flag a token. Among equal scores the lower index wins, NaN ranks highest
 // (ops/rows.py: top_rows).
 //
-// One block a segment, whose scores stay in registers, as far as they fit. The k-th highest is found
-// bit by bit: how many are at least as high as a candidate. Each warp owns scores in a row, so that
-// one more count says where each of its own belongs.
+// One block a segment, whose scores stay in registers, as far as they fit. The k-th highest is
+// found bit by bit: how many are at least as high as a candidate. Each warp owns scores in a row,
+// so that one more count says where each of its own belongs.
 #pragma once
 
 #include "machine.cuh"
@@ -36,7 +36,8 @@ struct SelectShared {
   unsigned above[SELECT_WARPS], equal[SELECT_WARPS];
 };
 
-// The warp's part of a segment: `rounds` times 32 scores in a row, KEYS rounds of them in registers.
+// The warp's part of a segment: `rounds` times 32 scores in a row, KEYS rounds of them in
+// registers.
 template <int KEYS>
 struct WarpKeys {
   const float* scores;

@@ -47,10 +47,10 @@ struct Head {
   KeyType type;
 };
 
-// How the THREADS of a block bring N tokens of D elements into shared memory, step by step. A thread
-// takes the same piece of every so many tokens, in K and V alike. It looks up their slots a step
-// ahead, all at once: a slot that is asked for right before its copy is waited for, one after the
-// other.
+// How the THREADS of a block bring N tokens of D elements into shared memory, step by step. A
+// thread takes the same piece of every so many tokens, in K and V alike. It looks up their slots a
+// step ahead, all at once: a slot that is asked for right before its copy is waited for, one after
+// the other.
 template <typename T, int D, int N, int THREADS>
 class Stager {
   template <int WIDE>  // elements of a piece of 16 bytes

@@ -153,7 +153,8 @@ void deviations() {
   }
 }
 
-// Two documents' tokens, whose K is turned by 90 degrees where it is fresh and not at all elsewhere.
+// Two documents' tokens, whose K is turned by 90 degrees where it is fresh and not at all
+// elsewhere.
 void means() {
   constexpr int DOCUMENTS = 2;
   const auto keys = pool(2), values = pool(4);
@@ -231,8 +232,7 @@ void choices() {
   const Memory<int64_t> segments(std::vector<int64_t>{0, n[0], k[0], 0, n[0], n[1], k[1], k[0]});
   const Memory<int64_t> chosen(k[0] + k[1]), rest(n[0] + n[1] - k[0] - k[1]);
   const Memory<uint8_t> runs(n[0] + n[1]);
-  select({scores.at(), segments.at(), chosen.at(), rest.at(), runs.at()}, 2, n[0],
-         nullptr);
+  select({scores.at(), segments.at(), chosen.at(), rest.at(), runs.at()}, 2, n[0], nullptr);
   const auto now = chosen.read(), others = rest.read();
   const auto flags = runs.read();
   for (int64_t i = 0; i < k[0]; ++i) require(now[i] == n[0] - k[0] + i, "select: chosen");
@@ -271,7 +271,8 @@ void masses() {
   }
 }
 
-// So is the mean of the values that a row sees, in two parts of the keys that are joined.
+// So is the mean of the values that a row sees, in two parts of the keys that are joined. A scale
+// of 0 would make what is hidden, minus infinity, NaN.
 void rows() {
   constexpr int HEADS_Q = GROUP * HEADS, CELLS = ROWS * HEADS_Q, PARTS = 2;
   const auto keys = pool(2), values = pool(6);
@@ -285,6 +286,7 @@ void rows() {
   p.part_out = part_out.at(), p.part_lse = part_lse.at();
   p.tiles = tiles.at(), p.row_pos = at.at(), p.q_row = GROUP * SLOT, p.q_head = DIM;
   p.window = -1, p.rows = ROWS, p.heads = HEADS_Q, p.group = GROUP, p.dim = DIM, p.parts = PARTS;
+  p.scale_log2 = 1e-9f;
   row_attention<__nv_bfloat16, DIM>(p, 2, nullptr);
   p.out = out.at();
   join_parts<__nv_bfloat16>(p, nullptr);
