@@ -6,8 +6,9 @@ namespace blend::cuda {
 namespace {
 
 void mass(TensorView q, TensorView k, TensorView slots, TensorView row_pos,
-          Optional<TensorView> key_pos, TensorView lse, TensorView weights, TensorView out,
-          int64_t first_pos, int64_t window, double scale, double cap) {
+          Optional<TensorView> key_pos, TensorView lse, TensorView weights, Optional<TensorView> v,
+          TensorView to, Optional<TensorView> late, int64_t first_pos, int64_t window, double scale,
+          double cap, double value_unit) {
   const Place place(q);
   expect_queries(place, q, k);
   const int64_t rows = q.size(0), heads = q.size(1), kv_heads = k.size(1), n = slots.numel();
@@ -19,7 +20,16 @@ void mass(TensorView q, TensorView k, TensorView slots, TensorView row_pos,
   if (key_pos.has_value()) p.key_pos = place.indices(*key_pos, n, "key_pos: expected int64 [n]");
   p.lse = place.dense<float>(lse, rows * heads, kDLFloat, "lse: expected float32 [rows, heads]");
   p.weights = place.dense<float>(weights, rows, kDLFloat, "weights: expected float32 [rows]");
-  p.mass = place.dense<float>(out, kv_heads * n, kDLFloat, "mass: expected float32 [kv heads, n]");
+  constexpr auto MASS = "mass: expected float32 [kv heads, n]";
+  p.mass = place.dense<float>(to, kv_heads * n, kDLFloat, MASS);
+  if (late.has_value()) p.late = place.dense<float>(*late, kv_heads * n, kDLFloat, MASS);
+  if (v.has_value()) {
+    place.expect_pool(*v, "v: expected a pool [slots, heads, dim] with rows of 16 bytes");
+    expect((*v).size(0) == k.size(0) && (*v).size(1) == kv_heads && (*v).dtype() == k.dtype(),
+           "v: of k's slots, heads and dtype");
+    p.v = head_of(q, *v, p.k.slots);
+    p.value_unit = value_unit;
+  }
   p.q_row = q.stride(0), p.q_head = q.stride(1);
   p.first_pos = first_pos, p.window = window, p.n = n;
   p.rows = rows, p.heads = heads, p.group = heads / kv_heads;

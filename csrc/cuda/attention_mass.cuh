@@ -1,6 +1,7 @@
 // How much a few query rows attend to each of many keys, the softmax's log-sum-exp being known from
 // the attention pass: mass[h, j] = sum over rows r and the query heads of key head h of
-// w[r] exp(s[r, j] - lse[r]). One more pass over K. Nothing of size queries x keys is stored, no
+// w[r] exp(s[r, j] - lse[r]), added to what layers before have left there, as it is or times the
+// norm of the key's value. One more pass over K. Nothing of size queries x keys is stored, no
 // atomics: a warp owns 32 keys of one key head and walks all rows, in a fixed order.
 //
 // For m rows and n keys: 2 m n heads D operations of the tensor cores, m n heads exponentials.
@@ -21,12 +22,12 @@ constexpr float LOG2_OF_E = 1.4426950408889634f;
 
 struct Mass {
   const void* q;              // [rows, heads, dim]
-  Head k;                     // slots: [n]
+  Head k, v;                  // slots: [n]; v.pool null: attention counts as it is
   const int64_t* row_pos;     // [rows]
   const int64_t* key_pos;     // [n] or null: first_pos + j
   const float* lse;           // [rows, heads], natural
   const float* weights;       // [rows]
-  float* mass;                // [kv heads, n], overwritten
+  float *mass, *late;         // [kv heads, n], added to; late: never by value; null: not wanted
   int64_t q_row, q_head;      // strides in elements
   int64_t first_pos, window;  // window < 0: none
   int64_t n;
@@ -34,6 +35,7 @@ struct Mass {
   uint32_t row_factor;  // 2^31 / group, rounded up
   float scale_log2;     // softmax scale x log2 e; with a cap: scale / cap
   float cap_log2;       // cap x log2 e; 0: none
+  float value_unit;     // what multiplies the norm of a value
 };
 
 // What the queries of a step need: packed rows (row r, query head of the group: r * group + head).
@@ -151,6 +153,24 @@ __device__ __forceinline__ void load_keys(const Mass& p, uint32_t (&a)[TILES][PR
   }
 }
 
+// Of the lane's share of one value, every fourth piece: the sum of squares.
+template <typename T, typename K, int D>
+__device__ __forceinline__ float squares(const Mass& p, int64_t key, int head) {
+  const int64_t slot = p.v.slots ? p.v.slots[key] : key;
+  const char* const from = p.v.pool + slot * p.v.slot + head * p.v.head;
+  float sum = 0;
+#pragma unroll(D <= 128 ? 4 : 1)
+  for (int at = 8 * (threadIdx.x % 4); at < p.v.dim; at += 32) {
+    KeyPiece<K> piece;
+    piece.load(from + at * sizeof(K));
+    float x[8];
+    as_floats(piece.template as<T>(), x, T());
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
+  }
+  return sum;
+}
+
 template <typename T, int D>
 __global__ void __launch_bounds__(MASS_THREADS, 2) attention_mass_kernel(Mass p) {
   using Stage = MassStage<T, D>;
@@ -262,7 +282,20 @@ __global__ void __launch_bounds__(MASS_THREADS, 2) attention_mass_kernel(Mass p)
     sum[i] += __shfl_xor_sync(WARP_MASK, sum[i], 1);
     sum[i] += __shfl_xor_sync(WARP_MASK, sum[i], 2);
     const int64_t key = first + g + 8 * i;
-    if (t == 0 && key < p.n) p.mass[head * p.n + key] = sum[i];
+    const bool mine = t == 0 && key < p.n;
+    if (mine && p.late) p.late[head * p.n + key] += sum[i];
+    if (mine && !p.v.pool) p.mass[head * p.n + key] += sum[i];
+  }
+  if (!p.v.pool) return;
+#pragma unroll
+  for (int i = 0; i < 2 * TILES; ++i) {
+    const int64_t key = first + g + 8 * i, read = min(key, p.n - 1);
+    float norm = p.v.type == KeyType::SAME   ? squares<T, T, D>(p, read, head)
+                 : p.v.type == KeyType::E4M3 ? squares<T, __nv_fp8_e4m3, D>(p, read, head)
+                                             : squares<T, __nv_fp8_e5m2, D>(p, read, head);
+    norm += __shfl_xor_sync(WARP_MASK, norm, 1);
+    norm += __shfl_xor_sync(WARP_MASK, norm, 2);
+    if (t == 0 && key < p.n) p.mass[head * p.n + key] += sum[i] * sqrtf(norm) * p.value_unit;
   }
 }
 

@@ -191,6 +191,11 @@ ATTENTION_MASS = _of(
         "static_cast<const T*>(p.q) +",
     ),
     rows_are_rounded_down=("((1u << 31) + p.group - 1) / p.group", "(1u << 31) / p.group"),
+    layers_before_are_forgotten=("p.mass[head * p.n + key] += sum[i];", "p.mass[key] = sum[i];"),
+    late_mass_of_another_head=("p.late[head * p.n + key]", "p.late[key]"),
+    values_norm_is_not_rooted=("sum[i] * sqrtf(norm)", "sum[i] * norm"),
+    values_of_another_head=("p.v.slot + head * p.v.head;", "p.v.slot;"),
+    a_lane_has_all_of_a_value=("at < p.v.dim; at += 32", "at < p.v.dim; at += 8"),
     row_weights_are_left_out=("sum[i] += weight * power2", "sum[i] += power2"),
     the_window_is_one_too_short=(
         "pos < at - p.window)) continue",

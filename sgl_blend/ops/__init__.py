@@ -40,14 +40,14 @@ from sgl_blend.ops.attention import (
     row_attention,
     row_attention_with_mass,
 )
-from sgl_blend.ops.batch import RowBatch
+from sgl_blend.ops.batch import Asking, RowBatch, ScratchBatch
 from sgl_blend.ops.cuda import Chosen
 from sgl_blend.ops.cuda_rows import Attended
 from sgl_blend.ops.deltas import At, Averaged, averages, kv_deltas, mean_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
 from sgl_blend.ops.download import Download
 from sgl_blend.ops.gather import gather_chunks
-from sgl_blend.ops.mass import attention_mass
+from sgl_blend.ops.mass import MassSum, attention_mass
 from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.parts import Parts
 from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
@@ -58,6 +58,7 @@ from sgl_blend.ops.upload import page_locked, upload, upload_together
 
 __all__ = [
     "AnyRope",
+    "Asking",
     "At",
     "Attended",
     "AttentionWithMass",
@@ -66,10 +67,12 @@ __all__ = [
     "Chosen",
     "Download",
     "FrequencyRope",
+    "MassSum",
     "Parts",
     "Rope",
     "RowBatch",
     "Rotation",
+    "ScratchBatch",
     "Turns",
     "attention_mass",
     "averages",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sgl_blend.ops import checks, cuda_rows
 from sgl_blend.ops.checks import require
 from sgl_blend.ops.cuda_build import kernels
 from sgl_blend.ops.cuda_rows import Attended
-from sgl_blend.ops.upload import upload
+from sgl_blend.ops.upload import upload, upload_together
 
 
 class RowBatch:
@@ -66,4 +68,80 @@ class RowBatch:
         return cuda_rows.row_attention(
             kernels(q.device), q, self._pos, [keys],
             scale=scale, window=window, logit_cap=logit_cap, sinks=sinks, with_lse=with_lse,
+        )  # fmt: skip
+
+
+class Asking(NamedTuple):
+    """A request's scratch rows: ``lead`` of them, which see the first ``prefix`` of its cached keys
+    (``slots``, int64 [S]), then ``asking``, which see all of these."""
+
+    lead: int
+    asking: int
+    prefix: int
+    slots: torch.Tensor
+
+
+class ScratchBatch:
+    """Rows of several requests over cached keys, and over those of their own that lie beside the
+    pool, each seeing its request's up to itself. Rows of all requests lie one after another."""
+
+    def __init__(self, requests: Sequence[Asking]) -> None:
+        self.device = requests[0].slots.device
+        self._slots = torch.cat([r.slots for r in requests])
+        self._cached: list[cuda_rows.Span] = []
+        self._own: list[cuda_rows.Span] = []
+        row = key = 0
+        for lead, asking, prefix, slots in requests:
+            both = lead + asking
+            self._cached += [
+                cuda_rows.Span(row, lead, key, prefix),
+                cuda_rows.Span(row + lead, asking, key, len(slots)),
+            ]
+            self._own.append(cuda_rows.Span(row, both, row, both))
+            row, key = row + both, key + len(slots)
+        within = np.concatenate([np.arange(s.rows) for s in self._own])
+        behind = np.full_like(within, max(s.keys for s in self._cached))
+        made = upload_together({"within": within, "behind": behind}, self.device)
+        self._within, self._behind = made["within"], made["behind"]
+        self._tiles: dict[int, dict[str, torch.Tensor]] = {}
+
+    def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+        """Does a kernel serve these queries [R, Hq, D], and keys and values of this kind? It does
+        not on the CPU."""
+        return kernels(q.device) is not None and cuda_rows.attends(q, k_cache, v_cache)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        own: tuple[torch.Tensor, torch.Tensor],
+        *,
+        scale: float,
+        logit_cap: float,
+        sinks: torch.Tensor | None,
+    ) -> Attended:
+        """q [R, Hq, D] over ``caches``, k [num_slots, Hk, D] and v [num_slots, Hk, Dv], and the
+        rows' ``own`` k [R, Hk, D] and v [R, Hk, Dv], with the log-sum-exp.
+
+        Raises:
+            KernelError: arguments that do not fit, or that no kernel serves (``serves``).
+        """
+        group = q.shape[1] // caches[0].shape[1]
+        tiles = self._tiles.get(group)
+        if tiles is None:
+            made = {"cached": self._cached, "own": self._own}
+            tiles = self._tiles[group] = upload_together(
+                {name: cuda_rows.tiles_over(spans, group) for name, spans in made.items()},
+                self.device,
+            )
+        if sinks is not None:
+            sinks = checks.sinks(sinks, q.shape[1], self.device)
+        longest = (max(s.keys for s in spans) for spans in (self._cached, self._own))
+        over = [
+            cuda_rows.Keys(*caches, self._slots, tiles["cached"], next(longest)),
+            cuda_rows.Keys(*own, None, tiles["own"], next(longest), q_pos=self._within),
+        ]
+        return cuda_rows.row_attention(
+            kernels(q.device), q, self._behind, over,
+            scale=scale, window=-1, logit_cap=logit_cap, sinks=sinks, with_lse=True,
         )  # fmt: skip

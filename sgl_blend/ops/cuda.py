@@ -274,6 +274,34 @@ def sums_mass(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
     )
 
 
+def add_mass(
+    module: Any,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    slots: torch.Tensor,
+    q_pos: torch.Tensor,
+    lse: torch.Tensor,
+    weights: torch.Tensor,
+    to: torch.Tensor,
+    late: torch.Tensor | None,
+    *,
+    scale: float,
+    window: int = -1,
+    logit_cap: float = 0.0,
+    kv_pos0: int = 0,
+    key_pos: torch.Tensor | None = None,
+    value_unit: float = 1.0,
+) -> None:
+    """``mass.attention_mass`` by key head, added to ``to`` (fp32 [Hk, S]): with ``v_cache`` times
+    the norm of the keys' values and ``value_unit``; and in any case as it is to ``late``."""
+    launch(
+        module.attention_mass,
+        (q, k_cache, slots, q_pos, key_pos, lse, weights, v_cache, to, late),
+        (kv_pos0, window, scale, logit_cap, value_unit),
+    )
+
+
 def attention_mass(
     module: Any,
     q: torch.Tensor,
@@ -283,18 +311,10 @@ def attention_mass(
     lse: torch.Tensor,
     weights: torch.Tensor,
     *,
-    scale: float,
-    window: int,
-    logit_cap: float,
-    kv_pos0: int,
-    key_pos: torch.Tensor | None,
-    norms: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """``mass.attention_mass``. norms: fp32 [S, Hk], of the keys' values."""
-    by_head = torch.empty((k_cache.shape[1], slots.shape[0]), dtype=torch.float32, device=q.device)
-    launch(
-        module.attention_mass,
-        (q, k_cache, slots, q_pos, key_pos, lse, weights, by_head),
-        (kv_pos0, window, scale, logit_cap),
-    )
-    return by_head.sum(dim=0) if norms is None else (by_head * norms.T).sum(dim=0)
+    """``mass.attention_mass``."""
+    by_head = q.new_zeros((k_cache.shape[1], slots.shape[0]), dtype=torch.float32)
+    add_mass(module, q, k_cache, values, slots, q_pos, lse, weights, by_head, None, **options)
+    return by_head.sum(dim=0)

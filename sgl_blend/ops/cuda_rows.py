@@ -35,7 +35,8 @@ class Keys(NamedTuple):
 
     k [num_slots, Hk, D], v [num_slots, Hk, Dv]; slots: int64 [S], None: key j lies in slot j.
     tiles: ``tiles_of``, on the device. longest: most keys of a request. key_pos: int64 [S], in any
-    order; None: key j of a request is at ``kv_pos0 + j``.
+    order; None: key j of a request is at ``kv_pos0 + j``. q_pos: int64 [R], where the rows stand
+    among these keys; None: where they stand among all.
     """
 
     k: torch.Tensor
@@ -45,6 +46,7 @@ class Keys(NamedTuple):
     longest: int
     kv_pos0: int = 0
     key_pos: torch.Tensor | None = None
+    q_pos: torch.Tensor | None = None
 
     @property
     def parts(self) -> int:
@@ -64,19 +66,35 @@ def attends(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bo
     )
 
 
+class Span(NamedTuple):
+    """Rows and the keys that they attend to, of those of all: first and how many of each."""
+
+    row: int
+    rows: int
+    key: int
+    keys: int
+
+
 def tiles_of(rows: Sequence[int], keys: Sequence[int], group: int) -> np.ndarray:
+    """``tiles_over`` of requests whose rows and keys lie one after another."""
+    spans, row, key = [], 0, 0
+    for n, s in zip(rows, keys, strict=True):
+        spans.append(Span(row, n, key, s))
+        row, key = row + n, key + s
+    return tiles_over(spans, group)
+
+
+def tiles_over(spans: Sequence[Span], group: int) -> np.ndarray:
     """int64 [tiles, 5], what the blocks take (``Tile`` of the kernel), those with most keys first.
 
-    rows, keys: of each request; group: query heads of a key head.
+    group: query heads of a key head.
     """
     made: list[tuple[int, ...]] = []
     work: list[np.ndarray] = []
-    row = key = 0
-    for n, s in zip(rows, keys, strict=True):
+    for row, n, key, s in spans:
         begins = np.arange(0, n * group, TILE, dtype=np.int64)
         made += [(row, n, key, s, int(begin)) for begin in begins]
         work.append(s * np.minimum(1.0, (begins + TILE) / max(1, n * group)))
-        row, key = row + n, key + s
     tiles = np.array(made, dtype=np.int64).reshape(len(made), 5)
     if not made:
         return tiles
@@ -111,7 +129,8 @@ def row_attention(
         part_out, part_lse = _floats(q, total, *out.shape), _floats(q, total, rows, heads)
         to = (None, None, None, part_out, part_lse)
     for keys, n in zip(over, parts, strict=True):
-        given = (q, keys.k, keys.v, keys.slots, q_pos, keys.key_pos, keys.tiles)
+        pos = q_pos if keys.q_pos is None else keys.q_pos
+        given = (q, keys.k, keys.v, keys.slots, pos, keys.key_pos, keys.tiles)
         how = (first, n, total, keys.kv_pos0, window, scale, logit_cap)
         launch(module.row_attention, (*given, *to), how)
         first += n

@@ -53,18 +53,17 @@ def attention_mass(
     if key_pos is not None:
         key_pos = checks.index("key_pos", key_pos, q.device)
         require(key_pos.shape == slots.shape, f"{key_pos.shape[0]} key_pos, {slots.shape[0]} slots")
-    norms = None
     if values is not None:
         checks.pool(k_cache, values, ("k_cache", "values"))
-        norms = values[slots].float().norm(dim=2)
     lse, weights = lse.float().contiguous(), row_weights.float().contiguous()
     on_device = kernels(q.device)
-    if on_device is not None and slots.shape[0] and cuda.sums_mass(q, k_cache):
+    if on_device is not None and slots.shape[0] and _sums(q, k_cache, values):
         return cuda.attention_mass(
             on_device, q, k_cache, slots, pos, lse, weights,
             scale=scale, window=window, logit_cap=logit_cap, kv_pos0=kv_pos0, key_pos=key_pos,
-            norms=norms,
+            values=values,
         )  # fmt: skip
+    norms = None if values is None else values[slots].float().norm(dim=2)
     checks.in_range("kv_slots", slots, k_cache.shape[0])
     if key_pos is None:
         key_pos = torch.arange(kv_pos0, kv_pos0 + slots.shape[0], device=q.device)
@@ -72,3 +71,66 @@ def attention_mass(
         q, k_cache[slots], key_pos, pos, lse, weights,
         scale=scale, window=window, logit_cap=logit_cap, norms=norms,
     )  # fmt: skip
+
+
+def _sums(q: torch.Tensor, k_cache: torch.Tensor, values: torch.Tensor | None) -> bool:
+    return cuda.sums_mass(q, k_cache) and (values is None or cuda.in_rows(values))
+
+
+class MassSum:
+    """``attention_mass`` of one request's cached keys, added up over layers, in one launch a layer.
+    Every row sees every key.
+
+    slots: int64 [S]. weights: fp32 [R]. by_value: ``by_value`` of ``row_attention_with_mass``.
+    """
+
+    def __init__(self, slots: torch.Tensor, weights: torch.Tensor, by_value: bool) -> None:
+        self._slots, self._weights, self._by_value = slots.contiguous(), weights, by_value
+        self._behind = torch.full_like(weights, slots.shape[0], dtype=torch.int64)
+        self._all: torch.Tensor | None = None
+        self._late: torch.Tensor | None = None
+
+    def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+        """Is there a kernel for these queries [R, Hq, D] and this pool? There is none on the
+        CPU."""
+        return kernels(q.device) is not None and _sums(q, k_cache, v_cache)
+
+    def add(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        lse: torch.Tensor,
+        *,
+        scale: float,
+        logit_cap: float,
+        v_scale: float,
+        late: bool,
+    ) -> None:
+        """Adds a layer. q [R, Hq, D]; lse: fp32 [R, Hq], dense, of all that a row sees. v_scale:
+        what the pool's V is multiplied by. late: it counts for ``late``, too.
+
+        Raises:
+            KernelError: arguments that do not fit, or that no kernel serves (``serves``).
+        """
+        if not self._slots.shape[0]:
+            return
+        if self._all is None:
+            self._all = self._zeros(k_cache)
+        if late and self._late is None:
+            self._late = self._zeros(k_cache)
+        cuda.add_mass(
+            kernels(q.device), q, k_cache, v_cache if self._by_value else None, self._slots,
+            self._behind, lse, self._weights, self._all, self._late if late else None,
+            scale=scale, logit_cap=logit_cap, value_unit=v_scale,
+        )  # fmt: skip
+
+    def _zeros(self, k_cache: torch.Tensor) -> torch.Tensor:
+        shape = (k_cache.shape[1], self._slots.shape[0])
+        return torch.zeros(shape, dtype=torch.float32, device=k_cache.device)
+
+    def total(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """fp32 [S] each: of all layers, and of those that were ``late``, never by value; None where
+        there were none."""
+        every, late = (None if x is None else x.sum(dim=0) for x in (self._all, self._late))
+        return every, late

@@ -199,9 +199,12 @@ def _question_pass(
         positions.append(b.question_pos)
         row += m
     copies = Arriving.together([Arriving(c, 0) for s in asking for c in s.copy_all()])
-    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies], depth // 2)
+    # How much attention comes late is asked for by who estimates the risk.
+    late = depth // 2 if any(s.blend.estimates for s in asking) else depth
+    attention = QuestionAttention(pool, scratch, [c.tokens for c in copies], late)
     counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
     model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
+    attention.finish()
     if any(s.blend.estimates for s in asking):
         _share_attention(asking, scratch, attention.late_heads, ranks)
     choosing = _of_need(asking, Need.QUERY)

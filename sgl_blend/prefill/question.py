@@ -2,13 +2,14 @@
 
 They are scratch rows, whose KV never enters the pool. They see the cached keys, re-rotated, and
 themselves; how much they attend to each reused token is summed. On CUDA a kernel attends to the
-cached keys (``attention_cuda.py``), what the rows see of themselves is joined to it by the
-log-sum-exp of both, and one more pass over the keys makes the sum (``ops.attention_mass``). Tensors
-only; no SGLang.
+cached keys and to the rows themselves (``ops.ScratchBatch``), and one more pass over the keys makes
+the sum (``ops.MassSum``). Where FlashInfer attends, what the rows see of themselves is joined to it
+by the log-sum-exp of both. Tensors only; no SGLang.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -85,8 +86,19 @@ class QuestionAttention:
         self.late = late
         self.late_heads = 0
         self._device_rows: attention_cuda.DeviceRows | None = None
+        self._sums: list[ops.MassSum] = []
         if rows and pool.k(0).is_cuda:
             self._device_rows = attention_cuda.DeviceRows(_questions(rows), masked=False)
+            self._sums = [ops.MassSum(s.key_slots[s.reused], s.weights, s.by_value) for s in rows]
+
+    @functools.cached_property
+    def _batch(self) -> ops.ScratchBatch:
+        return ops.ScratchBatch(
+            [
+                ops.Asking(s.lead, s.last - s.first - s.lead, s.reused.start, s.key_slots)
+                for s in self.rows
+            ]
+        )
 
     def bring_in(self, layer: int) -> None:
         for copy in self.copies:
@@ -106,6 +118,8 @@ class QuestionAttention:
             self.late_heads += q.shape[1]
         over_cache: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         pool = self.pool.k(spec.layer), self.pool.v(spec.layer)
+        if spec.window < 0 and self._sums and self._serves(q, pool, (k, v)):
+            return self._in_one(spec, q, pool, (k, v))
         if spec.window < 0 and self._device_rows and self._device_rows.serves(q, *pool):
             over_cache = self._over_cache(self._device_rows, spec, q)
         parts = []
@@ -122,6 +136,39 @@ class QuestionAttention:
             else:
                 parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
         return spec.value(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _serves(self, q: torch.Tensor, *kv: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        attends = all(self._batch.serves(q, *both) for both in kv)
+        return attends and self._sums[0].serves(q, *kv[0])
+
+    def _in_one(
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        pool: tuple[torch.Tensor, torch.Tensor],
+        own: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """All rows over the cached keys and themselves, and the mass, by kernels of our own."""
+        scale, cap = spec.pool_scale, spec.logit_cap
+        out, lse = self._batch.attention(q, pool, own, scale=scale, logit_cap=cap, sinks=spec.sinks)
+        assert lse is not None
+        late = spec.layer >= self.late
+        for s, mass in zip(self.rows, self._sums, strict=True):
+            asking = slice(s.first + s.lead, s.last)
+            mass.add(
+                q[asking], *pool, lse[asking],
+                scale=scale, logit_cap=cap, v_scale=spec.v_scale, late=late,
+            )  # fmt: skip
+        return spec.value(out)
+
+    def finish(self) -> None:
+        """Behind the last layer: all mass is where ``Scratch`` says."""
+        for s, mass in zip(self.rows, self._sums, strict=False):
+            every, late = mass.total()
+            if every is not None:
+                s.mass += every
+            if late is not None:
+                self._add_late(s, late)
 
     def _leading(
         self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -35,8 +35,9 @@ class Case:
         # One slot before the first and one behind the last are poison.
         k = torch.randn(keys + 9, kv_heads, dim, generator=gen)
         self.slots = torch.randperm(keys + 7, generator=gen)[:keys] + 1
-        k[0] = k[-1] = torch.nan
-        self.k = k.to(k_dtype or q_dtype)
+        v = torch.randn(keys + 9, kv_heads, 48, generator=gen)
+        k[0] = k[-1] = v[0] = v[-1] = torch.nan
+        self.k, self.v = (x.to(k_dtype or q_dtype) for x in (k, v))
         self.weights = poisoned(torch.rand(rows, generator=gen))
         self.q_pos = torch.arange(keys, keys + rows)
         self.options = dict(
@@ -60,13 +61,27 @@ class Case:
         """more: logit of what takes its share beside the keys (sinks, extra keys)."""
         scores = self.scores()
         lse = torch.logaddexp(scores.logsumexp(-1), torch.tensor(more or -math.inf))
-        want = (torch.exp(scores - lse[..., None]) * self.weights[:, None, None]).sum((0, 1))
+        by_row = (torch.exp(scores - lse[..., None]) * self.weights[:, None, None]).sum(0)
+        by_head = by_row.view(-1, self.group, len(self.slots)).sum(1)
+        want, norms = by_head.sum(0), self.v[self.slots].float().norm(dim=2).T
         lse = poisoned(lse)
         for way in emulated.schedules(module):
             got = cuda.attention_mass(
                 module, self.q, self.k, self.slots, self.q_pos, lse, self.weights, **self.options
             )
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7, msg=way)
+            self.check_sums(module, lse, by_head, norms, way)
+
+    def check_sums(self, module, lse, by_head, norms, way):
+        """Of two layers: by value, and as it is."""
+        sums, late = by_head.new_zeros(2, *by_head.shape)
+        for unit in (0.25, 0.5):
+            cuda.add_mass(
+                module, self.q, self.k, self.v, self.slots, self.q_pos, lse, self.weights, sums,
+                late, value_unit=unit, **self.options,
+            )  # fmt: skip
+        torch.testing.assert_close(sums, by_head * norms * 0.75, rtol=2e-4, atol=1e-6, msg=way)
+        torch.testing.assert_close(late, by_head * 2, rtol=1e-4, atol=1e-7, msg=way)
 
 
 @pytest.mark.parametrize(("q_dtype", "k_dtype"), emulated.TYPES)

@@ -87,6 +87,16 @@ def test_a_layer_launches_copy_correction_and_attention(monkeypatch, policy):
     )
 
 
+@pytest.mark.parametrize("values", [False, True])
+def test_a_layer_of_the_question_pass(monkeypatch, values):
+    """Over the cached keys, over the rows themselves, both joined; the mass of each request."""
+    found = last(launched(monkeypatch, "query", False, query_values=values), True)
+    assert sorted(x[0] for x in found) == [
+        "attention_mass", "attention_mass", "join_parts", "rotate_copy", "row_attention",
+        "row_attention",
+    ], table(found)  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_layer_with_sources_on_the_host(monkeypatch, policy):
     """Besides, of each request: what was recomputed, all that was loaded, and both brought in."""

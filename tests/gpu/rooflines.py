@@ -62,7 +62,9 @@ def measure(job: Job, sizes: Sequence[int]) -> None:
     peak = clock.known(job.out, job.device, job.rehearse)
     for n in sizes:
         layer = Layer(n, job.device)
-        for what in (_copies, _from_host, _gather, _deviations, _selection, _mass, _rows):
+        for what in (
+            *(_copies, _means, _from_host, _gather, _deviations, _selection, _mass, _rows),
+        ):
             job.trying(
                 f"{what.__name__[1:]}, {n} tokens", lambda w=what, x=layer: w(job, module, x, peak)
             )
@@ -108,6 +110,22 @@ def _copies(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
     )  # fmt: skip
     took = clock.on_device(job.device, lambda: cuda.rotate_copy(*args, bias))
     _share(job, "copy with correction", x, took, moved + angles, peak["copy"])
+
+
+def _means(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
+    """Of a tenth of the tokens, in sixteen documents and in one."""
+    n = x.n // 10
+    fresh, old = x.dst[:n].contiguous(), x.src[:n].contiguous()
+    turn = tuple(y[:n].contiguous() for y in x.turn)
+    for documents in (16, 1):
+        bounds = torch.linspace(0, n, documents + 1, device=job.device).long()
+        scale = torch.ones(documents, device=job.device)
+        out = [torch.empty(documents, KV_HEADS, DIM, device=job.device) for _ in "kv"]
+        of = (x.k_cache, x.v_cache)
+        given = (*of, fresh, *turn, *of, old, *turn, None, None, bounds, scale, *out)
+        took = clock.on_device(job.device, lambda g=given: module.mean_deltas(*g, DIM, 1, 0))
+        moved = 4 * n * x.slot_bytes + n * DIM // 2 * 16
+        _share(job, f"means of {n} deltas, {documents} documents", x, took, moved, peak["copy"])
 
 
 def _from_host(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
@@ -160,15 +178,16 @@ def _mass(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
     lse = torch.full((rows, HEADS), 5.0, device=job.device)
     asked = torch.full((rows,), x.n, device=job.device)
     weights = torch.ones(rows, device=job.device)
-    took = clock.on_device(
-        job.device,
-        lambda: cuda.attention_mass(
-            module, q, x.k_cache, x.src, asked, lse, weights, scale=DIM**-0.5, window=-1,
-            logit_cap=0.0, kv_pos0=0, key_pos=None,
-        ),
-    )  # fmt: skip
-    share = 2 * rows * HEADS * x.n * DIM / took / peak["flops"]
-    _within(job, f"attention mass of {rows} rows", x, took, MASS_S, share=share)
+    sums = torch.zeros(KV_HEADS, x.n, device=job.device)
+    for values, what in ((None, ""), (x.v_cache, ", by value")):
+        took = clock.on_device(
+            job.device,
+            lambda v=values: cuda.add_mass(
+                module, q, x.k_cache, v, x.src, asked, lse, weights, sums, None, scale=DIM**-0.5
+            ),
+        )
+        share = 2 * rows * HEADS * x.n * DIM / took / peak["flops"]
+        _within(job, f"attention mass of {rows} rows{what}", x, took, MASS_S, share=share)
 
 
 def _rows(job: Job, module, x: Layer, peak: dict[str, float]) -> None:

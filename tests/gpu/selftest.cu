@@ -253,21 +253,30 @@ Head head_of(const Memory<__nv_bfloat16>& pool, const int64_t* slots) {
   return {pool.bytes(), slots, SLOT * SIZE, DIM * SIZE, DIM, KeyType::SAME};
 }
 
-// Every key is attended to alike where the scale is 0.
+// Every key is attended to alike where the scale is 0; by value it counts as much as it is long.
 void masses() {
   const auto keys = pool(2);
   const Memory<__nv_bfloat16> k(keys), q(queries(keys));
   const Memory<int64_t> slots(from(1, TOKENS)), rows(from(TOKENS, ROWS));
   const Memory<float> lse(std::vector<float>(ROWS * GROUP * HEADS, std::log(float(TOKENS)))),
-      weights(std::vector<float>(ROWS, 1.0f)), out(size_t{HEADS * TOKENS});
+      weights(std::vector<float>(ROWS, 1.0f)), out(std::vector<float>(HEADS * TOKENS, 0.0f)),
+      late(std::vector<float>(HEADS * TOKENS, 0.0f));
   Mass p{};
-  p.q = q.at(), p.k = head_of(k, slots.at()), p.row_pos = rows.at();
-  p.lse = lse.at(), p.weights = weights.at(), p.mass = out.at();
-  p.q_row = GROUP * SLOT, p.q_head = DIM;
+  p.q = q.at(), p.k = p.v = head_of(k, slots.at()), p.row_pos = rows.at();
+  p.lse = lse.at(), p.weights = weights.at(), p.mass = out.at(), p.late = late.at();
+  p.q_row = GROUP * SLOT, p.q_head = DIM, p.value_unit = 0.5f;
   p.window = -1, p.n = TOKENS, p.rows = ROWS, p.heads = GROUP * HEADS, p.group = GROUP;
   attention_mass<__nv_bfloat16, DIM>(p, nullptr);
-  for (float mass : out.read()) {
-    require(std::fabs(mass - float(ROWS * GROUP) / TOKENS) < 1e-3f, "attention_mass");
+  const auto valued = out.read(), plain = late.read();
+  const float all = float(ROWS * GROUP) / TOKENS;
+  for (int i = 0; i < HEADS * TOKENS; ++i) {
+    float norm = 0;
+    for (int d = 0; d < DIM; ++d) {
+      const float x = value(keys, 1 + i % TOKENS, i / TOKENS * DIM + d);
+      norm += x * x;
+    }
+    require(std::fabs(plain[i] - all) < 1e-3f, "attention_mass");
+    require(std::fabs(valued[i] / (all * std::sqrt(norm) / 2) - 1) < 1e-3f, "mass by value");
   }
 }
 
