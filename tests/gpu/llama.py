@@ -84,18 +84,25 @@ class Llama:
         ]
         self.up = [make(2 * s.inner, s.hidden, scale=s.hidden**-0.5) for _ in range(s.layers)]
         self.down = [make(s.hidden, s.inner, scale=s.inner**-0.5) for _ in range(s.layers)]
-        self.keys = [make(slots, s.kv_heads, s.dim) for _ in range(s.layers)]
-        self.values = [make(slots, s.kv_heads, s.dim) for _ in range(s.layers)]
+        #: K and V of a slot lie in a row, and are written at once
+        self.kv = [make(slots, 2, s.kv_heads, s.dim) for _ in range(s.layers)]
         frequency = ROPE_BASE ** (-torch.arange(0, s.dim, 2, dtype=torch.float64) / s.dim)
         angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
         self.table = torch.cat((angle.cos(), angle.sin()), 1).float().to(device)
+        self._place()
+
+    def _place(self) -> None:
+        """What is made of the tensors where they lie."""
+        self.keys, self.values = ([x[:, i] for x in self.kv] for i in range(2))
+        self._rope = ops.Rope(self.table, self.shape.dim, True)
 
     def to(self, move: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
         """Put all tensors elsewhere."""
-        for name in ("qkv", "out", "up", "down", "keys", "values"):
+        for name in ("qkv", "out", "up", "down", "kv"):
             setattr(self, name, [move(x) for x in getattr(self, name)])
         self.embed, self.head, self.table = map(move, (self.embed, self.head, self.table))
         self.device = device
+        self._place()
 
     # ``rows.PoolView``
 
@@ -109,7 +116,7 @@ class Llama:
         return self.keys[layer], self.values[layer]
 
     def rope(self, layer: int) -> ops.Rope:
-        return ops.Rope(self.table, self.shape.dim, True)
+        return self._rope
 
     # the model
 
@@ -117,34 +124,36 @@ class Llama:
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        attend: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        attend: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
         last: torch.Tensor,
     ) -> torch.Tensor:
-        """fp32 logits of the rows ``last``. attend(layer, q, k, v): all [rows, heads, dim]."""
+        """fp32 logits of the rows ``last``. attend(layer, q [rows, heads, dim], kv [rows, 2, kv
+        heads, dim]). Launches about as much as a server's model, whose kernels are fused."""
         s = self.shape
-        cos, sin = self.table[positions].chunk(2, dim=1)
+        cos, sin = self.table[positions].to(s.dtype)[:, None].chunk(2, dim=2)
+        cos, sin = torch.cat((cos, cos), 2), torch.cat((-sin, sin), 2)
         x = self.embed[ids]
         for layer in range(s.layers):
-            q, k, v = (
-                F.linear(_normed(x), self.qkv[layer])
-                .unflatten(1, (-1, s.dim))
-                .split([s.heads, s.kv_heads, s.kv_heads], dim=1)
-            )
-            q, k = _turned(q, cos, sin), _turned(k, cos, sin)
-            x = x + F.linear(attend(layer, q, k, v).flatten(1), self.out[layer])
+            qkv = F.linear(_normed(x), self.qkv[layer]).unflatten(1, (-1, s.dim))
+            turned = qkv[:, : s.heads + s.kv_heads]
+            halves = turned.roll(s.dim // 2, 2)  # each element's other one
+            turned.mul_(cos).addcmul_(halves, sin)
+            q, kv = qkv[:, : s.heads], qkv[:, s.heads :].unflatten(1, (2, -1))
+            x.addmm_(attend(layer, q, kv).flatten(1), self.out[layer].T)
             gate, up = F.linear(_normed(x), self.up[layer]).chunk(2, dim=1)
-            x = x + F.linear(F.silu(gate) * up, self.down[layer])
+            x.addmm_(F.silu(gate) * up, self.down[layer].T)
         return F.linear(_normed(x[last]), self.head).float()
 
     def prefill(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """In full: causal attention, KV into ``slots``; logits [1, vocab] of the last token."""
         n = ids.numel()
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.keys[layer][slots], self.values[layer][slots] = k, v
+        def attend(layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            self.kv[layer][slots] = kv
             out = F.scaled_dot_product_attention(
-                *(y.transpose(0, 1)[None] for y in (q, k, v)), is_causal=True, enable_gqa=True
-            )
+                *(y.transpose(0, 1)[None] for y in (q, *kv.unbind(1))),
+                is_causal=True, enable_gqa=True,
+            )  # fmt: skip
             return out[0].transpose(0, 1)
 
         positions = torch.arange(n, device=self.device)
@@ -153,12 +162,6 @@ class Llama:
 
 def _normed(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-5)
-
-
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Passes:
@@ -202,14 +205,13 @@ class Passes:
     ) -> torch.Tensor | None:
         llama = self.llama
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             if slots is not None:
-                ops.put(llama.keys[layer], slots, k)
-                ops.put(llama.values[layer], slots, v)
+                llama.kv[layer][slots] = kv
             attention.bring_in(layer)
             if layer == stop and not attention.scratch:
                 raise Left
-            out = attention(AttentionSpec(layer, llama.shape.dim**-0.5), q, k, v)
+            out = attention(AttentionSpec(layer, llama.shape.dim**-0.5), q, *kv.unbind(1))
             if layer == stop:
                 raise Left
             return out
