@@ -115,20 +115,21 @@ struct KeyPiece<__nv_fp8_e4m3> : Fp8Piece<__NV_E4M3> {};
 template <>
 struct KeyPiece<__nv_fp8_e5m2> : Fp8Piece<__NV_E5M2> {};
 
-// The warp's keys as left operands: row `i` of a lane is key lane / 4 + 8 i (beyond the last key:
-// that one). Elements 8 (lane % 4) and on of chunk c, 32 elements, are its parts of products 2 c
-// and 2 c + 1. All loads begin before the first is used.
+// The warp's keys as left operands: row `i` of a lane is key lane / 4 + 8 i (beyond the last of n:
+// that one), from element `column` of its head on. Elements 8 (lane % 4) and on of chunk c, 32
+// elements, are its parts of products 2 c and 2 c + 1. All loads begin before the first is used.
 template <typename T, typename K, int TILES, int PRODUCTS>
-__device__ __forceinline__ void load_keys(const Mass& p, uint32_t (&a)[TILES][PRODUCTS][4],
-                                          int64_t first, int head) {
+__device__ __forceinline__ void load_rows_as(const Head& p, int64_t n,
+                                             uint32_t (&a)[TILES][PRODUCTS][4], int64_t first,
+                                             int head, int column) {
   constexpr int ROWS = 2 * TILES, CHUNKS = PRODUCTS / 2, SIZE = sizeof(K);
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   int64_t slot[ROWS];
 #pragma unroll
-  for (int i = 0; i < ROWS; ++i) slot[i] = min(first + g + 8 * i, p.n - 1);
-  if (p.k.slots) {
+  for (int i = 0; i < ROWS; ++i) slot[i] = min(first + g + 8 * i, n - 1);
+  if (p.slots) {
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) slot[i] = p.k.slots[slot[i]];
+    for (int i = 0; i < ROWS; ++i) slot[i] = p.slots[slot[i]];
   }
   KeyPiece<K> piece[CHUNKS][ROWS];
 #pragma unroll
@@ -136,8 +137,9 @@ __device__ __forceinline__ void load_keys(const Mass& p, uint32_t (&a)[TILES][PR
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       piece[c][i].raw = {};
-      if (32 * c + 8 * t < p.k.dim) {
-        piece[c][i].load(p.k.pool + slot[i] * p.k.slot + head * p.k.head + (32 * c + 8 * t) * SIZE);
+      if (column + 32 * c + 8 * t < p.dim) {
+        piece[c][i].load(p.pool + slot[i] * p.slot + head * p.head +
+                         (column + 32 * c + 8 * t) * SIZE);
       }
     }
   }
@@ -153,22 +155,17 @@ __device__ __forceinline__ void load_keys(const Mass& p, uint32_t (&a)[TILES][PR
   }
 }
 
-// Of the lane's share of one value, every fourth piece: the sum of squares.
-template <typename T, typename K, int D>
-__device__ __forceinline__ float squares(const Mass& p, int64_t key, int head) {
-  const int64_t slot = p.v.slots ? p.v.slots[key] : key;
-  const char* const from = p.v.pool + slot * p.v.slot + head * p.v.head;
-  float sum = 0;
-#pragma unroll(D <= 128 ? 4 : 1)
-  for (int at = 8 * (threadIdx.x % 4); at < p.v.dim; at += 32) {
-    KeyPiece<K> piece;
-    piece.load(from + at * sizeof(K));
-    float x[8];
-    as_floats(piece.template as<T>(), x, T());
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
+template <typename T, int TILES, int PRODUCTS>
+__device__ __forceinline__ void load_rows(const Head& p, int64_t n,
+                                          uint32_t (&a)[TILES][PRODUCTS][4], int64_t first,
+                                          int head, int column) {
+  if (p.type == KeyType::SAME) {
+    load_rows_as<T, T>(p, n, a, first, head, column);
+  } else if (p.type == KeyType::E4M3) {
+    load_rows_as<T, __nv_fp8_e4m3>(p, n, a, first, head, column);
+  } else {
+    load_rows_as<T, __nv_fp8_e5m2>(p, n, a, first, head, column);
   }
-  return sum;
 }
 
 template <typename T, int D>
@@ -186,13 +183,7 @@ __global__ void __launch_bounds__(MASS_THREADS, 2) attention_mass_kernel(Mass p)
   }
 
   uint32_t a[TILES][D / 16][4];
-  if (p.k.type == KeyType::SAME) {
-    load_keys<T, T>(p, a, first, head);
-  } else if (p.k.type == KeyType::E4M3) {
-    load_keys<T, __nv_fp8_e4m3>(p, a, first, head);
-  } else {
-    load_keys<T, __nv_fp8_e5m2>(p, a, first, head);
-  }
+  load_rows<T>(p.k, p.n, a, first, head, 0);
   const auto pos_of = [&](int i) {
     const int64_t key = min(first + g + 8 * i, p.n - 1);
     return p.key_pos ? p.key_pos[key] : p.first_pos + key;
@@ -287,15 +278,22 @@ __global__ void __launch_bounds__(MASS_THREADS, 2) attention_mass_kernel(Mass p)
     if (mine && !p.v.pool) p.mass[head * p.n + key] += sum[i];
   }
   if (!p.v.pool) return;
+  float norm[2 * TILES] = {};
+  for (int column = 0; column < p.v.dim; column += D) {
+    load_rows<T>(p.v, p.n, a, first, head, column);
+#pragma unroll
+    for (int i = 0; i < 2 * TILES * (D / 16); ++i) {
+      const auto& of = a[i % (2 * TILES) / 2][i / (2 * TILES)];
+      const float2 x = unpack(of[i % 2], T()), y = unpack(of[2 + i % 2], T());
+      norm[i % (2 * TILES)] += x.x * x.x + x.y * x.y + (y.x * y.x + y.y * y.y);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 2 * TILES; ++i) {
-    const int64_t key = first + g + 8 * i, read = min(key, p.n - 1);
-    float norm = p.v.type == KeyType::SAME   ? squares<T, T, D>(p, read, head)
-                 : p.v.type == KeyType::E4M3 ? squares<T, __nv_fp8_e4m3, D>(p, read, head)
-                                             : squares<T, __nv_fp8_e5m2, D>(p, read, head);
-    norm += __shfl_xor_sync(WARP_MASK, norm, 1);
-    norm += __shfl_xor_sync(WARP_MASK, norm, 2);
-    if (t == 0 && key < p.n) p.mass[head * p.n + key] += sum[i] * sqrtf(norm) * p.value_unit;
+    norm[i] += __shfl_xor_sync(WARP_MASK, norm[i], 1);
+    norm[i] += __shfl_xor_sync(WARP_MASK, norm[i], 2);
+    const int64_t key = first + g + 8 * i;
+    if (t == 0 && key < p.n) p.mass[head * p.n + key] += sum[i] * sqrtf(norm[i]) * p.value_unit;
   }
 }
 

@@ -193,9 +193,13 @@ ATTENTION_MASS = _of(
     rows_are_rounded_down=("((1u << 31) + p.group - 1) / p.group", "(1u << 31) / p.group"),
     layers_before_are_forgotten=("p.mass[head * p.n + key] += sum[i];", "p.mass[key] = sum[i];"),
     late_mass_of_another_head=("p.late[head * p.n + key]", "p.late[key]"),
-    values_norm_is_not_rooted=("sum[i] * sqrtf(norm)", "sum[i] * norm"),
-    values_of_another_head=("p.v.slot + head * p.v.head;", "p.v.slot;"),
-    a_lane_has_all_of_a_value=("at < p.v.dim; at += 32", "at < p.v.dim; at += 8"),
+    values_norm_is_not_rooted=("sum[i] * sqrtf(norm[i])", "sum[i] * norm[i]"),
+    values_of_another_head=(
+        "load_rows<T>(p.v, p.n, a, first, head",
+        "load_rows<T>(p.v, p.n, a, first, 0",
+    ),
+    values_end_with_the_tile=("column < p.v.dim;", "column < 1;"),
+    half_of_a_value_is_left_out=(" + (y.x * y.x + y.y * y.y);", ";"),
     row_weights_are_left_out=("sum[i] += weight * power2", "sum[i] += power2"),
     the_window_is_one_too_short=(
         "pos < at - p.window)) continue",
@@ -212,7 +216,7 @@ ATTENTION_MASS = _of(
         "begin + q < count && 8 * piece < p.k.dim",
         "begin + q < count",
     ),
-    a_key_that_fills_no_tile_reads_on=("if (32 * c + 8 * t < p.k.dim) {", "{"),
+    a_key_that_fills_no_tile_reads_on=("if (column + 32 * c + 8 * t < p.dim) {", "{"),
     keys_change_places=("even[i % 2] = v.x", "even[1 - i % 2] = v.x"),
     every_fp8_is_e4m3=(": Fp8Piece<__NV_E5M2> {}", ": Fp8Piece<__NV_E4M3> {}"),
 )

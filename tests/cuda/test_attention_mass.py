@@ -35,7 +35,7 @@ class Case:
         # One slot before the first and one behind the last are poison.
         k = torch.randn(keys + 9, kv_heads, dim, generator=gen)
         self.slots = torch.randperm(keys + 7, generator=gen)[:keys] + 1
-        v = torch.randn(keys + 9, kv_heads, 48, generator=gen)
+        v = torch.randn(keys + 9, kv_heads, 80, generator=gen)  # more than a tile of 64
         k[0] = k[-1] = v[0] = v[-1] = torch.nan
         self.k, self.v = (x.to(k_dtype or q_dtype) for x in (k, v))
         self.weights = poisoned(torch.rand(rows, generator=gen))
