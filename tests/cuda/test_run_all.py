@@ -58,7 +58,9 @@ def test_every_phase_is_rehearsed(tmp_path):
     assert sum("waits for nothing" in what for what in of_phase["streams"]) == 8
     assert "new chunks hold what the model wrote" in of_phase["streams"]
     assert "query of every token gives full prefill's logits" in of_phase["model"]
-    assert "a made-up server: documents were reused" in of_phase["server"]
+    asked = {"every token recomputed answers as exact", "mixed batch: exact as alone"}
+    asked |= {"documents come from the host's memory", "traffic: every request was answered"}
+    assert {f"a made-up server: {what}" for what in asked} <= of_phase["server"]
 
     page = (tmp_path / "report.md").read_text()
     assert "No figure of this page means anything" in page
@@ -143,6 +145,47 @@ def test_the_servers_flags_are_understood():
     ways = {(a.attention_backend, a.page_size, a.disable_overlap_schedule) for a in found}
     assert len(found) == len(ways) == 12 and all(a.enable_blend for a in found)
     assert SHAPE["num_attention_heads"] * SHAPE["head_dim"] == SHAPE["hidden_size"]
+    assert [name for name, _ in matrix(["triton"])][:2] == [
+        "triton, page 1, overlap on",
+        "triton, page 64, overlap on",
+    ]
+
+
+def test_a_log_s_complaints_are_found():
+    from gpu.server import complaints
+
+    harmless = "[1] post-warmup freeze_gc failed\nTraceback (most recent call last):\n  File x\n"
+    assert complaints(harmless + "[2] fine\n") == []
+    found = complaints(harmless + "[2] Scheduler hit an exception: Traceback (most\n  File x\n")
+    assert found == ["[2] Scheduler hit an exception: Traceback (most"]
+
+
+def test_random_weights_let_a_llama_read_its_context():
+    """Norms are one, V and the rest small, queries and keys larger."""
+    from types import SimpleNamespace
+
+    import torch
+    from gpu import weights
+
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(num_key_value_heads=2, head_dim=64)
+    sizes = {
+        "embed_tokens": (50, 256),
+        "qkv_proj": (8 * 64, 256),
+        "norm": (256,),
+        "o_proj": (64, 64),
+    }
+    for name, size in sizes.items():
+        model.register_parameter(name, torch.nn.Parameter(torch.zeros(size)))
+    weights.after_load(model)
+    assert (model.norm == 1).all()
+    for part, wanted in (
+        (model.qkv_proj[: 6 * 64], weights.SHARP),
+        (model.qkv_proj[6 * 64 :], weights.DEVIATION),
+        (model.o_proj, weights.DEVIATION),
+        (model.embed_tokens, 1.0),
+    ):
+        assert abs(part.std().item() / wanted - 1) < 0.1
 
 
 def test_every_kernel_has_tests_that_run_on_a_device():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import signal
 import sys
 import time
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = [BY_NAME[name] for name in args.only] if args.only else list(PHASES)
-    return run(chosen, args.out, args.rehearse, args.minutes * 60)
+    servers = {"backends": tuple(args.backend or ()), "flags": tuple(shlex.split(args.flags))}
+    return run(chosen, args.out, args.rehearse, args.minutes * 60, **servers)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,11 +48,25 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=20.0, help="for all phases (%(default)g)")
     p.add_argument("--only", action="append", choices=list(BY_NAME), help="this phase; repeatable")
     p.add_argument("--rehearse", action="store_true", help="without a GPU, with small shapes")
+    servers = p.add_argument_group("servers")
+    servers.add_argument(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="an attention backend; repeatable, in this order (default: all)",
+    )
+    servers.add_argument("--flags", default="", help="more flags, as one argument (--flags='...')")
     return p
 
 
-def run(phases: Sequence[Phase], out: Path, rehearse: bool, seconds: float) -> int:
-    """Exit status: 0 nothing failed."""
+def run(
+    phases: Sequence[Phase],
+    out: Path,
+    rehearse: bool,
+    seconds: float,
+    **servers: tuple[str, ...],
+) -> int:
+    """Exit status: 0 nothing failed. servers: see ``record.Job``."""
     import torch  # once: the phases' processes are copies of this one
 
     if not rehearse and not DRIVER.exists():
@@ -64,7 +80,7 @@ def run(phases: Sequence[Phase], out: Path, rehearse: bool, seconds: float) -> i
             record.write(out, phase.name, "has begun", False, said="no time was left for it")
             continue
         begin = time.monotonic()
-        how = _in_a_process(phase, out, rehearse, left)
+        how = _in_a_process(phase, record.Job(phase.name, out, rehearse, left, **servers))
         took = time.monotonic() - begin
         record.write(
             out, phase.name, "came to its end", how is None, said=how, seconds=round(took, 1)
@@ -75,28 +91,27 @@ def run(phases: Sequence[Phase], out: Path, rehearse: bool, seconds: float) -> i
     return 1 if failed else 0
 
 
-def _in_a_process(phase: Phase, out: Path, rehearse: bool, seconds: float) -> str | None:
+def _in_a_process(phase: Phase, job: record.Job) -> str | None:
     """What went wrong; None: nothing. CUDA is not initialised here, so a copy of this process may
     initialise it."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _phase(phase, out, rehearse, seconds)
-    ends = time.monotonic() + seconds
+        _phase(phase, job)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() > ends:
+        if job.left < 0:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return f"ended after {seconds:.0f} s"
+            return f"ended after {job.seconds:.0f} s"
         time.sleep(_LOOK)
     _end_group(child)
     if os.WIFSIGNALED(status):
         return f"died of signal {signal.Signals(os.WTERMSIG(status)).name}"
-    return None if status == 0 else _last_line(_log(out, phase))
+    return None if status == 0 else _last_line(_log(job))
 
 
 def _end_group(leader: int) -> None:
@@ -107,8 +122,8 @@ def _end_group(leader: int) -> None:
         return
 
 
-def _log(out: Path, phase: Phase) -> Path:
-    return out / f"{phase.name}.log"
+def _log(job: record.Job) -> Path:
+    return job.out / f"{job.phase}.log"
 
 
 def _last_line(log: Path) -> str:
@@ -116,15 +131,15 @@ def _last_line(log: Path) -> str:
     return lines[-1][-600:] if lines else "failed without a word"
 
 
-def _phase(phase: Phase, out: Path, rehearse: bool, seconds: float) -> None:
+def _phase(phase: Phase, job: record.Job) -> None:
     """Never returns."""
     status = 1
     try:
         os.setsid()
-        with _log(out, phase).open("w") as log:
+        with _log(job).open("w") as log:
             for fd in (1, 2):
                 os.dup2(log.fileno(), fd)
-        importlib.import_module(phase.module).run(record.Job(phase.name, out, rehearse, seconds))
+        importlib.import_module(phase.module).run(job)
         status = 0
     except BaseException:
         traceback.print_exc()

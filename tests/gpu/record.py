@@ -12,12 +12,16 @@ from typing import Any
 
 @dataclass
 class Job:
-    """One phase's run. out: the folder of all results. rehearse: without a GPU, and small."""
+    """One phase's run. out: the folder of all results. rehearse: without a GPU, and small.
+    backends: the attention backends whose servers are wanted; none named: all. flags: more of
+    them for each server."""
 
     phase: str
     out: Path
     rehearse: bool
     seconds: float
+    backends: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     begun: float = field(default_factory=time.monotonic)
 
     @property

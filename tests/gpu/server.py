@@ -1,8 +1,5 @@
 """SGLang's own servers with a model of Llama-3 8B's shape and random weights, by attention backend,
-page size and overlap: blended answers, times, a clean log.
-
-Random weights say nothing sensible, but the same twice: with every reused token recomputed the
-answer is that of the same prompt computed exactly.
+page size and overlap. What is said to each of them: ``talking.py``, ``traffic.py``.
 """
 
 from __future__ import annotations
@@ -10,14 +7,16 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import random
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import probe
+
+from gpu import talking, weights
+from gpu.made_up import MadeUp
 from gpu.record import Job
 
 BACKENDS, PAGES = ("fa3", "flashinfer", "triton"), (1, 64)
@@ -28,18 +27,32 @@ SHAPE = {
     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-DOCUMENTS, EACH, QUESTION, ANSWER = 16, 1000, 100, 8
-START_S = 300.0
+#: for all servers; what they need not launch with is left out, as minutes on a GPU are few
+COMMON = (
+    "--load-format", "dummy", "--skip-tokenizer-init", "--grammar-backend", "none",
+    "--disable-custom-all-reduce", "--context-length", "40000", "--max-total-tokens", "120000",
+    "--cuda-graph-max-bs-decode", "4", "--cuda-graph-bs-prefill", "64", "256",
+    "--chunked-prefill-size", "32768",
+    "--enable-blend", "--blend-policy", "query", "--blend-store-memory", "6GiB",
+)  # fmt: skip
+#: of each of these in turn, until a server launches with it
+GRAPHS = ((), ("--disable-prefill-cuda-graph",), ("--disable-cuda-graph",))
+#: seconds that a launch may take, and without which none begins
+START_S, LEAST_S = 150.0, 60.0
+#: begins a record of SGLang's log
+_RECORD = "["
+#: SGLang's thread may ask for this before its server listens (``--skip-server-warmup``)
+_HARMLESS = "post-warmup freeze_gc failed"
 
 
-def matrix() -> Iterator[tuple[str, list[str]]]:
-    """(name, flags) of each server, the likeliest first."""
-    common = ["--load-format", "dummy", "--skip-tokenizer-init", "--enable-blend"]
-    common += ["--blend-policy", "query", "--chunked-prefill-size", "32768"]
-    for overlap, page, backend in itertools.product((True, False), PAGES, BACKENDS):
-        flags = [*common, "--attention-backend", backend, "--page-size", str(page)]
+def matrix(backends: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """(name, flags) of each server, the likeliest first; of ``backends`` alone where named."""
+    for overlap, page, backend in itertools.product((True, False), PAGES, backends or BACKENDS):
+        flags = [*COMMON, "--attention-backend", backend, "--page-size", str(page)]
         if not overlap:
             flags.append("--disable-overlap-schedule")
+        if importlib.util.find_spec("flashinfer") is None:
+            flags += ["--sampling-backend", "pytorch"]
         yield f"{backend}, page {page}, overlap {'on' if overlap else 'off'}", flags
 
 
@@ -51,7 +64,7 @@ def write_model(folder: Path) -> Path:
 
 def run(job: Job) -> None:
     if job.rehearse:
-        talk(job, "a made-up server", MadeUp(), each=8, repeats=1)
+        talking.whole(job, "a made-up server", MadeUp(), talking.SMALL)
         return
     lacking = [n for n in ("sglang", "sgl_kernel") if importlib.util.find_spec(n) is None]
     if lacking:
@@ -64,86 +77,56 @@ def run(job: Job) -> None:
     if tried.returncode:
         job.note("servers", "not run", said=tried.stderr.strip()[-300:])
         return
+    model = write_model(job.out / "llama-8b")
+    works = 0
+    for i, (name, flags) in enumerate(matrix(job.backends)):
+        for k in range(works, len(GRAPHS)):
+            if job.left < LEAST_S:
+                job.note(name, "not run", said="no time was left")
+                return
+            said = [*flags, *GRAPHS[k], *job.flags]
+            which = f"{i}-{k}" if k else str(i)
+            if job.trying(name, lambda n=name, f=said, w=which: _one(job, model, n, f, w)):
+                works = k  # for those that follow, too
+                break
+
+
+def _one(job: Job, model: Path, name: str, flags: Sequence[str], which: str) -> bool:
+    """True; raises where it does not launch. The first server is asked everything, others what
+    depends on their flags."""
     from sgl_blend.harness import server as launcher
 
-    model = write_model(job.out / "llama-8b")
-    for i, (name, flags) in enumerate(matrix()):
-        if job.left < 60:
-            job.note(name, "not run", said="no time was left")
-            continue
-        log = job.out / f"server-{i}.log"
-        job.trying(name, lambda n=name, f=flags, g=log: _one(job, launcher, model, n, f, g))
-
-
-def _one(job: Job, launcher: Any, model: Path, name: str, flags: Sequence[str], log: Path) -> None:
+    log, idle = job.out / f"server-{which}.log", job.out / f"idle-{which}.jsonl"
+    plugins = job.out / "plugins"
+    environment = weights.install(plugins) | probe.install(plugins, idle)
+    begun = time.monotonic()
     timeout = min(START_S, job.left - 20)
-    with launcher.serve(model, flags, timeout=timeout, log=log) as server:
-        talk(job, name, server.client)
-        job.check(f"{name}: still serves", server.alive())
-    said = [x for x in log.read_text(errors="replace").splitlines() if "Traceback" in x]
+    with launcher.serve(model, flags, env=environment, timeout=timeout, log=log) as server:
+        job.note(f"{name}: launch", time.monotonic() - begun, "s", flags=" ".join(flags))
+        ask = talking.whole if which.startswith("0") else talking.short
+        job.trying(f"{name}: all was asked", lambda: ask(job, name, server.client, talking.FULL))
+        alive = job.check(f"{name}: still serves", server.alive())
+        if alive:
+            job.trying(f"{name}: at rest", lambda: _at_rest(job, name, idle))
+    said = complaints(log.read_text(errors="replace"))
     job.check(f"{name}: no error in the log", not said, said=said[0] if said else "")
+    return True
 
 
-def talk(job: Job, name: str, client: Any, each: int = EACH, repeats: int = 3) -> None:
-    """Documents become known; prompts bring them in another order."""
-    draw = random.Random(0)
-    documents = [[draw.randrange(10, 120000) for _ in range(each)] for _ in range(DOCUMENTS)]
-
-    def prompt(order: Sequence[int]) -> list[int]:
-        question = [draw.randrange(10, 120000) for _ in range(QUESTION)]
-        return [5, *itertools.chain.from_iterable(documents[i] for i in order), *question]
-
-    def ask(ids: list[int], custom: dict[str, Any]) -> Any:
-        return client.stream(body_of(ids, custom))
-
-    exact, every = {"blend": False}, {"blend_policy": "query", "blend_ratio": 1.0}
-    asked = prompt(range(DOCUMENTS))
-    client.flush()
-    plain = ask(asked, exact)
-    client.flush()
-    ask(prompt(range(DOCUMENTS - 1, -1, -1)), exact)
-    recomputed = ask(asked, every)
-    same = plain.tokens == recomputed.tokens
-    job.check(f"{name}: every token recomputed answers as exact", same)
-    times: dict[str, list[float]] = {"exact": [], "query 0.10": []}
-    reused = 0
-    for _ in range(repeats):
-        order = draw.sample(range(DOCUMENTS), DOCUMENTS)
-        for what, custom in (("query 0.10", {"blend_policy": "query", "blend_ratio": 0.1}),
-                             ("exact", exact)):  # fmt: skip
-            client.flush()
-            if what != "exact":
-                ask(prompt(range(DOCUMENTS)), exact)
-            answer = ask(prompt(order), custom)
-            times[what].append(answer.ttft)
-            if what != "exact":
-                reused += (answer.blend or {}).get("reused", 0)
-    job.check(f"{name}: documents were reused", reused > 0, reused, "tokens")
-    full, blended = (statistics.median(times[x]) for x in ("exact", "query 0.10"))
-    job.note(f"{name}: TTFT of full prefill", full * 1e3, "ms")
-    job.note(f"{name}: TTFT of query 0.10", blended * 1e3, "ms", times=full / blended)
+def _at_rest(job: Job, name: str, idle: Path) -> None:
+    """SGLang's own memory check, and the tree's and index's agreement, once nothing runs."""
+    found = probe.last_after(idle, time.time(), 15.0)
+    held = found["protected"] or found["locked_nodes"]
+    fine = not (found["leak"] or held or found["integrity"])
+    job.check(f"{name}: no slot, lock or chunk is lost", fine, said=str(found))
 
 
-def body_of(ids: list[int], custom: dict[str, Any]) -> dict[str, Any]:
-    params = {"temperature": 0, "max_new_tokens": ANSWER, "ignore_eos": True}
-    return {"input_ids": ids, "sampling_params": {**params, "custom_params": custom}}
-
-
-class MadeUp:
-    """Answers by what it was asked, as a server with the same weights does; knows what it has seen
-    since it was last flushed."""
-
-    def __init__(self) -> None:
-        self.known: set[int] = set()
-
-    def flush(self) -> None:
-        self.known.clear()
-
-    def stream(self, body: dict[str, Any]) -> Any:
-        from sgl_blend.harness.client import answer_of
-
-        ids, custom = body["input_ids"], body["sampling_params"]["custom_params"]
-        reused = len(self.known & set(ids)) if custom.get("blend", True) else 0
-        self.known |= set(ids)
-        told = {"blend": {"reused": reused}}
-        return answer_of({"output_ids": [sum(ids) % 97] * ANSWER, "meta_info": told}, 0.5, 0.6)
+def complaints(log: str) -> list[str]:
+    """What a log says of errors; records that are known to mean nothing are left out."""
+    said, harmless = [], False
+    for line in log.splitlines():
+        if line.startswith(_RECORD):
+            harmless = _HARMLESS in line
+        if not harmless and ("Traceback" in line or "CUDA error" in line):
+            said.append(line)
+    return said
