@@ -3,7 +3,7 @@
 // in position, hence a tile of them sees a run of keys, whose bounds are read from the device; only
 // in the steps at its ends are positions compared.
 //
-// A block takes a tile (128 packed rows: row x query head of one key head; long heads half of it), a
+// A block takes a tile (128 packed rows: row x query head of one key head; or half of it), a
 // key head, and one part of the tile's keys; the tiles of all requests of a batch are one launch.
 // Keys and values arrive two steps ahead, and a step has one barrier. Scores stay in registers.
 // Each part leaves its state, and join_parts_kernel joins them in a fixed order.
@@ -32,11 +32,12 @@ struct RowPlan {
   static constexpr int THREADS = 32 * WARPS, ROWS = 16 * HIGH * WARPS;  // of a block
 };
 
-// Shared memory is 96 KiB at most: what each multiprocessor since Ampere gives a block.
+// Measured on an H100, heads of 128: what counts is how many warps a multiprocessor holds. Shared
+// memory is 96 KiB at most: what each multiprocessor since Ampere gives a block.
 template <int D>
 using RowPlanOf = std::conditional_t<
     (D > 128), RowPlan<4, 1, 32, 2, 2, false>,
-    std::conditional_t<(D > 64), RowPlan<8, 1, 64, 3, 1, true>, RowPlan<8, 1, 64, 3, 2, true>>>;
+    std::conditional_t<(D > 64), RowPlan<4, 1, 32, 2, 3, false>, RowPlan<4, 1, 32, 3, 4, true>>>;
 
 // A tile: one request's rows and keys, of those of all, and the packed row of it where the tile
 // begins. Made on the host; int64 in this order.

@@ -14,9 +14,10 @@ from sgl_blend.ops.upload import upload
 
 #: rows x query heads of a key head that a block takes
 TILE = 128
-#: blocks that a launch should have, one for each multiprocessor of an H100: where tiles and heads
-#: make fewer, the keys are split. The same on every device, and so are the results.
-BLOCKS = 132
+#: tiles and heads that a launch should have, three blocks of half a tile for each multiprocessor of
+#: an H100: where there are fewer, the keys are split. The same on every device, and so are the
+#: results.
+BLOCKS = 198
 #: keys of one step of a block, and steps that a part of split keys has at least
 STEP, LEAST_STEPS = 64, 4
 
