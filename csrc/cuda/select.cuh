@@ -97,10 +97,7 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(Selection p) {
     __syncthreads();
     const unsigned all = __reduce_add_sync(WARP_MASK, s.counts[half][lane]);
     if (all >= k) bound = least;
-    if (all == k) {  // nobody else equals the k-th
-      bound = least - 1;
-      break;
-    }
+    if (all == k) break;  // nobody below is as high
   }
 
   unsigned above = 0, equal = 0;

@@ -110,7 +110,6 @@ SELECT = {
             "s.equal[warp] = equal;",
         ),
         one_less_than_wanted=("if (all >= k) bound", "if (all > k) bound"),
-        the_last_is_left_out_where_nobody_equals_it=("bound = least - 1;", "bound = least;"),
         the_lowest_bit_is_not_looked_at=("bit >= 0 && k > 0", "bit > 0 && k > 0"),
         one_tie_too_many=("equal_before < wanted)", "equal_before <= wanted)"),
         ties_beyond_the_wanted_are_counted=("min(equal_before, wanted)", "equal_before"),
@@ -162,7 +161,7 @@ SELECT = {
             "pair[j].load(a, b, N * (u + 32 * j))",
             "pair[j].load(a, b, N * (u % (32 * UNITS) + 32 * j))",
         ),
-        no_bound_on_pairs=("if (u + 32 * j < of_v) pair[j].load", "pair[j].load"),
+        no_bound_on_pairs=("if (u + 32 * j < of_v) pair[j].add", "pair[j].add"),
     ),
 }
 
