@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sgl_blend.errors import KernelError
 from sgl_blend.ops import checks, cuda_rows, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
@@ -120,8 +121,13 @@ def _extra(k_cache: torch.Tensor, v_cache: torch.Tensor, options: AttentionOptio
     checks.same_layout("k_extra", k, k_cache, "k_cache")
     checks.same_layout("v_extra", v, v_cache, "v_cache")
     pos = checks.index("extra_pos", pos, k_cache.device)
-    require(k.shape[0] == pos.shape[0], f"k_extra has {k.shape[0]} keys, extra_pos {pos.shape[0]}")
-    require(v.shape[0] == k.shape[0], f"v_extra has {v.shape[0]} keys, k_extra {k.shape[0]}")
+    require(
+        k.shape[0] == pos.shape[0],
+        lambda: f"k_extra has {k.shape[0]} keys, extra_pos {pos.shape[0]}",
+    )
+    require(
+        v.shape[0] == k.shape[0], lambda: f"v_extra has {v.shape[0]} keys, k_extra {k.shape[0]}"
+    )
     return _Extra(k, v, pos)
 
 
@@ -153,20 +159,21 @@ def _run(
     kv_heads = k_cache.shape[1]
     require(
         head == k_cache.shape[2] and head > 0,
-        f"q has head size {head}, k_cache {k_cache.shape[2]}",
+        lambda: f"q has head size {head}, k_cache {k_cache.shape[2]}",
     )
     require(
         kv_heads > 0 and q_heads > 0 and q_heads % kv_heads == 0,
-        f"{q_heads} query heads are no multiple of {kv_heads} key heads",
+        lambda: f"{q_heads} query heads are no multiple of {kv_heads} key heads",
     )
-    require(pos.shape[0] == rows, f"q has {rows} rows, q_pos {pos.shape[0]}")
+    require(pos.shape[0] == rows, lambda: f"q has {rows} rows, q_pos {pos.shape[0]}")
     cap = options.logit_cap
-    require(cap >= 0, f"logit_cap is {cap}; 0 turns it off, negative means nothing")
+    require(cap >= 0, lambda: f"logit_cap is {cap}; 0 turns it off, negative means nothing")
     if row_weights is not None:
-        require(
-            row_weights.shape == (rows,) and row_weights.device == q.device,
-            f"row_weights is {list(row_weights.shape)} on {row_weights.device}; expected [{rows}]",
-        )
+        if row_weights.shape != (rows,) or row_weights.device != q.device:
+            raise KernelError(
+                f"row_weights is {list(row_weights.shape)} on {row_weights.device}; "
+                f"expected [{rows}]"
+            )
         row_weights = row_weights.float()
     sinks = options.sinks
     if sinks is not None:

@@ -56,7 +56,9 @@ class RowBatch:
             KernelError: arguments that do not fit, or that no kernel serves (``serves``).
         """
         require(self.serves(q, k_cache, v_cache), "no kernel serves these rows")
-        require(len(q) == sum(self.rows), f"q has {len(q)} rows, the batch {sum(self.rows)}")
+        require(
+            len(q) == sum(self.rows), lambda: f"q has {len(q)} rows, the batch {sum(self.rows)}"
+        )
         group = q.shape[1] // k_cache.shape[1]
         tiles = self._tiles.get(group)
         if tiles is None:

@@ -69,7 +69,7 @@ def launch(
         KernelError: the kernel refused its arguments.
     """
     try:
-        kernel(*(None if t is None else t.detach() for t in tensors), *scalars)
+        kernel(*[t.detach() if t is not None and t.requires_grad else t for t in tensors], *scalars)
     except (RuntimeError, TypeError, ValueError) as error:
         raise KernelError(str(error)) from error
 

@@ -7,6 +7,8 @@ need it from here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sgl_blend.errors import KernelError
@@ -17,9 +19,10 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDICES = (torch.int64, torch.int32)
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """message: or what makes it, for those that take longer to make than the check."""
     if not condition:
-        raise KernelError(message)
+        raise KernelError(message if isinstance(message, str) else message())
 
 
 def floats(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None = None) -> None:
@@ -27,9 +30,18 @@ def floats(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | No
     _tensor(name, tensor, ndim, device)
     require(
         tensor.dtype in FLOATS,
-        f"{name} is {tensor.dtype}; the kernels take float32, bfloat16 and float16",
+        lambda: f"{name} is {tensor.dtype}; the kernels take float32, bfloat16 and float16",
     )
     _dense(name, tensor)
+
+
+def fp32(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """As ``floats``, of float32 and ``shape``."""
+    floats(name, tensor, len(shape), device)
+    require(
+        tensor.dtype == torch.float32 and tensor.shape == shape,
+        lambda: f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 {list(shape)}",
+    )
 
 
 def cached(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None = None) -> None:
@@ -37,8 +49,10 @@ def cached(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | No
     _tensor(name, tensor, ndim, device)
     require(
         tensor.dtype in FLOATS + FP8,
-        f"{name} is {tensor.dtype}; the kernels take pools of float32, bfloat16, float16, "
-        "float8_e4m3fn and float8_e5m2",
+        lambda: (
+            f"{name} is {tensor.dtype}; the kernels take pools of float32, bfloat16, float16, "
+            "float8_e4m3fn and float8_e5m2"
+        ),
     )
     _dense(name, tensor)
 
@@ -46,7 +60,9 @@ def cached(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | No
 def index(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``tensor`` as contiguous int64 [n]; int32 is widened (SGLang's slot tables are int32)."""
     _tensor(name, tensor, 1, device)
-    require(tensor.dtype in INDICES, f"{name} is {tensor.dtype}; indices are int64 or int32")
+    require(
+        tensor.dtype in INDICES, lambda: f"{name} is {tensor.dtype}; indices are int64 or int32"
+    )
     return tensor.to(torch.int64).contiguous()
 
 
@@ -56,14 +72,15 @@ def in_range(name: str, values: torch.Tensor, limit: int) -> None:
         return
     low, high = (int(x) for x in torch.aminmax(values))
     require(
-        low >= 0 and high < limit, f"{name} spans [{low}, {high}]; it must lie inside [0, {limit})"
+        low >= 0 and high < limit,
+        lambda: f"{name} spans [{low}, {high}]; it must lie inside [0, {limit})",
     )
 
 
 def ascending(name: str, values: torch.Tensor) -> None:
     """No value is below the one before it. Skipped off the CPU, as ``in_range``."""
     if values.device.type == "cpu":
-        require(bool((values[1:] >= values[:-1]).all()), f"{name} must be ascending")
+        require(bool((values[1:] >= values[:-1]).all()), lambda: f"{name} must be ascending")
 
 
 def pool(k_cache: torch.Tensor, v_cache: torch.Tensor, names: tuple[str, str]) -> None:
@@ -72,12 +89,14 @@ def pool(k_cache: torch.Tensor, v_cache: torch.Tensor, names: tuple[str, str]) -
     cached(names[1], v_cache, 3, k_cache.device)
     require(
         k_cache.shape[:2] == v_cache.shape[:2],
-        f"{names[0]} {list(k_cache.shape)} and {names[1]} {list(v_cache.shape)} differ in tokens "
-        "or heads",
+        lambda: (
+            f"{names[0]} {list(k_cache.shape)} and {names[1]} {list(v_cache.shape)} differ in "
+            "tokens or heads"
+        ),
     )
     require(
         k_cache.dtype == v_cache.dtype,
-        f"{names[0]} is {k_cache.dtype} but {names[1]} is {v_cache.dtype}",
+        lambda: f"{names[0]} is {k_cache.dtype} but {names[1]} is {v_cache.dtype}",
     )
 
 
@@ -85,29 +104,35 @@ def same_layout(name: str, tensor: torch.Tensor, like: torch.Tensor, like_name: 
     """Same heads, head size and dtype as ``like``."""
     require(
         tensor.shape[1:] == like.shape[1:] and tensor.dtype == like.dtype,
-        f"{name} {list(tensor.shape)} {tensor.dtype} does not fit {like_name} "
-        f"{list(like.shape)} {like.dtype}",
+        lambda: (
+            f"{name} {list(tensor.shape)} {tensor.dtype} does not fit {like_name} "
+            f"{list(like.shape)} {like.dtype}"
+        ),
     )
 
 
 def sinks(given: torch.Tensor, q_heads: int, device: torch.device) -> torch.Tensor:
     """Attention sinks, one a query head, as contiguous fp32 [Hq] (models keep them in bf16)."""
     floats("sinks", given, 1, device)
-    require(given.shape[0] == q_heads, f"{given.shape[0]} sinks for {q_heads} query heads")
+    require(given.shape[0] == q_heads, lambda: f"{given.shape[0]} sinks for {q_heads} query heads")
     return given.detach().to(torch.float32).contiguous()
 
 
 def _dense(name: str, tensor: torch.Tensor) -> None:
     require(
         tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1,
-        f"{name} has stride {tensor.stride()}; its last dimension must be contiguous",
+        lambda: f"{name} has stride {tensor.stride()}; its last dimension must be contiguous",
     )
 
 
 def _tensor(name: str, tensor: torch.Tensor, ndim: int, device: torch.device | None) -> None:
-    require(isinstance(tensor, torch.Tensor), f"{name} is {type(tensor).__name__}, not a tensor")
-    require(tensor.dim() == ndim, f"{name} has shape {list(tensor.shape)}; expected {ndim} dims")
+    require(
+        isinstance(tensor, torch.Tensor), lambda: f"{name} is {type(tensor).__name__}, not a tensor"
+    )
+    require(
+        tensor.dim() == ndim, lambda: f"{name} has shape {list(tensor.shape)}; expected {ndim} dims"
+    )
     require(
         device is None or tensor.device == device,
-        f"{name} is on {tensor.device}; expected {device}",
+        lambda: f"{name} is on {tensor.device}; expected {device}",
     )

@@ -39,11 +39,12 @@ def aligned(x: torch.Tensor) -> bool:
 
 def in_rows(pool: torch.Tensor) -> bool:
     """Do a slot's heads [slots, heads, dim] lie in a row, each in whole vectors, aligned?"""
+    (_, heads, dim), (slot, head, _) = pool.shape, pool.stride()
     size = pool.element_size()
     return (
-        (pool.shape[1] < 2 or pool.stride(1) == pool.shape[2])
-        and pool.shape[2] * size % VECTOR == 0
-        and pool.stride(0) * size % VECTOR == 0
+        (heads < 2 or head == dim)
+        and dim * size % VECTOR == 0
+        and slot * size % VECTOR == 0
         and pool.data_ptr() % VECTOR == 0
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sgl_blend.errors import KernelError
 from sgl_blend.ops import checks, cuda, reference
 from sgl_blend.ops.checks import require
 from sgl_blend.ops.cuda_build import kernels
@@ -41,18 +42,20 @@ def attention_mass(
     slots = checks.index("kv_slots", kv_slots, q.device)
     pos = checks.index("q_pos", q_pos, q.device)
     rows, heads, head = q.shape
-    require(head == k_cache.shape[2], f"q has head size {head}, k_cache {k_cache.shape[2]}")
+    require(head == k_cache.shape[2], lambda: f"q has head size {head}, k_cache {k_cache.shape[2]}")
     require(
         k_cache.shape[1] > 0 and heads % k_cache.shape[1] == 0,
-        f"{heads} query heads are no multiple of {k_cache.shape[1]} key heads",
+        lambda: f"{heads} query heads are no multiple of {k_cache.shape[1]} key heads",
     )
-    require(pos.shape[0] == rows, f"q has {rows} rows, q_pos {pos.shape[0]}")
+    require(pos.shape[0] == rows, lambda: f"q has {rows} rows, q_pos {pos.shape[0]}")
     for name, tensor, shape in (("lse", lse, (rows, heads)), ("row_weights", row_weights, (rows,))):
         checks.floats(name, tensor, len(shape), q.device)
-        require(tensor.shape == shape, f"{name} is {list(tensor.shape)}; expected {list(shape)}")
+        if tensor.shape != shape:
+            raise KernelError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
     if key_pos is not None:
         key_pos = checks.index("key_pos", key_pos, q.device)
-        require(key_pos.shape == slots.shape, f"{key_pos.shape[0]} key_pos, {slots.shape[0]} slots")
+        if key_pos.shape != slots.shape:
+            raise KernelError(f"{key_pos.shape[0]} key_pos, {slots.shape[0]} slots")
     if values is not None:
         checks.pool(k_cache, values, ("k_cache", "values"))
     lse, weights = lse.float().contiguous(), row_weights.float().contiguous()

@@ -49,11 +49,11 @@ class Rope:
         checks.floats("cos_sin", self.cos_sin, 2)
         require(
             self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
-            f"rotary_dim is {self.rotary_dim}; it must be even and positive",
+            lambda: f"rotary_dim is {self.rotary_dim}; it must be even and positive",
         )
         require(
             self.cos_sin.shape[1] == self.rotary_dim,
-            f"cos_sin has {self.cos_sin.shape[1]} columns; rotary_dim is {self.rotary_dim}",
+            lambda: f"cos_sin has {self.cos_sin.shape[1]} columns; rotary_dim is {self.rotary_dim}",
         )
 
     @classmethod
@@ -163,7 +163,7 @@ def _positions(
     new = checks.index("new_pos", new_pos, rope.device)
     require(
         old.shape == new.shape,
-        f"old_pos has {old.shape[0]} positions, new_pos {new.shape[0]}",
+        lambda: f"old_pos has {old.shape[0]} positions, new_pos {new.shape[0]}",
     )
     for name, pos in (("old_pos", old), ("new_pos", new)):
         checks.in_range(name, pos, rope.max_positions)

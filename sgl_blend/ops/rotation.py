@@ -43,7 +43,8 @@ def rotate_copy(
     src = checks.index("src_slots", src_slots, k_cache.device)
     dst = checks.index("dst_slots", dst_slots, k_cache.device)
     require(
-        src.shape == dst.shape, f"src_slots has {src.shape[0]} tokens, dst_slots {dst.shape[0]}"
+        src.shape == dst.shape,
+        lambda: f"src_slots has {src.shape[0]} tokens, dst_slots {dst.shape[0]}",
     )
     cos, sin = checked_rotation(k_cache, dst.shape[0], cos, sin, rotary_dim)
     bias = None if bias is None else checked_bias(k_cache, v_cache, dst.shape[0], bias, rotary_dim)
@@ -112,7 +113,9 @@ def rotate_from(
     checks.same_layout("V's parts", parts.v[0][layer], v_cache, "v_cache")
     dst = checks.index("dst_slots", dst_slots, k_cache.device)
     tokens = dst.shape[0]
-    require(parts.tokens == tokens, f"the parts hold {parts.tokens} tokens, dst_slots {tokens}")
+    require(
+        parts.tokens == tokens, lambda: f"the parts hold {parts.tokens} tokens, dst_slots {tokens}"
+    )
     cos, sin = checked_rotation(k_cache, tokens, cos, sin, rotary_dim)
     bias = None if bias is None else checked_bias(k_cache, v_cache, tokens, bias, rotary_dim)
     runs = checked_runs(runs, dst)
@@ -126,7 +129,8 @@ def rotate_from(
         )  # fmt: skip
         return
     require(
-        parts.device == k_cache.device, f"the parts are on {parts.device}, not {k_cache.device}"
+        parts.device == k_cache.device,
+        lambda: f"the parts are on {parts.device}, not {k_cache.device}",
     )
     module = cpu_module(k_cache.device)
     if module is None:
@@ -170,15 +174,10 @@ def checked_rotation(
     head = k_cache.shape[2]
     require(
         0 < rotary_dim <= head and rotary_dim % 2 == 0,
-        f"rotary_dim is {rotary_dim}; it must be even and within the head size {head}",
+        lambda: f"rotary_dim is {rotary_dim}; it must be even and within the head size {head}",
     )
     for name, tensor in (("cos", cos), ("sin", sin)):
-        checks.floats(name, tensor, 2, k_cache.device)
-        require(
-            tensor.dtype == torch.float32 and tensor.shape == (tokens, rotary_dim // 2),
-            f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 "
-            f"{[tokens, rotary_dim // 2]}",
-        )
+        checks.fp32(name, tensor, (tokens, rotary_dim // 2), k_cache.device)
     return Rotation(cos.contiguous(), sin.contiguous())
 
 
@@ -188,17 +187,14 @@ def checked_bias(
     """``bias`` checked against the pool, contiguous. The kernel checks the groups' numbers."""
     device, groups = k_cache.device, bias.k.shape[0]
     for name, tensor, cache in (("bias.k", bias.k, k_cache), ("bias.v", bias.v, v_cache)):
-        checks.floats(name, tensor, 3, device)
-        require(
-            tensor.dtype == torch.float32 and tensor.shape == (groups, *cache.shape[1:]),
-            f"{name} is {tensor.dtype} {list(tensor.shape)}; expected float32 "
-            f"{[groups, *cache.shape[1:]]}",
-        )
+        checks.fp32(name, tensor, (groups, *cache.shape[1:]), device)
     group = bias.group
     require(
         group.dtype == torch.int32 and group.shape == (tokens,) and group.device == device,
-        f"bias.group is {group.dtype} {list(group.shape)} on {group.device}; expected int32 "
-        f"[{tokens}] on {device}",
+        lambda: (
+            f"bias.group is {group.dtype} {list(group.shape)} on {group.device}; expected int32 "
+            f"[{tokens}] on {device}"
+        ),
     )
     cos, sin = checked_rotation(k_cache, tokens, bias.cos, bias.sin, rotary_dim)
     return Bias(bias.k.contiguous(), bias.v.contiguous(), group.contiguous(), cos, sin)
@@ -210,8 +206,10 @@ def checked_runs(runs: torch.Tensor | None, dst: torch.Tensor) -> torch.Tensor |
         return None
     require(
         runs.dtype == torch.uint8 and runs.shape == dst.shape and runs.device == dst.device,
-        f"runs is {runs.dtype} {list(runs.shape)} on {runs.device}; expected uint8 "
-        f"{list(dst.shape)} on {dst.device}",
+        lambda: (
+            f"runs is {runs.dtype} {list(runs.shape)} on {runs.device}; expected uint8 "
+            f"{list(dst.shape)} on {dst.device}"
+        ),
     )
     return runs.contiguous()
 
@@ -223,7 +221,7 @@ def _require_groups(bias: Bias | None) -> None:
     low, high = (int(x) for x in torch.aminmax(bias.group))
     require(
         low >= -1 and high < bias.k.shape[0],
-        f"bias.group spans [{low}, {high}]; it must lie inside [-1, {bias.k.shape[0]})",
+        lambda: f"bias.group spans [{low}, {high}]; it must lie inside [-1, {bias.k.shape[0]})",
     )
 
 
