@@ -167,7 +167,8 @@ class Talk:
             answer = self.ask(self.prompt(self.order()), custom)
             return from_store(answer) >= 0.9 * self.sizes.documents * self.sizes.each
 
-        arrived = eventually(came, 15.0)
+        # Chunks are stored in the background: between two tries, as no flush is.
+        arrived = eventually(came, 15.0, every=2.0)
         answers = []
         for _ in range(self.sizes.repeats):
             self.client.flush()
