@@ -23,6 +23,8 @@ constexpr unsigned WARP_MASK = 0xffffffffu;
 
 // The block's dynamic shared memory.
 #define BLEND_SHARED(name) unsigned char* const name = emulator::block->shared()
+// A function of its own, called: code that would stand in the way of what runs often.
+#define BLEND_APART inline
 // The place of the caller, for collectives that are functions of this file.
 #define BLEND_SITE , EMULATOR_SITE
 
@@ -41,6 +43,7 @@ inline const char* launch_error() { return nullptr; }
 #else
 
 #define BLEND_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define BLEND_APART __noinline__
 #define BLEND_SITE
 
 using Stream = cudaStream_t;

@@ -11,77 +11,45 @@
 // For R rows over S keys, half of which are seen: 2 R S heads D operations of the tensor cores.
 #pragma once
 
-#include "tile.cuh"
+#include "rows.cuh"
 
 namespace blend::cuda {
 
-constexpr int ROW_TILE = 128;  // packed rows of a tile
-constexpr float NEVER = -INFINITY;
-constexpr float LN_2 = 0.6931471805599453f, LOG2_E = 1.4426950408889634f;
-constexpr int LAST = 0x7fffffff;
-
 // How a block goes about it. WARPS: of 16 x HIGH packed rows each: what a warp reads of keys and
-// values serves them all. KEYS: of a step. STAGES: steps whose
-// keys and values have room in shared memory. BLOCKS: for which a multiprocessor's registers are
-// dealt out. QUERIES: do they stay in registers? Long heads leave no room for them.
-template <int WARPS_, int HIGH_, int KEYS_, int STAGES_, int BLOCKS_, bool QUERIES_>
+// values serves them all. KEYS: of a step. STAGES: steps whose keys and values have room in shared
+// memory. BLOCKS: for which a multiprocessor's registers are dealt out. QUERIES: do they stay in
+// registers? WIDE: by multiply_wide.
+template <int WARPS_, int HIGH_, int KEYS_, int STAGES_, int BLOCKS_, bool QUERIES_,
+          bool WIDE_ = false>
 struct RowPlan {
   static constexpr int WARPS = WARPS_, HIGH = HIGH_, KEYS = KEYS_;
   static constexpr int STAGES = STAGES_, BLOCKS = BLOCKS_;
-  static constexpr bool QUERIES = QUERIES_;
+  static constexpr bool QUERIES = QUERIES_, WIDE = WIDE_;
   static constexpr int THREADS = 32 * WARPS, ROWS = 16 * HIGH * WARPS;  // of a block
+  using Narrow = RowPlan<WARPS, HIGH, KEYS, STAGES, BLOCKS, QUERIES>;
+  static_assert(ROW_TILE % ROWS == 0);
+  static_assert(!WIDE || (WARPS % 4 == 0 && HIGH == 1 && KEYS == 64 && QUERIES));
 };
 
-// Measured on an H100, heads of 128: what counts is how many warps a multiprocessor holds. Shared
-// memory is 96 KiB at most: what each multiprocessor since Ampere gives a block.
-template <int D>
+// The fastest of those tried on an H100, heads of 128, 16,000 and 32,000 keys. Shared memory is
+// 96 KiB at most: what each multiprocessor since Ampere gives a block.
+template <int D, bool WIDE>
 using RowPlanOf = std::conditional_t<
     (D > 128), RowPlan<4, 1, 32, 2, 2, false>,
-    std::conditional_t<(D > 64), RowPlan<4, 1, 32, 2, 3, false>, RowPlan<4, 1, 32, 3, 4, true>>>;
-
-// A tile: one request's rows and keys, of those of all, and the packed row of it where the tile
-// begins. Made on the host; int64 in this order.
-struct Tile {
-  int64_t first_row, rows, first_key, keys, begin;
-};
-
-struct Rows {
-  const void* q;               // [rows, heads, dim]
-  Head k, v;                   // slots: of all requests' keys
-  void* out;                   // [rows, heads, v.dim]; null: there are parts
-  float* lse;                  // [rows, heads], natural; null: not wanted
-  float *part_out, *part_lse;  // [parts, rows, heads, v.dim]; [parts, rows, heads], base 2
-  const int64_t* tiles;        // Tile each
-  const int64_t* row_pos;      // [rows]
-  const int64_t* key_pos;      // [keys] or null: key j of a request is at first_pos + j
-  const float* sinks;          // [heads] or null
-  int64_t q_row, q_head;       // strides in elements
-  int64_t first_pos, window;   // window < 0: none
-  int rows, heads, group, dim;
-  int first_part, parts;  // of this launch
-  float scale_log2;       // softmax scale x log2 e; with a cap: scale / cap
-  float cap_log2;         // cap x log2 e; 0: none
-};
+    std::conditional_t<WIDE, RowPlan<4, 1, 64, 2, 3, true, true>,
+                       std::conditional_t<(D > 64), RowPlan<4, 2, 64, 2, 2, false>,
+                                          RowPlan<4, 2, 64, 2, 2, true>>>>;
 
 __device__ __forceinline__ int clamped(int64_t x, int64_t low, int64_t high) {
   return static_cast<int>(max(low, min(x, high)));
 }
 
-// What ends a softmax whose exponentials, base 2 and with `top` taken off, add up to `total`:
-// what multiplies the weighted sum of values, and the log-sum-exp, base 2.
-struct Softmax {
-  float inverse, lse;
-  __device__ __forceinline__ Softmax(float top, float total, const float* sink) {
-    const bool some = total > 0.0f;
-    const float more = sink ? *sink * LOG2_E : NEVER, peak = some ? fmaxf(top, more) : more;
-    const float all = some ? total * power2(top - peak) + power2(more - peak) : 1.0f;
-    inverse = some ? power2(top - peak) / all : 0.0f;
-    lse = peak + log2f(all);
-  }
-};
+__device__ BLEND_APART float cap(float x, float scale_log2, float cap_log2) {
+  return cap_log2 * tanhf(x * scale_log2);
+}
 
 template <typename T, int D, typename Plan>
-__global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_kernel(Rows p) {
+__device__ __forceinline__ void attend_block(const Rows& p) {
   constexpr int KEYS = Plan::KEYS, STAGES = Plan::STAGES, ROWS = Plan::ROWS;
   constexpr int HALVES = ROW_TILE / ROWS;  // blocks of a tile
   constexpr int HIGH = Plan::HIGH;
@@ -123,7 +91,7 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
     copy16_async(queries + place<D>(row, piece), static_cast<const T*>(p.q) + at, there);
   }
   copy_commit();
-  Stager<T, D, KEYS, Plan::THREADS> stager;
+  Stager<T, D, KEYS, Plan::THREADS, Plan::WIDE> stager;
   const auto look_up = [&](int step) {
     stager.look_up(p.k, first_key + begin + int64_t(step) * KEYS, first_key + end);
   };
@@ -149,7 +117,7 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
   __syncthreads();  // before the stages are filled
 
   // This lane's rows are g and g + 8 of each sixteen of the warp's.
-  const bool idle = first + warp_row >= count;
+  const bool idle = first + (Plan::WIDE ? warp_row / 64 * 64 : warp_row) >= count;
   int low[2 * HIGH], high[2 * HIGH];
 #pragma unroll
   for (int half = 0; half < 2 * HIGH; ++half) {
@@ -178,29 +146,64 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
   for (int step = 0; step < STAGES - 1; ++step) stage(step);
   for (int step = 0; step < steps; ++step) {
     copy_wait<STAGES - 2>();
+    if constexpr (Plan::WIDE) show_wide();
     __syncthreads();  // this step's keys are there, and all are done with those of the one before
     stage(step + STAGES - 1);
     if (idle) continue;
     const int from = begin + step * KEYS;
     const T *k = stage_of(step), *v = k + KEYS * D;
     float s[HIGH][KEYS / 8][4] = {};
+    if constexpr (Plan::WIDE) {
+      hold(s[0]);
+      begin_wide();
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      uint32_t mine[HIGH][4];
-      if constexpr (!Plan::QUERIES) load_queries(mine, d);
-      const uint32_t (&a)[HIGH][4] = Plan::QUERIES ? kept[Plan::QUERIES ? d : 0] : mine;
+      for (int d = 0; d < D / 16; ++d) {
+        multiply_wide<T, false>(s[0], kept[d][0], k + d / 4 * (KEYS * 64) + d % 4 * 16);
+      }
+      end_wide();
+      hold(s[0]);
+    } else {
 #pragma unroll
-      for (int n = 0; n < KEYS / 16; ++n) {
-        uint32_t b[4];
-        load_matrices(b, k + n * 16 * D + of_keys[d]);
+      for (int d = 0; d < D / 16; ++d) {
+        uint32_t mine[HIGH][4];
+        if constexpr (!Plan::QUERIES) load_queries(mine, d);
+        const uint32_t (&a)[HIGH][4] = Plan::QUERIES ? kept[Plan::QUERIES ? d : 0] : mine;
 #pragma unroll
-        for (int m = 0; m < HIGH; ++m) {
-          multiply<T>(s[m][2 * n], a[m], b[0], b[1]);
-          multiply<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+        for (int n = 0; n < KEYS / 16; ++n) {
+          uint32_t b[4];
+          load_matrices(b, k + n * 16 * D + of_keys[d]);
+#pragma unroll
+          for (int m = 0; m < HIGH; ++m) {
+            multiply<T>(s[m][2 * n], a[m], b[0], b[1]);
+            multiply<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+          }
         }
       }
     }
-    const bool inside = from >= inside_from && from <= inside_to;
+    // The steps that everyone takes have no branches: what is rare stands before them as a whole.
+    if (p.cap_log2 > 0.0f) {
+#pragma unroll
+      for (int n = 0; n < HIGH * KEYS / 8; ++n) {
+#pragma unroll
+        for (float& x : s[n / (KEYS / 8)][n % (KEYS / 8)]) x = cap(x, p.scale_log2, p.cap_log2);
+      }
+    }
+    if (from < inside_from || from > inside_to) {
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          int at = from + n * 8 + 2 * t + c;
+          if (listed) at = at < end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
+#pragma unroll
+          for (int half = 0; half < 2 * HIGH; ++half) {
+            const bool seen = at <= high[half] && at >= low[half];
+            float& x = s[half / 2][n][half % 2 * 2 + c];
+            x = seen ? x : NEVER;
+          }
+        }
+      }
+    }
     // Several chains of operations side by side: by row and column.
     float peak[2 * HIGH][2], sum[2 * HIGH][2], base[2 * HIGH], shrink[2 * HIGH];
 #pragma unroll
@@ -211,14 +214,7 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
       for (int half = 0; half < 2 * HIGH; ++half) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float& x = s[half / 2][n][half % 2 * 2 + c];
-          if (p.cap_log2 > 0.0f) x = p.cap_log2 * tanhf(x * p.scale_log2);
-          if (!inside) {
-            int at = from + n * 8 + 2 * t + c;
-            if (listed) at = at < end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
-            if (at > high[half] || at < low[half]) x = NEVER;
-          }
-          peak[half][c] = fmaxf(peak[half][c], x);
+          peak[half][c] = fmaxf(peak[half][c], s[half / 2][n][half % 2 * 2 + c]);
         }
       }
     }
@@ -262,26 +258,45 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
         }
       }
     }
+    // Two tiles of eight keys, packed, lie as a left side of sixteen does.
+    const auto pack_weights = [&](uint32_t (&weights)[4], int m, int n) {
 #pragma unroll
-    for (int n = 0; n < KEYS / 16; ++n) {
-      // Two tiles of eight keys, packed, lie as a left side of sixteen does.
-      uint32_t weights[HIGH][4];
+      for (int i = 0; i < 4; ++i) {
+        const float* two = s[m][2 * n + i / 2] + i % 2 * 2;
+        weights[i] = pack(two[0], two[1], T());
+      }
+    };
+    if constexpr (Plan::WIDE) {
+      uint32_t weights[KEYS / 16][4];
 #pragma unroll
-      for (int m = 0; m < HIGH; ++m) {
+      for (int n = 0; n < KEYS / 16; ++n) pack_weights(weights[n], 0, n);
+      hold(o[0]);
+      begin_wide();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* two = s[m][2 * n + i / 2] + i % 2 * 2;
-          weights[m][i] = pack(two[0], two[1], T());
+      for (int n = 0; n < KEYS / 16; ++n) {
+#pragma unroll
+        for (int d = 0; d < D / 64; ++d) {
+          auto& part = reinterpret_cast<float (&)[8][4]>(o[0][8 * d]);
+          multiply_wide<T, true>(part, weights[n], v + d * (KEYS * 64) + n * 16 * 64);
         }
       }
+      end_wide();
+      hold(o[0]);
+    } else {
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-        uint32_t b[4];
-        load_matrices_turned(b, v + n * 16 * D + of_rows[d]);
+      for (int n = 0; n < KEYS / 16; ++n) {
+        uint32_t weights[HIGH][4];
 #pragma unroll
-        for (int m = 0; m < HIGH; ++m) {
-          multiply<T>(o[m][2 * d], weights[m], b[0], b[1]);
-          multiply<T>(o[m][2 * d + 1], weights[m], b[2], b[3]);
+        for (int m = 0; m < HIGH; ++m) pack_weights(weights[m], m, n);
+#pragma unroll
+        for (int d = 0; d < D / 16; ++d) {
+          uint32_t b[4];
+          load_matrices_turned(b, v + n * 16 * D + of_rows[d]);
+#pragma unroll
+          for (int m = 0; m < HIGH; ++m) {
+            multiply<T>(o[m][2 * d], weights[m], b[0], b[1]);
+            multiply<T>(o[m][2 * d + 1], weights[m], b[2], b[3]);
+          }
         }
       }
     }
@@ -317,34 +332,23 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
   }
 }
 
-// A warp a (row, head): the first `parts` parts. What saw no key has nothing in part_out.
-template <typename T>
-__global__ void __launch_bounds__(128) join_parts_kernel(Rows p) {
-  const int64_t cells = int64_t(p.rows) * p.heads;
-  const int64_t cell = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
-  if (cell >= cells) return;
-  float top = NEVER, total = 0.0f;
-  for (int i = 0; i < p.parts; ++i) top = fmaxf(top, p.part_lse[i * cells + cell]);
-  for (int i = 0; i < p.parts && top > NEVER; ++i) {
-    total += power2(p.part_lse[i * cells + cell] - top);
+template <typename T, int D, typename Plan>
+__global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_kernel(Rows p) {
+#if BLEND_WIDE
+  attend_block<T, D, Plan>(p);
+#else
+  if constexpr (!Plan::WIDE) {
+    attend_block<T, D, Plan>(p);
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+    attend_block<T, D, typename Plan::Narrow>(p);  // PTX; other machines do not come here
+#endif
   }
-  const Softmax done(top, total, p.sinks ? p.sinks + cell % p.heads : nullptr);
-  if (threadIdx.x % 32 == 0 && p.lse) p.lse[cell] = done.lse * LN_2;
-  for (int d = 2 * (threadIdx.x % 32); d < p.v.dim; d += 64) {
-    float a = 0.0f, b = 0.0f;
-    for (int i = 0; i < p.parts; ++i) {
-      const float lse = p.part_lse[i * cells + cell];
-      if (lse == NEVER) continue;
-      const float weight = power2(lse - top), *from = p.part_out + (i * cells + cell) * p.v.dim + d;
-      a += weight * from[0], b += weight * from[1];
-    }
-    static_cast<uint32_t*>(p.out)[(cell * p.v.dim + d) / 2] =
-        pack(a * done.inverse, b * done.inverse, T());
-  }
+#endif
 }
 
-template <typename T, int D, typename Plan = RowPlanOf<D>>
-void row_attention(const Rows& p, int tiles, Stream stream) {
+template <typename T, int D, typename Plan>
+void row_attention_as(const Rows& p, int tiles, Stream stream) {
   // Heads first: tiles begin in their order, those with most keys first.
   const Extent grid{p.heads / p.group * (ROW_TILE / Plan::ROWS), tiles, p.parts};
   const size_t queries = Plan::QUERIES ? 0 : Plan::ROWS;
@@ -352,11 +356,12 @@ void row_attention(const Rows& p, int tiles, Stream stream) {
   launch(row_attention_kernel<T, D, Plan>, grid, Extent{Plan::THREADS}, shared, stream, p);
 }
 
-template <typename T>
-void join_parts(const Rows& p, Stream stream) {
-  const int64_t cells = int64_t(p.rows) * p.heads;
-  launch(join_parts_kernel<T>, Extent{static_cast<int>((cells + 3) / 4)}, Extent{128}, 0, stream,
-         p);
+template <typename T, int D>
+void row_attention(const Rows& p, int tiles, Stream stream) {
+  if constexpr (D <= 128) {
+    if (multiplies_wide()) return row_attention_as<T, D, RowPlanOf<D, true>>(p, tiles, stream);
+  }
+  row_attention_as<T, D, RowPlanOf<D, false>>(p, tiles, stream);
 }
 
 }  // namespace blend::cuda

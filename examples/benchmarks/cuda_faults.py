@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Planted(NamedTuple):
-    file: str
-    old: str
-    new: str
-
-
-def _of(file: str, **faults: tuple[str, str]) -> dict[str, Planted]:
-    return {name.replace("_", " "): Planted(file, *change) for name, change in faults.items()}
-
+from cuda_faults_of_rows import ROW_ATTENTION
+from cuda_planted import of_file
 
 ROTATE_SCATTER = {
-    **_of(
+    **of_file(
         "rotate_scatter.cuh",
         tokens_that_run_are_overwritten=("if (at.stays) continue;", ""),
         no_bound_on_tokens=("i < n; i += gridDim", "i < n + 1; i += gridDim"),
@@ -44,7 +34,7 @@ ROTATE_SCATTER = {
         what_is_beside_the_turned_ends_with_it=("u < pairs || p < others", "u < pairs"),
         every_second_of_the_others=("p += PLAIN * blockDim.x", "p += 2 * PLAIN * blockDim.x"),
     ),
-    **_of(
+    **of_file(
         "rotation.cuh",
         misaligned_vector=("HALVES ? N * part :", "HALVES ? N * part + (part == 1) :"),
         turned_the_other_way=(
@@ -57,7 +47,7 @@ ROTATE_SCATTER = {
         ),
         pairs_take_the_angles_before=("sin[N / 2 + i]", "sin[i]"),
     ),
-    **_of(
+    **of_file(
         "elements.cuh",
         fp8_does_not_saturate=("__NV_SATFINITE", "__NV_NOSAT"),
         two_floats_change_places=(
@@ -68,7 +58,7 @@ ROTATE_SCATTER = {
 }
 
 DELTAS = {
-    **_of(
+    **of_file(
         "deltas.cuh",
         tokens_of_the_next_document=("p.bounds[blockIdx.y + 1];", "p.bounds[blockIdx.y + 1] + 1;"),
         a_document_begins_one_late=(
@@ -98,7 +88,7 @@ DELTAS = {
 }
 
 SELECT = {
-    **_of(
+    **of_file(
         "select.cuh",
         no_barrier_before_counts_of_other_warps=(
             "s.counts[half][warp] = mine;\n    __syncthreads();",
@@ -140,7 +130,7 @@ SELECT = {
             "p.rest[first + i - rank]",
         ),
     ),
-    **_of(
+    **of_file(
         "deviation.cuh",
         half_a_warp_is_summed=(
             "for (int by = 16; by > 0; by /= 2)",
@@ -165,7 +155,7 @@ SELECT = {
     ),
 }
 
-ATTENTION_MASS = _of(
+ATTENTION_MASS = of_file(
     "attention_mass.cuh",
     queries_are_not_waited_for=("copy_wait<MASS_STAGES - 2>();", "copy_wait<MASS_STAGES - 1>();"),
     no_barrier_before_the_queries=("__syncthreads();  // the step's", "// the step's"),
@@ -220,7 +210,7 @@ ATTENTION_MASS = _of(
     every_fp8_is_e4m3=(": Fp8Piece<__NV_E5M2> {}", ": Fp8Piece<__NV_E4M3> {}"),
 )
 
-GATHER = _of(
+GATHER = of_file(
     "gather.cuh",
     no_bound_on_tokens_of_a_chunk=("if (i >= tokens) return;", ""),
     no_bound_on_tokens_that_are_taken=("i < p.count; i += step", "i <= p.count; i += step"),
@@ -246,143 +236,6 @@ GATHER = _of(
     the_layer_is_ignored=("p.layer * p.places[3 * p.n + from]", "p.places[3 * p.n + from]"),
     layers_of_V_for_K=("p.layer * p.places[2 * p.n + from]", "p.layer * p.places[3 * p.n + from]"),
 )
-
-ROW_ATTENTION = {
-    **_of(
-        "row_attention.cuh",
-        queries_are_not_waited_for=(
-            "copy_wait<0>();\n  __syncthreads();\n  const int warp_row",
-            "copy_wait<1>();\n  __syncthreads();\n  const int warp_row",
-        ),
-        no_barrier_before_the_queries=(
-            "copy_wait<0>();\n  __syncthreads();\n  const int warp_row",
-            "copy_wait<0>();\n  const int warp_row",
-        ),
-        queries_are_overwritten_by_keys=("__syncthreads();  // before the stages are filled", ""),
-        a_step_is_not_waited_for=("copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();"),
-        no_barrier_before_a_step=(
-            "__syncthreads();  // this step's keys are there",
-            "// this step's keys are there",
-        ),
-        one_stage_for_all_steps=("step % STAGES * 2", "step % (STAGES - 1) * 2"),
-        no_groups_behind_the_last_step=(
-            "    copy_commit();  // an empty one too: as many groups in flight",
-            "    if (step < steps) copy_commit();",
-        ),
-        slots_of_the_step_before=("if (step + 1 < steps) look_up(step + 1);", "look_up(step);"),
-        values_in_the_place_of_keys=(
-            "stager.copy(p.v, to + KEYS * D, head);",
-            "stager.copy(p.v, to, head);",
-        ),
-        wrong_address_of_a_query=(
-            "of_rows(lane % 16, lane / 16)",
-            "of_rows(lane % 16, lane % 2)",
-        ),
-        wrong_address_of_a_key=(
-            "of_keys(lane / 16 * 8 + lane % 8, lane / 8 % 2)",
-            "of_keys(lane % 16, lane / 16)",
-        ),
-        values_are_not_turned=("load_matrices_turned(b", "load_matrices(b"),
-        probabilities_change_places=(
-            "s[m][2 * n + i / 2] + i % 2 * 2",
-            "s[m][2 * n + i % 2] + i / 2 * 2",
-        ),
-        keys_for_values=("stager.copy(p.v, to + KEYS", "stager.copy(p.k, to + KEYS"),
-        no_bound_on_rows=("if (r >= count) continue;", ""),
-        a_warp_without_rows_ends=(
-            "const bool idle = first + warp_row >= count;",
-            "const bool idle = first + warp_row >= count;\n  if (idle) return;",
-        ),
-        rows_see_what_the_last_of_their_tile_sees=(
-            "r < count ? pos[r / p.group] - origin : 0",
-            "highest",
-        ),
-        a_row_does_not_see_its_own_place=("at > high[half]", "at >= high[half]"),
-        the_window_is_one_too_short=("clamped(at - p.window,", "clamped(at - p.window + 1,"),
-        a_step_inside_has_a_key_of_the_future=(
-            "min(lowest, end - 1) - (KEYS - 1)",
-            "min(lowest, end - 1) - (KEYS - 2)",
-        ),
-        a_step_inside_begins_before_the_window=(
-            "clamped(highest - p.window, 0, LAST)",
-            "clamped(highest - p.window - 1, 0, LAST)",
-        ),
-        tiles_begin_with_the_window_of_their_last_row=(
-            "clamped(lowest - p.window",
-            "clamped(highest - p.window",
-        ),
-        tiles_end_before_their_last_row=(
-            "min(highest + 1, keys)",
-            "min(highest, keys)",
-        ),
-        positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
-        listed_positions_are_not_read=("if (listed) at =", "if (false) at ="),
-        no_soft_cap=("if (p.cap_log2 > 0.0f) x", "if (false) x"),
-        sums_are_not_rescaled=("total[half] * shrink[half] + (sum", "total[half] + (sum"),
-        outputs_are_not_rescaled=(
-            "[half % 2 * 2 + 1] *= shrink[half];",
-            "[half % 2 * 2 + 1] *= 1.0f;",
-        ),
-        a_row_without_keys_divides_by_zero=(
-            "base[half] = all == NEVER ? 0.0f : all;",
-            "base[half] = all;",
-        ),
-        peaks_of_two_of_four_lanes=("all = fmaxf(all, __shfl_xor_sync(WARP_MASK, all, 2));", ""),
-        two_of_four_lanes_are_summed=(
-            "total[half] += __shfl_xor_sync(WARP_MASK, total[half], 2);",
-            "",
-        ),
-        shuffle_of_half_the_lanes=(
-            "total[half] += __shfl_xor_sync(WARP_MASK, total[half], 1);",
-            "if (t < 2) total[half] += __shfl_xor_sync(WARP_MASK, total[half], 1);",
-        ),
-        queries_of_another_head=(
-            "(head * p.group + r % p.group) * p.q_head",
-            "r % p.group * p.q_head",
-        ),
-        outputs_of_another_head=(
-            "p.heads + head * p.group + r % p.group;",
-            "p.heads + r % p.group;",
-        ),
-        queries_of_another_request=("(first_row + r / p.group) * p.q_row", "r / p.group * p.q_row"),
-        keys_of_another_request=(
-            "first_key + begin + int64_t(step) * KEYS, first_key + end",
-            "begin + int64_t(step) * KEYS, end",
-        ),
-        a_shrink_of_one_row_is_missed=(
-            "shrinks |= shrink[half] != 1.0f",
-            "shrinks = shrink[half] != 1.0f",
-        ),
-        the_other_half_of_a_tile_again=("blockIdx.x % HALVES * ROWS", "0"),
-        sinks_of_another_head=(
-            "p.sinks + cell % p.heads : nullptr;",
-            "p.sinks + cell % p.group : nullptr;",
-        ),
-        sinks_are_scaled=("*sink * LOG2_E", "*sink"),
-        parts_overlap=("min(part * each, steps_all)", "min(part * (each - 1), steps_all)"),
-        parts_weigh_alike=("const float weight = power2(lse - top)", "const float weight = 1.0f"),
-        the_last_part_is_left_out=(
-            "for (int i = 0; i < p.parts; ++i) {",
-            "for (int i = 0; i < p.parts - 1; ++i) {",
-        ),
-        what_saw_no_key_is_read=("if (lse == NEVER) continue;", ""),
-        log_sum_exp_in_base_two=("p.lse[at] = done.lse * LN_2", "p.lse[at] = done.lse"),
-    ),
-    **_of(
-        "tile.cuh",
-        no_bound_on_keys=("P::within(row) && token < end", "P::within(row)"),
-        misaligned_vector=("(within ? 16 * piece : 0)", "(within ? 16 * piece + 2 : 0)"),
-        pieces_lie_where_they_are_not_looked_for=(
-            "        copy16_async(to + place<D>(row, piece), from, there);\n      });",
-            "        copy16_async(to + row * D + 8 * piece, from, there);\n      });",
-        ),
-        fp8_pieces_change_places=(
-            "low[i] = x[i], high[i] = x[8 + i]",
-            "high[i] = x[i], low[i] = x[8 + i]",
-        ),
-        every_fp8_is_e4m3=("if (p.type == KeyType::E4M3)", "if (true)"),
-    ),
-}
 
 FAULTS = {
     "rotate_scatter": ROTATE_SCATTER,

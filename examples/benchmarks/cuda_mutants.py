@@ -20,7 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cuda_faults import FAULTS, Planted
+from cuda_faults import FAULTS
+from cuda_planted import Planted
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_MUTANT = "it does not compile: correct the fault"

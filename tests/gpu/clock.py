@@ -32,14 +32,15 @@ def waited(device: torch.device, do: Callable[[], Any], repeats: int = 3) -> flo
 
 
 def on_device(device: torch.device, do: Callable[[], Any], repeats: int = 9) -> float:
-    """Seconds between two events of the device around ``do``; L2 is flushed before each."""
+    """Seconds between two events of the device around ``do``. Before each, L2 holds other memory,
+    which was only read: ``do`` has nothing to write back but its own."""
     if device.type != "cuda":
         return waited(device, do, 1)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
     pairs = []
     do()
     for _ in range(repeats):
-        flush.zero_()
+        flush.sum()
         pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         pair[0].record()
         do()

@@ -104,9 +104,15 @@ def launches_of(module: Any) -> Callable[[], int]:
     return since
 
 
-def schedules(module: Any) -> Iterator[str]:
-    """Sets each schedule in turn and yields its name; the first one is set again at the end."""
-    for order, early in SCHEDULES:
+def schedules(module: Any, wide: bool = False) -> Iterator[str]:
+    """Sets each schedule in turn and yields its name; the first one is set again at the end. wide:
+    half of them, early and late copies, by what is Hopper's own."""
+    for i, (order, early) in enumerate(SCHEDULES):
+        hopper = wide and 2 * i >= len(SCHEDULES)
         module.emulate(order, early)
-        yield f"threads in order {order}, copies {'early' if early else 'late'}"
+        if wide:
+            module.emulate_wide(hopper)
+        yield f"threads in order {order}, copies {'early' if early else 'late'}{', wide' * hopper}"
     module.emulate(0, 0)
+    if wide:
+        module.emulate_wide(False)
