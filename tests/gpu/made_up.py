@@ -1,5 +1,5 @@
 """Stands for a server in a rehearsal. Answers by what it was asked, as a server with the same
-weights does; knows what it has seen since it was last flushed, and keeps it in a store."""
+weights does; knows the last tokens that it has seen since it was flushed, and all in a store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 
 
 class MadeUp:
+    POOL = 400
+
     def __init__(self) -> None:
-        self.known: set[int] = set()
+        self.known: dict[int, None] = {}
         self.stored: set[int] = set()
         self.lock = threading.Lock()
 
     def flush(self) -> None:
         self.known.clear()
+        self.stored.clear()
 
     def send(self, method: str, path: str, body: Any = None, **kw: Any) -> Any:
         return contextlib.nullcontext(SimpleNamespace(iter_lines=lambda: [b"data: x"]))
@@ -30,7 +33,8 @@ class MadeUp:
         with self.lock:
             device = sum(t in self.known for t in ids) if blended else 0
             stored = sum(t in self.stored for t in ids) - device if blended else 0
-            self.known |= set(ids)
+            self.known |= dict.fromkeys(ids)
+            self.known = dict.fromkeys(list(self.known)[-self.POOL :])
             self.stored |= set(ids)
         found = device + stored
         every = custom.get("blend_ratio") == 1.0

@@ -30,10 +30,11 @@ SHAPE = {
 #: for all servers; what they need not launch with is left out, as minutes on a GPU are few
 COMMON = (
     "--load-format", "dummy", "--skip-tokenizer-init", "--grammar-backend", "none",
-    "--disable-custom-all-reduce", "--context-length", "40000", "--max-total-tokens", "120000",
+    "--disable-custom-all-reduce", "--context-length", "40000",
+    "--max-total-tokens", str(talking.FULL.pool),
     "--cuda-graph-max-bs-decode", "4", "--cuda-graph-bs-prefill", "64", "256",
     "--chunked-prefill-size", "32768",
-    "--enable-blend", "--blend-policy", "query", "--blend-store-memory", "6GiB",
+    "--enable-blend", "--blend-policy", "query", "--blend-store-memory", "12GiB",
 )  # fmt: skip
 #: of each of these in turn, until a server launches with it
 GRAPHS = ((), ("--disable-prefill-cuda-graph",), ("--disable-cuda-graph",))
