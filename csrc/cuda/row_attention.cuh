@@ -3,9 +3,9 @@
 // in position, hence a tile of them sees a run of keys, whose bounds are read from the device; only
 // in the steps at its ends are positions compared.
 //
-// A block takes a tile (128 packed rows: row x query head of one key head; or half of it), a
-// key head, and one part of the tile's keys; the tiles of all requests of a batch are one launch.
-// Keys and values arrive two steps ahead, and a step has one barrier. Scores stay in registers.
+// A block takes a tile (128 packed rows: row x query head of one key head; long heads half of it),
+// a key head, and one part of the tile's keys; the tiles of all requests of a batch are one launch.
+// Keys and values arrive a step ahead, and a step has one barrier. Scores stay in registers.
 // Each part leaves its state, and join_parts_kernel joins them in a fixed order.
 //
 // For R rows over S keys, half of which are seen: 2 R S heads D operations of the tensor cores.
@@ -18,27 +18,23 @@ namespace blend::cuda {
 // How a block goes about it. WARPS: of 16 x HIGH packed rows each: what a warp reads of keys and
 // values serves them all. KEYS: of a step. STAGES: steps whose keys and values have room in shared
 // memory. BLOCKS: for which a multiprocessor's registers are dealt out. QUERIES: do they stay in
-// registers? WIDE: by multiply_wide.
-template <int WARPS_, int HIGH_, int KEYS_, int STAGES_, int BLOCKS_, bool QUERIES_,
-          bool WIDE_ = false>
+// registers?
+template <int WARPS_, int HIGH_, int KEYS_, int STAGES_, int BLOCKS_, bool QUERIES_>
 struct RowPlan {
   static constexpr int WARPS = WARPS_, HIGH = HIGH_, KEYS = KEYS_;
   static constexpr int STAGES = STAGES_, BLOCKS = BLOCKS_;
-  static constexpr bool QUERIES = QUERIES_, WIDE = WIDE_;
+  static constexpr bool QUERIES = QUERIES_;
   static constexpr int THREADS = 32 * WARPS, ROWS = 16 * HIGH * WARPS;  // of a block
-  using Narrow = RowPlan<WARPS, HIGH, KEYS, STAGES, BLOCKS, QUERIES>;
   static_assert(ROW_TILE % ROWS == 0);
-  static_assert(!WIDE || (WARPS % 4 == 0 && HIGH == 1 && KEYS == 64 && QUERIES));
 };
 
-// The fastest of those tried on an H100, heads of 128, 16,000 and 32,000 keys. Shared memory is
-// 96 KiB at most: what each multiprocessor since Ampere gives a block.
-template <int D, bool WIDE>
+// The fastest of eleven on an H100, heads of 128, 16,000 and 32,000 keys. Shared memory is 96 KiB
+// at most: what each multiprocessor since Ampere gives a block. Products by wgmma were 3 and 8 %
+// faster, and wrong for heads of 64: nvcc 13.0 gave the queries' registers away within the loop.
+template <int D>
 using RowPlanOf = std::conditional_t<
     (D > 128), RowPlan<4, 1, 32, 2, 2, false>,
-    std::conditional_t<WIDE, RowPlan<4, 1, 64, 2, 3, true, true>,
-                       std::conditional_t<(D > 64), RowPlan<4, 2, 64, 2, 2, false>,
-                                          RowPlan<4, 2, 64, 2, 2, true>>>>;
+    std::conditional_t<(D > 64), RowPlan<4, 2, 64, 2, 2, false>, RowPlan<4, 2, 64, 2, 2, true>>>;
 
 __device__ __forceinline__ int clamped(int64_t x, int64_t low, int64_t high) {
   return static_cast<int>(max(low, min(x, high)));
@@ -49,7 +45,7 @@ __device__ BLEND_APART float cap(float x, float scale_log2, float cap_log2) {
 }
 
 template <typename T, int D, typename Plan>
-__device__ __forceinline__ void attend_block(const Rows& p) {
+__global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_kernel(Rows p) {
   constexpr int KEYS = Plan::KEYS, STAGES = Plan::STAGES, ROWS = Plan::ROWS;
   constexpr int HALVES = ROW_TILE / ROWS;  // blocks of a tile
   constexpr int HIGH = Plan::HIGH;
@@ -91,7 +87,7 @@ __device__ __forceinline__ void attend_block(const Rows& p) {
     copy16_async(queries + place<D>(row, piece), static_cast<const T*>(p.q) + at, there);
   }
   copy_commit();
-  Stager<T, D, KEYS, Plan::THREADS, Plan::WIDE> stager;
+  Stager<T, D, KEYS, Plan::THREADS> stager;
   const auto look_up = [&](int step) {
     stager.look_up(p.k, first_key + begin + int64_t(step) * KEYS, first_key + end);
   };
@@ -117,7 +113,7 @@ __device__ __forceinline__ void attend_block(const Rows& p) {
   __syncthreads();  // before the stages are filled
 
   // This lane's rows are g and g + 8 of each sixteen of the warp's.
-  const bool idle = first + (Plan::WIDE ? warp_row / 64 * 64 : warp_row) >= count;
+  const bool idle = first + warp_row >= count;
   int low[2 * HIGH], high[2 * HIGH];
 #pragma unroll
   for (int half = 0; half < 2 * HIGH; ++half) {
@@ -146,37 +142,25 @@ __device__ __forceinline__ void attend_block(const Rows& p) {
   for (int step = 0; step < STAGES - 1; ++step) stage(step);
   for (int step = 0; step < steps; ++step) {
     copy_wait<STAGES - 2>();
-    if constexpr (Plan::WIDE) show_wide();
     __syncthreads();  // this step's keys are there, and all are done with those of the one before
     stage(step + STAGES - 1);
     if (idle) continue;
     const int from = begin + step * KEYS;
     const T *k = stage_of(step), *v = k + KEYS * D;
     float s[HIGH][KEYS / 8][4] = {};
-    if constexpr (Plan::WIDE) {
-      hold(s[0]);
-      begin_wide();
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-        multiply_wide<T, false>(s[0], kept[d][0], k + d / 4 * (KEYS * 64) + d % 4 * 16);
-      }
-      end_wide();
-      hold(s[0]);
-    } else {
+    for (int d = 0; d < D / 16; ++d) {
+      uint32_t mine[HIGH][4];
+      if constexpr (!Plan::QUERIES) load_queries(mine, d);
+      const uint32_t (&a)[HIGH][4] = Plan::QUERIES ? kept[Plan::QUERIES ? d : 0] : mine;
 #pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-        uint32_t mine[HIGH][4];
-        if constexpr (!Plan::QUERIES) load_queries(mine, d);
-        const uint32_t (&a)[HIGH][4] = Plan::QUERIES ? kept[Plan::QUERIES ? d : 0] : mine;
+      for (int n = 0; n < KEYS / 16; ++n) {
+        uint32_t b[4];
+        load_matrices(b, k + n * 16 * D + of_keys[d]);
 #pragma unroll
-        for (int n = 0; n < KEYS / 16; ++n) {
-          uint32_t b[4];
-          load_matrices(b, k + n * 16 * D + of_keys[d]);
-#pragma unroll
-          for (int m = 0; m < HIGH; ++m) {
-            multiply<T>(s[m][2 * n], a[m], b[0], b[1]);
-            multiply<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
-          }
+        for (int m = 0; m < HIGH; ++m) {
+          multiply<T>(s[m][2 * n], a[m], b[0], b[1]);
+          multiply<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
         }
       }
     }
@@ -258,45 +242,26 @@ __device__ __forceinline__ void attend_block(const Rows& p) {
         }
       }
     }
-    // Two tiles of eight keys, packed, lie as a left side of sixteen does.
-    const auto pack_weights = [&](uint32_t (&weights)[4], int m, int n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* two = s[m][2 * n + i / 2] + i % 2 * 2;
-        weights[i] = pack(two[0], two[1], T());
-      }
-    };
-    if constexpr (Plan::WIDE) {
-      uint32_t weights[KEYS / 16][4];
+    for (int n = 0; n < KEYS / 16; ++n) {
+      // Two tiles of eight keys, packed, lie as a left side of sixteen does.
+      uint32_t weights[HIGH][4];
 #pragma unroll
-      for (int n = 0; n < KEYS / 16; ++n) pack_weights(weights[n], 0, n);
-      hold(o[0]);
-      begin_wide();
+      for (int m = 0; m < HIGH; ++m) {
 #pragma unroll
-      for (int n = 0; n < KEYS / 16; ++n) {
-#pragma unroll
-        for (int d = 0; d < D / 64; ++d) {
-          auto& part = reinterpret_cast<float (&)[8][4]>(o[0][8 * d]);
-          multiply_wide<T, true>(part, weights[n], v + d * (KEYS * 64) + n * 16 * 64);
+        for (int i = 0; i < 4; ++i) {
+          const float* two = s[m][2 * n + i / 2] + i % 2 * 2;
+          weights[m][i] = pack(two[0], two[1], T());
         }
       }
-      end_wide();
-      hold(o[0]);
-    } else {
 #pragma unroll
-      for (int n = 0; n < KEYS / 16; ++n) {
-        uint32_t weights[HIGH][4];
+      for (int d = 0; d < D / 16; ++d) {
+        uint32_t b[4];
+        load_matrices_turned(b, v + n * 16 * D + of_rows[d]);
 #pragma unroll
-        for (int m = 0; m < HIGH; ++m) pack_weights(weights[m], m, n);
-#pragma unroll
-        for (int d = 0; d < D / 16; ++d) {
-          uint32_t b[4];
-          load_matrices_turned(b, v + n * 16 * D + of_rows[d]);
-#pragma unroll
-          for (int m = 0; m < HIGH; ++m) {
-            multiply<T>(o[m][2 * d], weights[m], b[0], b[1]);
-            multiply<T>(o[m][2 * d + 1], weights[m], b[2], b[3]);
-          }
+        for (int m = 0; m < HIGH; ++m) {
+          multiply<T>(o[m][2 * d], weights[m], b[0], b[1]);
+          multiply<T>(o[m][2 * d + 1], weights[m], b[2], b[3]);
         }
       }
     }
@@ -332,36 +297,13 @@ __device__ __forceinline__ void attend_block(const Rows& p) {
   }
 }
 
-template <typename T, int D, typename Plan>
-__global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_kernel(Rows p) {
-#if BLEND_WIDE
-  attend_block<T, D, Plan>(p);
-#else
-  if constexpr (!Plan::WIDE) {
-    attend_block<T, D, Plan>(p);
-  } else {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-    attend_block<T, D, typename Plan::Narrow>(p);  // PTX; other machines do not come here
-#endif
-  }
-#endif
-}
-
-template <typename T, int D, typename Plan>
-void row_attention_as(const Rows& p, int tiles, Stream stream) {
+template <typename T, int D, typename Plan = RowPlanOf<D>>
+void row_attention(const Rows& p, int tiles, Stream stream) {
   // Heads first: tiles begin in their order, those with most keys first.
   const Extent grid{p.heads / p.group * (ROW_TILE / Plan::ROWS), tiles, p.parts};
   const size_t queries = Plan::QUERIES ? 0 : Plan::ROWS;
   const size_t shared = (Plan::STAGES * 2 * Plan::KEYS + queries) * D * sizeof(T);
   launch(row_attention_kernel<T, D, Plan>, grid, Extent{Plan::THREADS}, shared, stream, p);
-}
-
-template <typename T, int D>
-void row_attention(const Rows& p, int tiles, Stream stream) {
-  if constexpr (D <= 128) {
-    if (multiplies_wide()) return row_attention_as<T, D, RowPlanOf<D, true>>(p, tiles, stream);
-  }
-  row_attention_as<T, D, RowPlanOf<D, false>>(p, tiles, stream);
 }
 
 }  // namespace blend::cuda

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "elements.cuh"
-#include "wide.cuh"
 
 namespace blend::cuda {
 
@@ -13,12 +12,6 @@ enum class KeyType : int { SAME, E4M3, E5M2 };  // as the queries', or fp8
 template <int D>
 __device__ __forceinline__ int place(int row, int piece) {
   return row * D + ((piece ^ (row & 7)) << 3);
-}
-
-// The same in blocks of 64 elements, one behind the other: as multiply_wide reads N rows.
-template <int N>
-__device__ __forceinline__ int place_wide(int row, int piece) {
-  return piece / 8 * (N * 64) + place<64>(row, piece % 8);
 }
 
 // Where a lane's row lies in tiles of rows as `place` has them, at piece 2 d + half: one of four
@@ -58,7 +51,7 @@ struct Head {
 // thread takes the same piece of every so many tokens, in K and V alike. It looks up their slots a
 // step ahead, all at once: a slot that is asked for right before its copy is waited for, one after
 // the other.
-template <typename T, int D, int N, int THREADS, bool WIDE = false>
+template <typename T, int D, int N, int THREADS>
 class Stager {
   template <int EACH>  // elements of a piece of 16 bytes
   struct Pieces {
@@ -84,7 +77,7 @@ class Stager {
   __device__ __forceinline__ void copy(const Head& p, T* to, int head) const {
     if (p.type == KeyType::SAME) {
       each<Same>(p, head, [&](int, int row, int piece, const char* from, bool there) {
-        copy16_async(to + at(row, piece), from, there);
+        copy16_async(to + place<D>(row, piece), from, there);
       });
       return;
     }
@@ -93,7 +86,7 @@ class Stager {
       found[i] = there ? load16(from) : uint4{0, 0, 0, 0};
     });
     each<Fp8>(p, head, [&](int i, int row, int piece, const char*, bool) {
-      T *low = to + at(row, 2 * piece), *high = to + at(row, 2 * piece + 1);
+      T *low = to + place<D>(row, 2 * piece), *high = to + place<D>(row, 2 * piece + 1);
       if (p.type == KeyType::E4M3) {
         widen<T, __nv_fp8_e4m3>(low, high, found[i]);
       } else {
@@ -103,10 +96,6 @@ class Stager {
   }
 
  private:
-  static __device__ __forceinline__ int at(int row, int piece) {
-    return WIDE ? place_wide<N>(row, piece) : place<D>(row, piece);
-  }
-
   template <typename P>
   __device__ __forceinline__ void look_up(const Head& p, int64_t first, int64_t end) {
 #pragma unroll

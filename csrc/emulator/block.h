@@ -22,10 +22,10 @@ constexpr size_t CELL = 64;  // bytes that a lane can give to a collective
 // How the next launches run. order: 0 forward, 1 reverse, others: the seed of a shuffle. An
 // asynchronous copy may arrive at any time between its issue and the wait for it: early_copies is
 // the one end, late ones the other. The first finds missing barriers behind the use of a stage, the
-// second missing waits and barriers before it. wide: as on Hopper (machine.cuh: multiply_wide).
+// second missing waits and barriers before it.
 struct Settings {
   int order = 0;
-  bool early_copies = false, wide = false;
+  bool early_copies = false;
 };
 inline Settings settings;
 

@@ -12,12 +12,8 @@ namespace {
 
 // How the next launches run (block.h: Settings).
 void emulate(int64_t order, int64_t early_copies) {
-  emulator::settings.order = static_cast<int>(order);
-  emulator::settings.early_copies = early_copies != 0;
+  emulator::settings = {static_cast<int>(order), early_copies != 0};
 }
-
-// Do they run what is Hopper's own (multiply_wide)?
-void emulate_wide(int64_t yes) { emulator::settings.wide = yes != 0; }
 
 // Launches since the module was loaded.
 int64_t launches() { return emulator::counts.launches; }
@@ -25,5 +21,4 @@ int64_t launches() { return emulator::counts.launches; }
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(emulate, emulate);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(emulate_wide, emulate_wide);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(launches, launches);

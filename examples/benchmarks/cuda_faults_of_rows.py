@@ -22,10 +22,6 @@ ROW_ATTENTION = {
             "// this step's keys are there",
         ),
         one_stage_for_all_steps=("step % STAGES * 2", "step % (STAGES - 1) * 2"),
-        no_groups_behind_the_last_step=(
-            "    copy_commit();  // an empty one too: as many groups in flight",
-            "    if (step < steps) copy_commit();",
-        ),
         slots_of_the_step_before=("if (step + 1 < steps) look_up(step + 1);", "look_up(step);"),
         values_in_the_place_of_keys=(
             "stager.copy(p.v, to + KEYS * D, head);",
@@ -38,20 +34,6 @@ ROW_ATTENTION = {
         wrong_address_of_a_key=(
             "of_keys(lane / 16 * 8 + lane % 8, lane / 8 % 2)",
             "of_keys(lane % 16, lane / 16)",
-        ),
-        keys_of_a_wide_tile_are_turned=(
-            "multiply_wide<T, false>(s[0]",
-            "multiply_wide<T, true>(s[0]",
-        ),
-        values_of_a_wide_tile_are_not=(
-            "multiply_wide<T, true>(part",
-            "multiply_wide<T, false>(part",
-        ),
-        wide_queries_of_another_column=("d / 4 * (KEYS * 64) + d % 4 * 16", "d % 4 * 16"),
-        wide_values_of_the_first_columns=("v + d * (KEYS * 64) + n * 16 * 64", "v + n * 16 * 64"),
-        a_wide_block_ends_by_the_warp=(
-            "(Plan::WIDE ? warp_row / 64 * 64 : warp_row) >= count;",
-            "warp_row >= count;",
         ),
         values_are_not_turned=("load_matrices_turned(b", "load_matrices(b"),
         probabilities_change_places=(
@@ -141,13 +123,12 @@ ROW_ATTENTION = {
     ),
     **of_file(
         "tile.cuh",
+        pieces_lie_where_they_are_not_looked_for=(
+            "copy16_async(to + place<D>(row, piece), from, there);",
+            "copy16_async(to + row * D + 8 * piece, from, there);",
+        ),
         no_bound_on_keys=("P::within(row) && token < end", "P::within(row)"),
         misaligned_vector=("(within ? 16 * piece : 0)", "(within ? 16 * piece + 2 : 0)"),
-        pieces_lie_where_they_are_not_looked_for=(
-            "return WIDE ? place_wide<N>(row, piece) : place<D>(row, piece);",
-            "return row * D + 8 * piece;",
-        ),
-        columns_of_a_wide_tile_one_behind_the_other=("piece / 8 * (N * 64)", "piece / 8 * 64"),
         fp8_pieces_change_places=(
             "low[i] = x[i], high[i] = x[8 + i]",
             "high[i] = x[i], low[i] = x[8 + i]",

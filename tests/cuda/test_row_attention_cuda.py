@@ -119,7 +119,7 @@ class Case:
         assert sum(keys.parts for keys in over) == parts
         out, length, lse = self.expected()
         rounding, first = ROUNDING[self.q.dtype], None
-        for way in emulated.schedules(module, wide=True):
+        for way in emulated.schedules(module):
             got = cuda_rows.row_attention(
                 module, self.q, torch.cat(self.positions), over,
                 **self.how, sinks=self.sinks, with_lse=with_lse,

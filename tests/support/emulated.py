@@ -104,15 +104,9 @@ def launches_of(module: Any) -> Callable[[], int]:
     return since
 
 
-def schedules(module: Any, wide: bool = False) -> Iterator[str]:
-    """Sets each schedule in turn and yields its name; the first one is set again at the end. wide:
-    half of them, early and late copies, by what is Hopper's own."""
-    for i, (order, early) in enumerate(SCHEDULES):
-        hopper = wide and 2 * i >= len(SCHEDULES)
+def schedules(module: Any) -> Iterator[str]:
+    """Sets each schedule in turn and yields its name; the first one is set again at the end."""
+    for order, early in SCHEDULES:
         module.emulate(order, early)
-        if wide:
-            module.emulate_wide(hopper)
-        yield f"threads in order {order}, copies {'early' if early else 'late'}{', wide' * hopper}"
+        yield f"threads in order {order}, copies {'early' if early else 'late'}"
     module.emulate(0, 0)
-    if wide:
-        module.emulate_wide(False)

@@ -52,9 +52,6 @@ class OnGpu:
     def emulate(self, order: int, early_copies: int) -> None:
         """The device has one order, its own."""
 
-    def emulate_wide(self, yes: bool) -> None:
-        """It knows what it is."""
-
     def launches(self) -> int:
         return self._count
 
