@@ -152,7 +152,7 @@ def device(gather: Gather) -> Iterator[Finding]:
         yield Finding("device", OK, text)
     if found["devices"]:
         yield Finding(
-            "device", NOTE, "the CUDA path has never yet been run on a GPU: see README.md"
+            "device", NOTE, "no server has answered on a GPU yet, the kernels have: see README.md"
         )
         return
     if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
