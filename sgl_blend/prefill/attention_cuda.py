@@ -15,6 +15,7 @@ in cells where its kernels take bytes: masks are packed here and put in its plac
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +92,14 @@ def _how(spec: AttentionSpec) -> dict[str, Any]:
 
 def serves(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Does FlashInfer serve these queries and this pool? It has no kernel for fp32, nor, with a
-    mask, for keys and values of different sizes."""
+    mask, for keys and values of different sizes; and it may not be installed."""
     same = k_cache.shape[2] == v_cache.shape[2]
-    return same and torch.float32 not in (q.dtype, k_cache.dtype)
+    return same and torch.float32 not in (q.dtype, k_cache.dtype) and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
 
 
 class FlashInferRows:

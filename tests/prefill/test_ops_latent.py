@@ -108,8 +108,9 @@ def test_rows_in_blocks_are_rows(monkeypatch, block):
     close(parts_mass, mass)
 
 
-def test_flashinfer_is_asked_where_it_has_a_kernel():
-    """Keys and values of one size, half precision; latents are attended to in torch."""
+def test_flashinfer_is_asked_where_it_has_a_kernel(monkeypatch):
+    """Keys and values of one size, half precision; latents are attended to in torch, and everything
+    where FlashInfer is not installed."""
     bf16, fp32 = torch.bfloat16, torch.float32
 
     def serves(dim: int, value_dim: int, dtype: torch.dtype, q_dtype: torch.dtype) -> bool:
@@ -121,3 +122,5 @@ def test_flashinfer_is_asked_where_it_has_a_kernel():
     assert not serves(576, 512, bf16, bf16)
     assert not serves(128, 128, fp32, fp32)
     assert not serves(128, 128, bf16, fp32)
+    monkeypatch.setattr(attention_cuda, "_installed", lambda: False)
+    assert not serves(128, 128, bf16, bf16)
