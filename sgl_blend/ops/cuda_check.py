@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ from sgl_blend.ops.build import launch
 from sgl_blend.ops.upload import page_locked
 
 TOKENS, HEADS, DIM = 70, 2, 64
+#: head sizes and types of queries that attention is compiled for, each on its own
+DIMS, TYPES = (64, 128, 256), (torch.bfloat16, torch.float16)
 
 
 def differing(module: Any, device: torch.device) -> list[str]:
@@ -35,13 +38,21 @@ def differing(module: Any, device: torch.device) -> list[str]:
         ),
         "mean_deltas": _averages(module, k, v, src, dst, turn),
         "select_rows": _selects(module, device),
-        "attention_mass": _sums(module, k, src),
         "gather_chunks": _gathers(module, k, v, src),
         "rotate_from out of the host's memory": _comes(module, k, v, dst, turn),
         "take_from": _takes(module, k, v),
-        "row_attention": _attends(module, k, v, src, beside=0),
-        "row_attention in parts, join_parts": _attends(module, k, v, src, beside=9),
     }
+    for dtype in (torch.float16, torch.float32):
+        of_type = (x.to(dtype) for x in (k, v))
+        found[f"rotate_copy, {dtype}"] = _moves(module, *of_type, src, dst, turn, bias)
+    for dim, dtype in itertools.product(DIMS, TYPES):
+        k, v = (
+            torch.randn(2 * TOKENS, HEADS, dim, generator=gen).to(dtype).to(device) for _ in "kv"
+        )
+        of = f"heads of {dim}, {dtype}"
+        found[f"attention_mass, {of}"] = _sums(module, k, src)
+        found[f"row_attention, {of}"] = _attends(module, k, v, src, beside=0)
+        found[f"row_attention in parts, join_parts, {of}"] = _attends(module, k, v, src, beside=9)
     return [name for name, right in found.items() if not right]
 
 
@@ -128,9 +139,10 @@ def _selects(module: Any, device: torch.device) -> bool:
 
 
 def _sums(module: Any, k: torch.Tensor, slots: torch.Tensor) -> bool:
-    q = k[:24].reshape(12, 2 * HEADS, DIM)
+    dim = k.shape[2]
+    q = k[:24].reshape(12, 2 * HEADS, dim)
     scores = torch.einsum("rhd,nhd->rhn", q.float(), k[slots].float().repeat_interleave(2, 1))
-    scores = scores / math.sqrt(DIM)
+    scores = scores / math.sqrt(dim)
     got = cuda.attention_mass(
         module,
         q,
@@ -139,7 +151,7 @@ def _sums(module: Any, k: torch.Tensor, slots: torch.Tensor) -> bool:
         torch.full((12,), TOKENS, device=k.device),
         scores.logsumexp(-1),
         torch.ones(12, device=k.device),
-        scale=1 / math.sqrt(DIM),
+        scale=1 / math.sqrt(dim),
         window=-1,
         logit_cap=0.0,
         kv_pos0=0,
@@ -152,14 +164,15 @@ def _attends(
     module: Any, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, beside: int
 ) -> bool:
     """Of rows in the middle and at the end; so many more keys lie outside the pool."""
-    q = k[:36].reshape(18, 2 * HEADS, DIM)
+    dim = k.shape[2]
+    q = k[:36].reshape(18, 2 * HEADS, dim)
     pos = torch.arange(TOKENS - 36, TOKENS, 2, device=k.device)
     own, at = (k[-beside:], v[-beside:]), pos[:beside]
     over = [cuda_rows.one_request(q, k, v, slots)]
     if beside:
         over.append(cuda_rows.one_request(q, *own, None, 0, at))
     sinks = torch.linspace(-1, 1, 2 * HEADS, device=k.device)
-    scale, window, cap = 1 / math.sqrt(DIM), 40, 20.0
+    scale, window, cap = 1 / math.sqrt(dim), 40, 20.0
     got = cuda_rows.row_attention(
         module, q, pos, over, scale=scale, window=window, logit_cap=cap, sinks=sinks
     ).out

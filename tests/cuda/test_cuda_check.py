@@ -48,6 +48,27 @@ def test_wrong_kernels_are_named(poisoned, name):
     assert found and all(name in text for text in found)
 
 
+class WrongFor128:
+    """The emulated module; for heads of 128, which are code of their own, some launchers do
+    nothing."""
+
+    def __getattr__(self, name):
+        launcher = getattr(emulated.kernels(), name)
+        if name not in ("row_attention", "attention_mass"):
+            return launcher
+        return lambda q, *args: None if q.shape[-1] == 128 else launcher(q, *args)
+
+
+def test_every_head_size_is_tried(poisoned):
+    found = cuda_check.differing(WrongFor128(), CPU)
+    kinds = ("attention_mass", "row_attention", "row_attention in parts, join_parts")
+    assert found == [
+        f"{kind}, heads of 128, torch.{dtype}"
+        for dtype in ("bfloat16", "float16")
+        for kind in kinds
+    ]
+
+
 @pytest.fixture
 def device(monkeypatch):
     """Where ``kernels`` looks for a device of sm_90. Nothing was built ahead of time."""
