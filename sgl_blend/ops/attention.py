@@ -178,7 +178,9 @@ def _run(
     sinks = options.sinks
     if sinks is not None:
         sinks = checks.sinks(sinks, q_heads, q.device)
-    on_device = kernels(q.device) if with_mass is _Mass.NONE else None
+    on_device = None
+    if with_mass is _Mass.NONE:
+        on_device = kernels(q.device, *cuda_rows.LAUNCHERS)
     if on_device is not None and _attends(q, k_cache, v_cache, extra):
         over = [cuda_rows.one_request(q, k_cache, v_cache, slots, options.kv_pos0)]
         if extra.pos.numel():

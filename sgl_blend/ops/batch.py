@@ -36,7 +36,9 @@ class RowBatch:
 
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Does a kernel serve these queries [R, Hq, D] and this pool? It does not on the CPU."""
-        return kernels(q.device) is not None and cuda_rows.attends(q, k_cache, v_cache)
+        return kernels(q.device, *cuda_rows.LAUNCHERS) is not None and cuda_rows.attends(
+            q, k_cache, v_cache
+        )
 
     def attention(
         self,
@@ -68,7 +70,7 @@ class RowBatch:
             sinks = checks.sinks(sinks, q.shape[1], self.device)
         keys = cuda_rows.Keys(k_cache, v_cache, self._slots, tiles, max(self.keys))
         return cuda_rows.row_attention(
-            kernels(q.device), q, self._pos, [keys],
+            kernels(q.device, *cuda_rows.LAUNCHERS), q, self._pos, [keys],
             scale=scale, window=window, logit_cap=logit_cap, sinks=sinks, with_lse=with_lse,
         )  # fmt: skip
 
@@ -110,7 +112,9 @@ class ScratchBatch:
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Does a kernel serve these queries [R, Hq, D], and keys and values of this kind? It does
         not on the CPU."""
-        return kernels(q.device) is not None and cuda_rows.attends(q, k_cache, v_cache)
+        return kernels(q.device, *cuda_rows.LAUNCHERS) is not None and cuda_rows.attends(
+            q, k_cache, v_cache
+        )
 
     def attention(
         self,
@@ -144,6 +148,6 @@ class ScratchBatch:
             cuda_rows.Keys(*own, None, tiles["own"], next(longest), q_pos=self._within),
         ]
         return cuda_rows.row_attention(
-            kernels(q.device), q, self._behind, over,
+            kernels(q.device, *cuda_rows.LAUNCHERS), q, self._behind, over,
             scale=scale, window=-1, logit_cap=logit_cap, sinks=sinks, with_lse=True,
         )  # fmt: skip

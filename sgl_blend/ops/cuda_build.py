@@ -56,17 +56,22 @@ def includes() -> list[str]:
     return [find_include_path(), find_dlpack_include_path()]
 
 
-def kernels(device: torch.device) -> Any | None:
-    """The kernels for ``device``; ``None``: the torch reference is to be used."""
-    return _checked(device) if device.type == "cuda" else None
+def kernels(device: torch.device, *launchers: str) -> Any | None:
+    """The kernels for ``device``, where all of ``launchers`` are right there; ``None``: the torch
+    reference is to be used."""
+    if device.type != "cuda":
+        return None
+    module, wrong = _checked(device)
+    return None if wrong.intersection(launchers) else module
 
 
 @functools.cache
-def _checked(device: torch.device) -> Any | None:
+def _checked(device: torch.device) -> tuple[Any | None, frozenset[str]]:
+    """The kernels, and the launchers that give wrong results."""
     target = target_of(torch.cuda.get_device_capability(device))
     module = cuda_module(target)
     if module is None:
-        return None
+        return None, frozenset()
     try:
         wrong = differing(module, device)
     except (KernelError, RuntimeError) as error:
@@ -76,16 +81,15 @@ def _checked(device: torch.device) -> Any | None:
             torch.cuda.get_device_name(device),
             error,
         )
-        return None
+        return None, frozenset()
     if wrong:
         logger.warning(
-            "sgl-blend's CUDA kernels give other results than torch on %s (%s); falling back to "
-            "torch, which is several times slower. Please report this.",
+            "sgl-blend's CUDA kernels give other results than torch on %s (%s); what these do is "
+            "left to torch, which is several times slower. Please report this.",
             torch.cuda.get_device_name(device),
-            ", ".join(wrong),
+            "; ".join(text for texts in wrong.values() for text in texts),
         )
-        return None
-    return module
+    return module, frozenset(wrong)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ TILE = 128
 #: an H100: where there are fewer, the keys are split. The same on every device, and so are the
 #: results.
 BLOCKS = 198
+LAUNCHERS = ("row_attention", "join_parts")
 #: keys of one step of a block, and steps that a part of split keys has at least
 STEP, LEAST_STEPS = 64, 4
 

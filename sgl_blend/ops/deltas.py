@@ -91,7 +91,8 @@ class Averaged(NamedTuple):
 
 def averages(k_cache: torch.Tensor, v_cache: torch.Tensor, rotary_dim: int) -> bool:
     """Does a kernel average deltas of this pool [slots, heads, dim]? It does not on the CPU."""
-    return kernels(k_cache.device) is not None and cuda.rotates(k_cache, v_cache, rotary_dim, ())
+    module = kernels(k_cache.device, "mean_deltas")
+    return module is not None and cuda.rotates(k_cache, v_cache, rotary_dim, ())
 
 
 def mean_deltas(
@@ -114,7 +115,7 @@ def mean_deltas(
     Raises:
         KernelError: arguments that do not fit, or that no kernel serves (``averages``).
     """
-    module = kernels(k_cache.device)
+    module = kernels(k_cache.device, "mean_deltas")
     if module is None:
         raise KernelError("no kernel averages the deltas of this pool")
     turn, back = turns or (None, None)

@@ -32,7 +32,7 @@ def v_deviation(
         fresh.shape == src.shape,
         f"fresh_slots has {fresh.shape[0]} tokens, src_slots {src.shape[0]}",
     )
-    on_device = kernels(v_cache.device)
+    on_device = kernels(v_cache.device, "v_deviation")
     if on_device is not None and fresh.shape[0] and cuda.in_rows(v_cache):
         return cuda.v_deviation(on_device, v_cache, fresh, src)
     module = cpu_module(v_cache.device)
@@ -66,7 +66,7 @@ def kv_deviation(
     tokens = fresh.shape[0]
     require(tokens == src.shape[0], f"fresh_slots has {tokens} tokens, src_slots {src.shape[0]}")
     turn = checked_rotation(k_cache, tokens, *turn, rotary_dim)
-    on_device = kernels(k_cache.device)
+    on_device = kernels(k_cache.device, "kv_deviation")
     if on_device is not None and tokens and cuda.rotates(k_cache, v_cache, rotary_dim, turn):
         return cuda.kv_deviation(on_device, k_cache, v_cache, fresh, src, turn, rotary_dim, neox)
     for name, slots in (("fresh_slots", fresh), ("src_slots", src)):

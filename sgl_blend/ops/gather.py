@@ -59,7 +59,7 @@ def gather_chunks(
         f"out is {out.dtype} {list(out.shape)} on {out.device}; expected uint8 [{total}] on "
         f"{k.device}",
     )
-    on_device = kernels(k.device)
+    on_device = kernels(k.device, "gather_chunks")
     if on_device is not None and chunks and cuda.gathers(k_caches, v_caches, out):
         cuda.gather_chunks(on_device, k_caches, v_caches, index, chunks, out)
         return

@@ -59,7 +59,7 @@ def attention_mass(
     if values is not None:
         checks.pool(k_cache, values, ("k_cache", "values"))
     lse, weights = lse.float().contiguous(), row_weights.float().contiguous()
-    on_device = kernels(q.device)
+    on_device = kernels(q.device, "attention_mass")
     if on_device is not None and slots.shape[0] and _sums(q, k_cache, values):
         return cuda.attention_mass(
             on_device, q, k_cache, slots, pos, lse, weights,
@@ -96,7 +96,7 @@ class MassSum:
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Is there a kernel for these queries [R, Hq, D] and this pool? There is none on the
         CPU."""
-        return kernels(q.device) is not None and _sums(q, k_cache, v_cache)
+        return kernels(q.device, "attention_mass") is not None and _sums(q, k_cache, v_cache)
 
     def add(
         self,
@@ -123,8 +123,9 @@ class MassSum:
         if late and self._late is None:
             self._late = self._zeros(k_cache)
         cuda.add_mass(
-            kernels(q.device), q, k_cache, v_cache if self._by_value else None, self._slots,
-            self._behind, lse, self._weights, self._all, self._late if late else None,
+            kernels(q.device, "attention_mass"), q, k_cache,
+            v_cache if self._by_value else None, self._slots, self._behind, lse, self._weights,
+            self._all, self._late if late else None,
             scale=scale, logit_cap=logit_cap, value_unit=v_scale,
         )  # fmt: skip
 

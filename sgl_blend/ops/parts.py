@@ -12,6 +12,9 @@ from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
 from sgl_blend.ops.cuda_build import kernels
 
+#: launchers that read parts where they lie
+READERS = ("rotate_from", "take_from")
+
 
 class Parts:
     """KV of tokens that lie in several places outside the pool, for a range of layers.
@@ -101,10 +104,11 @@ class Parts:
             )
         if index is not None:
             index = checks.index("index", index, v.device)
-        places, module = self.places(v.device), kernels(v.device)
+        places = self.places(v.device)
         if count == 0:
             return
         if places is not None and all(cuda.aligned(x) for x in (k, v) if x is not None):
+            module = kernels(v.device, *READERS)
             cuda.take_from(module, places, layer, self.blocks(v.device), k, v, index)
             return
         for out, parts in ((k, self.k), (v, self.v)):
@@ -141,7 +145,7 @@ class Parts:
             )
             self._places[device] = (
                 cuda.places_of(self.k, self.v, device)
-                if reached and kernels(device) is not None
+                if reached and kernels(device, *READERS) is not None
                 else None
             )
         return self._places[device]

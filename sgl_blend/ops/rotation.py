@@ -11,7 +11,7 @@ from sgl_blend.ops import checks, cuda, reference
 from sgl_blend.ops.build import cpu_module, launch
 from sgl_blend.ops.checks import require
 from sgl_blend.ops.cuda_build import kernels
-from sgl_blend.ops.parts import Parts
+from sgl_blend.ops.parts import READERS, Parts
 from sgl_blend.ops.reference import Bias
 from sgl_blend.ops.ropes import Rotation
 
@@ -51,7 +51,7 @@ def rotate_copy(
     runs = checked_runs(runs, dst)
     if dst.shape[0] == 0:
         return
-    on_device = kernels(k_cache.device)
+    on_device = kernels(k_cache.device, "rotate_copy")
     if on_device is not None and cuda.rotates(k_cache, v_cache, rotary_dim, (cos, sin), bias):
         cuda.rotate_copy(
             on_device, k_cache, v_cache, src, dst, (cos, sin), rotary_dim, neox, bias, runs
@@ -123,7 +123,7 @@ def rotate_from(
         return
     if reads(parts, k_cache, v_cache, (cos, sin), rotary_dim, bias):
         cuda.rotate_from(
-            kernels(k_cache.device), parts.places(k_cache.device), layer,
+            kernels(k_cache.device, *READERS), parts.places(k_cache.device), layer,
             parts.blocks(k_cache.device), k_cache, v_cache, dst, (cos, sin), rotary_dim, neox,
             bias, runs,
         )  # fmt: skip
@@ -161,7 +161,7 @@ def reads(
     """Does a kernel of the pool's GPU take the parts from where they lie, be it the host's memory,
     and turn them by ``turn`` on their way?"""
     return (
-        kernels(k_cache.device) is not None
+        kernels(k_cache.device, *READERS) is not None
         and cuda.rotates(k_cache, v_cache, rotary_dim, turn, bias)
         and parts.places(k_cache.device) is not None
     )

@@ -31,7 +31,7 @@ def top_rows(scores: torch.Tensor, k: int, before: torch.Tensor | None = None) -
     if k >= n:
         return torch.arange(n, dtype=torch.int64, device=scores.device)
     scores = _ahead(scores, before)
-    on_device = kernels(scores.device)
+    on_device = kernels(scores.device, "select_rows")
     if on_device is not None and scores.dtype == torch.float32:
         return cuda.select_rows(on_device, scores.contiguous(), [n], [k]).chosen
     order = torch.sort(scores, descending=True, stable=True).indices
@@ -56,7 +56,7 @@ def select_rows(scores: torch.Tensor, counts: Sequence[int], ks: Sequence[int]) 
         all(0 <= k <= n for n, k in zip(counts, ks, strict=True)),
         f"{list(ks)} of {list(counts)} rows; expected 0..count of each",
     )
-    on_device = kernels(scores.device)
+    on_device = kernels(scores.device, "select_rows")
     if on_device is not None and counts:
         return cuda.select_rows(on_device, scores.contiguous(), counts, ks)
     chosen, rest, runs = (

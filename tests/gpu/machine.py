@@ -60,7 +60,8 @@ def _kernels(job: Job) -> None:
     module = module_of(job)
     if job.check("the kernels load", module is not None):
         wrong = cuda_check.differing(module, job.device)
-        job.check("the kernels give torch's results", not wrong, said=", ".join(wrong))
+        said = "; ".join(text for texts in wrong.values() for text in texts)
+        job.check("the kernels give torch's results", not wrong, said=said)
 
 
 def module_of(job: Job) -> Any | None:

@@ -85,7 +85,7 @@ def _pretended(module) -> Iterator:
     """A device whose kernels are the emulator's."""
     from on_device import watching
 
-    serve = lambda device: module if device.type == "cuda" else None  # noqa: E731
+    serve = lambda device, *_: module if device.type == "cuda" else None  # noqa: E731
     with contextlib.ExitStack() as stack:
         for _, name, _ in pkgutil.iter_modules(ops.__path__):
             asking = importlib.import_module(f"sgl_blend.ops.{name}")

@@ -33,7 +33,7 @@ def kernel(request, monkeypatch):
         monkeypatch.setattr("sgl_blend.ops.rotation.cpu_module", lambda device: None)
     if request.param == "CUDA":
         module = emulated.kernels()
-        monkeypatch.setattr("sgl_blend.ops.rotation.kernels", lambda device: module)
+        monkeypatch.setattr("sgl_blend.ops.rotation.kernels", lambda device, *_: module)
     return request.param
 
 

@@ -89,7 +89,9 @@ def kernels() -> Any:
 def serve(monkeypatch: Any, choose: Callable[[Any], Any], asking: tuple[str, ...] = ASKING) -> None:
     """The ops get ``choose(device)`` for a device's kernels; None: there are none."""
     for name in asking:
-        monkeypatch.setattr(f"sgl_blend.ops.{name}.kernels", choose)
+        monkeypatch.setattr(
+            f"sgl_blend.ops.{name}.kernels", lambda device, *launchers: choose(device)
+        )
 
 
 def launches_of(module: Any) -> Callable[[], int]:
