@@ -56,10 +56,9 @@ def _written(table: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
 
 def _compile(nvcc: Path, source: Path) -> str:
     """What ptxas says of ``source`` for all targets, PTX for later ones beside them."""
-    last = cuda_build.TARGETS[-1]
     command = [str(nvcc), *cuda_build.FLAGS, "-Xptxas", "-v"]
     command += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in cuda_build.TARGETS]
-    command += [f"-gencode=arch=compute_{last},code=compute_{last}"]
+    command += [f"-gencode=arch=compute_{cuda_build.PTX},code=compute_{cuda_build.PTX}"]
     command += [f"-I{path}" for path in cuda_build.includes()]
     with tempfile.TemporaryDirectory() as folder:
         command += ["-c", str(source), "-o", f"{folder}/kernels.o"]
