@@ -36,9 +36,7 @@ class RowBatch:
 
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Does a kernel serve these queries [R, Hq, D] and this pool? It does not on the CPU."""
-        return kernels(q.device, *cuda_rows.LAUNCHERS) is not None and cuda_rows.attends(
-            q, k_cache, v_cache
-        )
+        return _serves(q, k_cache, v_cache)
 
     def attention(
         self,
@@ -73,6 +71,10 @@ class RowBatch:
             kernels(q.device, *cuda_rows.LAUNCHERS), q, self._pos, [keys],
             scale=scale, window=window, logit_cap=logit_cap, sinks=sinks, with_lse=with_lse,
         )  # fmt: skip
+
+
+def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    return kernels(q.device, *cuda_rows.LAUNCHERS) is not None and cuda_rows.attends(q, k, v)
 
 
 class Asking(NamedTuple):
@@ -112,9 +114,7 @@ class ScratchBatch:
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Does a kernel serve these queries [R, Hq, D], and keys and values of this kind? It does
         not on the CPU."""
-        return kernels(q.device, *cuda_rows.LAUNCHERS) is not None and cuda_rows.attends(
-            q, k_cache, v_cache
-        )
+        return _serves(q, k_cache, v_cache)
 
     def attention(
         self,

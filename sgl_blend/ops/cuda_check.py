@@ -16,9 +16,7 @@ from sgl_blend.ops.upload import page_locked
 TOKENS, HEADS, DIM = 70, 2, 64
 #: head sizes and types of queries that attention is compiled for, each on its own
 DIMS, TYPES = (64, 128, 256), (torch.bfloat16, torch.float16)
-
-
-#: what is compared; each name begins the names of its cases
+#: what is compared; a case names those that may be the cause
 LAUNCHERS = (
     "rotate_copy", "rotate_from", "take_from", "mean_deltas", "v_deviation", "kv_deviation",
     "select_rows", "attention_mass", "gather_chunks", "row_attention", "join_parts",

@@ -7,8 +7,8 @@ import importlib.util
 import torch
 
 
-def choose(device: torch.device) -> str:
-    """What this project chooses."""
+def by_what(device: torch.device) -> str:
+    """One line for the page."""
     if device.type != "cuda":
         return "this project's CPU kernels"
     if importlib.util.find_spec("flashinfer") is not None:

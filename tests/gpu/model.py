@@ -31,7 +31,7 @@ CLOSE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 def run(job: Job) -> None:
     prompts = (Prompt(3, 40, 12),) if job.rehearse else SIZES
     shape = SMALL if job.rehearse else _fitting(job, EIGHT_B, prompts[-1].pool)
-    job.note("rows attend by", attention.choose(job.device))
+    job.note("rows attend by", attention.by_what(job.device))
     llama = Llama(shape, prompts[-1].pool, prompts[-1].tokens, job.device)
     small = Prompt(3, 40, 12)
     for policy, ratio in SETTINGS:

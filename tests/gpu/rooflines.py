@@ -58,7 +58,7 @@ def measure(job: Job, sizes: Sequence[int]) -> None:
     module = module_of(job)
     if not job.check("there are kernels", module is not None):
         return
-    job.note("rows attend by", attention.choose(job.device))
+    job.note("rows attend by", attention.by_what(job.device))
     peak = clock.known(job.out, job.device, job.rehearse)
     for n in sizes:
         layer = Layer(n, job.device)

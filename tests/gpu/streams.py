@@ -41,7 +41,7 @@ LONG = 20_000_000  # about 10 ms: longer than a copy takes from there to its end
 
 
 def run(job: Job) -> None:
-    job.note("rows attend by", attention.choose(job.device))
+    job.note("rows attend by", attention.by_what(job.device))
     shape = Shape(4, 64, 4, 2, 64, 128, 500, torch.float16)
     prompt = Prompt(3, 40, 12)
     for hosted_too in (False, True):
