@@ -21,7 +21,7 @@ constexpr float LOG2E = 1.44269504f;
 constexpr int64_t CHUNK = 16 * TILE;        // rows whose state stays in a core's L2
 constexpr int64_t KEPT = int64_t{4} << 20;  // scores a thread may keep for the mass
 
-constexpr int64_t BY_VALUE = 2;  // with_mass: times the length of the key's value
+constexpr int64_t BY_VALUE = 2;  // with_mass: times the length of the key's value, and plain
 
 struct Span {
   int64_t low, high;
@@ -44,9 +44,11 @@ struct Problem {
   int64_t rows, group, kv_heads, dim, value_dim;
   float scale, cap;
   bool with_mass;
-  bool by_value;         // the mass counts a key as much as its value is long
+  bool by_value;  // the mass counts a key as much as its value is long; the plain one follows
   const float* weights;  // per token row, of its part in the mass
   const float* sinks;    // per query head, or null
+
+  int64_t masses() const { return with_mass ? runs[0].keys * (by_value ? 2 : 1) : 0; }
 };
 
 struct Free {
@@ -76,8 +78,8 @@ struct Scratch {
     scores = allocate((kept_blocks * chunk + TILE) * BK);
     peaks.resize(kept_blocks * chunk);
     if (p.with_mass) {
-      mass = allocate(pool_keys);
-      std::fill_n(mass.get(), pool_keys, 0.0f);
+      mass = allocate(p.masses());
+      std::fill_n(mass.get(), p.masses(), 0.0f);
     }
   }
 
@@ -181,7 +183,7 @@ float length_of(const Run& run, int64_t j, int64_t head) {
 }
 
 // mass[j] += weighted sum over the item's rows of the final probability of key j, from the kept
-// tiles, times the length of its value where that counts.
+// tiles; where the length of its value counts, times it, and the plain sum behind all keys'.
 template <typename T>
 void add_mass(const Problem& p, const Item& item, Scratch& s, int64_t chunk, int64_t start,
               int64_t stop) {
@@ -214,6 +216,8 @@ void add_mass(const Problem& p, const Item& item, Scratch& s, int64_t chunk, int
         }
       }
       for (int64_t j = span.low; j < span.high; ++j) mass[j] += sums[j] * lengths[j];
+      if (!p.by_value) continue;
+      for (int64_t j = span.low; j < span.high; ++j) mass[run.keys + j] += sums[j];
     }
   }
 }
@@ -292,7 +296,7 @@ void run_all(const Problem& p, float* mass, int64_t threads) {
       for (int64_t i = t; i < total; i += threads) attend<T, TQ>(p, items[i], scratch[t], chunk);
     }
     for (const Scratch& s : scratch) {
-      for (int64_t j = 0; j < p.runs[0].keys; ++j) mass[j] += s.mass[j];
+      for (int64_t j = 0; j < p.masses(); ++j) mass[j] += s.mass[j];
     }
   } else {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -366,7 +370,7 @@ void row_attention(TensorView q_t, TensorView k_t, TensorView v_t, TensorView sl
   expect(std::is_sorted(q_pos, q_pos + p.rows), "q_pos must be ascending");
   const int64_t* extra_pos = indices(extra_pos_t, extras, "extra_pos: expected int64 [E]");
   expect(std::is_sorted(extra_pos, extra_pos + extras), "extra_pos must be ascending");
-  float* mass = floats(mass_t, with_mass ? keys : 0, "mass: expected float32 [S]");
+  float* mass = floats(mass_t, p.masses(), "mass: expected float32 [S], by value [2 S]");
   p.weights = floats(weights_t, with_mass ? p.rows : 0, "row weights: expected float32 [R]");
   if (sinks_t.numel() > 0) p.sinks = floats(sinks_t, p.q.heads, "sinks: expected float32 [Hq]");
   if (p.rows == 0 || p.group == 0) return;

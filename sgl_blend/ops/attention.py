@@ -44,10 +44,12 @@ class AttentionOptions:
 
 
 class AttentionWithMass(NamedTuple):
-    """out [R, Hq, Dv] in q's dtype; mass fp32 [S], see ``row_attention_with_mass``."""
+    """out [R, Hq, Dv] in q's dtype; mass fp32 [S], see ``row_attention_with_mass``; plain: the mass
+    as it is where values do not count, the same tensor where they do not."""
 
     out: torch.Tensor
     mass: torch.Tensor
+    plain: torch.Tensor
 
 
 def row_attention(
@@ -189,35 +191,37 @@ def _run(
             on_device, q, pos, over,
             scale=options.scale, window=options.window, logit_cap=cap, sinks=sinks,
         )  # fmt: skip
-        return AttentionWithMass(there.out, q.new_zeros(0, dtype=torch.float32))
+        none = q.new_zeros(0, dtype=torch.float32)
+        return AttentionWithMass(there.out, none, none)
     module = cpu_module(q.device)
     if module is None:
         checks.in_range("kv_slots", slots, k_cache.shape[0])
         checks.ascending("q_pos", pos)
-        attended, summed = reference.row_attention(
-            q,
-            k_cache,
-            v_cache,
-            slots,
-            pos,
-            scale=options.scale,
-            window=options.window,
-            logit_cap=cap,
-            kv_pos0=options.kv_pos0,
-            k_extra=extra.k if extra.pos.numel() else None,
-            v_extra=extra.v if extra.pos.numel() else None,
-            extra_pos=extra.pos if extra.pos.numel() else None,
-            sinks=sinks,
-            with_mass=bool(with_mass),
-            row_weights=row_weights,
-            by_value=with_mass is _Mass.BY_VALUE,
+        return AttentionWithMass(
+            *reference.row_attention(
+                q,
+                k_cache,
+                v_cache,
+                slots,
+                pos,
+                scale=options.scale,
+                window=options.window,
+                logit_cap=cap,
+                kv_pos0=options.kv_pos0,
+                k_extra=extra.k if extra.pos.numel() else None,
+                v_extra=extra.v if extra.pos.numel() else None,
+                extra_pos=extra.pos if extra.pos.numel() else None,
+                sinks=sinks,
+                with_mass=bool(with_mass),
+                row_weights=row_weights,
+                by_value=with_mass is _Mass.BY_VALUE,
+            )
         )
-        empty = q.new_zeros(0, dtype=torch.float32)
-        return AttentionWithMass(attended, empty if summed is None else summed)
     # The kernel walks keys in ascending position, so that each row sees one run of them.
     extra_pos, order = torch.sort(extra.pos) if extra.pos.numel() else (extra.pos, extra.pos)
     out = torch.empty(rows, q_heads, v_cache.shape[2], dtype=q.dtype)
-    mass = torch.zeros(slots.shape[0] if with_mass else 0, dtype=torch.float32)
+    # By value: both sums, one behind the other.
+    mass = torch.zeros(int(with_mass) * slots.shape[0], dtype=torch.float32)
     weights = row_weights
     if weights is None:
         weights = torch.ones(rows if with_mass else 0, dtype=torch.float32)
@@ -236,4 +240,5 @@ def _run(
             torch.get_num_threads(),
         ),
     )
-    return AttentionWithMass(out, mass)
+    both = mass.view(2, -1) if with_mass is _Mass.BY_VALUE else (mass, mass)
+    return AttentionWithMass(out, *both)

@@ -199,7 +199,7 @@ def _attends(
     got = cuda_rows.row_attention(
         module, q, pos, over, scale=scale, window=window, logit_cap=cap, sinks=sinks
     ).out
-    want, _ = reference.row_attention(
+    want, *_ = reference.row_attention(
         q.float(), k, v, slots, pos,
         scale=scale, window=window, logit_cap=cap, kv_pos0=0, sinks=sinks, with_mass=False,
         k_extra=own[0] if beside else None,

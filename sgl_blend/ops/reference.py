@@ -149,8 +149,9 @@ def row_attention(
     with_mass: bool,
     row_weights: torch.Tensor | None = None,
     by_value: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out [R, Hq, Dv], mass fp32 [S] or None): masked softmax with ``sinks`` (fp32 [Hq]), fp32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out [R, Hq, Dv], mass fp32 [S], plain mass fp32 [S]; both of no key without ``with_mass``):
+    masked softmax with ``sinks`` (fp32 [Hq]), fp32."""
     rows, q_heads, _ = q.shape
     kv_heads, keys = k_cache.shape[1], kv_slots.shape[0]
     group = q_heads // kv_heads
@@ -158,7 +159,8 @@ def row_attention(
     if extra_pos is not None:
         key_pos = torch.cat((key_pos, extra_pos))
     out = torch.zeros(rows, q_heads, v_cache.shape[2], dtype=q.dtype, device=q.device)
-    mass = torch.zeros(keys, dtype=torch.float32, device=q.device) if with_mass else None
+    plain = torch.zeros(keys if with_mass else 0, dtype=torch.float32, device=q.device)
+    mass = plain.clone() if by_value else plain
 
     def gather(cache: torch.Tensor, extra: torch.Tensor | None, head: int) -> torch.Tensor:
         part = cache[kv_slots, head].float()
@@ -179,13 +181,15 @@ def row_attention(
             probs = softmax(scores, None if sinks is None else sinks[part, None])
             probs.masked_fill_(hidden.all(dim=-1, keepdim=True), 0.0)
             out[block, part] = (probs @ values).to(q.dtype)
-            if mass is not None:
+            if with_mass:
                 by_row = probs[..., :keys].sum(dim=1)
                 if row_weights is not None:
                     by_row = by_row * row_weights[block, None]
                 summed = by_row.sum(dim=0)
-                mass += summed * values[:keys].norm(dim=1) if by_value else summed
-    return out, mass
+                plain += summed
+                if by_value:
+                    mass += summed * values[:keys].norm(dim=1)
+    return out, mass, plain
 
 
 def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

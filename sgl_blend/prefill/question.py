@@ -209,7 +209,7 @@ class QuestionAttention:
             row_weights=s.weights,
             by_value=s.by_value,
         )
-        self._add_mass(spec, s, out.mass[s.reused])
+        self._add_mass(spec, s, out.mass[s.reused], out.plain[s.reused])
         return out.out
 
     def _over_cache(
@@ -243,7 +243,8 @@ class QuestionAttention:
             cached.float() * (lse - both).exp()[..., None] + own * (of_own - both).exp()[..., None]
         )
         keys = s.key_slots[s.reused]
-        mass = ops.attention_mass(
+        mass_of = functools.partial(
+            ops.attention_mass,
             q,
             self.pool.k(spec.layer),
             keys,
@@ -252,20 +253,21 @@ class QuestionAttention:
             s.weights,
             scale=spec.pool_scale,
             logit_cap=spec.logit_cap,
-            values=self.pool.v(spec.layer) if s.by_value else None,
         )
-        self._add_mass(spec, s, mass)
+        mass = plain = mass_of(values=self.pool.v(spec.layer) if s.by_value else None)
+        if s.by_value and spec.layer >= self.late:
+            plain = mass_of()
+        self._add_mass(spec, s, mass, plain)
         return out.to(q.dtype)
 
-    def _add_mass(self, spec: AttentionSpec, s: Scratch, mass: torch.Tensor) -> None:
-        """mass: fp32, of each reused token in this layer; by value in the pool's unit of V."""
+    def _add_mass(
+        self, spec: AttentionSpec, s: Scratch, mass: torch.Tensor, plain: torch.Tensor
+    ) -> None:
+        """mass, plain: fp32, of each reused token in this layer; mass by value in the pool's unit
+        of V, plain never, and read in late layers alone."""
         s.mass += mass * spec.v_scale if s.by_value else mass
         if spec.layer >= self.late:
-            if s.by_value:
-                # Of each head's norm the kernel has made use already: their mean undoes it nearly.
-                values = self.pool.v(spec.layer)[s.key_slots[s.reused]].float()
-                mass = mass / values.norm(dim=2).mean(dim=1).clamp(min=1e-9)
-            self._add_late(s, mass)
+            self._add_late(s, plain)
 
     def _add_late(self, s: Scratch, mass: torch.Tensor) -> None:
         s.late = mass.clone() if s.late is None else s.late + mass

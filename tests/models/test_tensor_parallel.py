@@ -21,6 +21,7 @@ def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> N
     [one] = jobs.run_all([(TRACE, (str(models), arch, page, 0, 1, free_port()), {})])
     port = free_port()
     ranks = jobs.run_all([(TRACE, (str(models), arch, page, r, 2, port), {}) for r in (0, 1)])
+    assert sum(bool(single["corrected"]) for single in one) == 6
     for i, single in enumerate(one):
         first, second = ranks[0][i], ranks[1][i]
         what = f"{single['policy']} (request {i})"

@@ -78,7 +78,8 @@ def make_attention(case: dict) -> tuple[list[torch.Tensor], dict]:
 @given(case=attention_cases())
 def test_row_attention_and_mass_match_reference(case):
     args, options = make_attention(case)
-    out, mass = reference.row_attention(*args, **{**NONE, **options}, with_mass=True)
+    out, mass, plain = reference.row_attention(*args, **{**NONE, **options}, with_mass=True)
+    assert plain is mass
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
@@ -89,10 +90,15 @@ def test_row_attention_and_mass_match_reference(case):
     close(got, out, args[0].dtype)
     close(both.out, out, args[0].dtype)
     close(both.mass, mass)
-    _, by_value = reference.row_attention(
+    assert torch.equal(both.plain, both.mass)
+    _, by_value, plain = reference.row_attention(
         *args, **{**NONE, **options}, with_mass=True, by_value=True
     )
-    close(ops.row_attention_with_mass(*args, **options, by_value=True).mass, by_value)
+    counted = ops.row_attention_with_mass(*args, **options, by_value=True)
+    close(counted.mass, by_value)
+    # What values do not count in is what it is without them.
+    assert torch.equal(plain, mass)
+    close(counted.plain, mass)
 
 
 @pytest.mark.parametrize("sink", [None, -30.0, 1.0, 9.0])
@@ -104,7 +110,7 @@ def test_row_attention_over_a_long_sequence(heads, kv_heads, dim, sink):
     q, k = torch.randn(rows, heads, dim), torch.randn(keys, kv_heads, dim)
     v, pos = torch.randn(keys, kv_heads, dim), torch.randperm(keys)[:rows].sort().values
     sinks = None if sink is None else sink + torch.randn(heads)
-    out, mass = ops.row_attention_with_mass(
+    out, mass, _ = ops.row_attention_with_mass(
         q, k, v, torch.arange(keys), pos, scale=dim**-0.5, sinks=sinks
     )
     key = k.double().repeat_interleave(heads // kv_heads, 1)
@@ -122,6 +128,7 @@ def test_row_attention_over_a_long_sequence(heads, kv_heads, dim, sink):
         q, k, v, torch.arange(keys), pos, scale=dim**-0.5, sinks=sinks, by_value=True
     )
     close(by_value.mass, (probs * lengths).sum((0, 1)).float())
+    close(by_value.plain, mass)
 
 
 def test_window_counts_like_sglang():
@@ -144,7 +151,7 @@ def test_a_row_that_sees_one_key_returns_its_value():
 def test_rows_without_keys_return_zeros():
     q, k = torch.randn(3, 2, 8), torch.randn(5, 1, 8)
     none = torch.arange(0)
-    out, mass = ops.row_attention_with_mass(q, k, k, none, torch.arange(3), scale=1.0)
+    out, mass, _ = ops.row_attention_with_mass(q, k, k, none, torch.arange(3), scale=1.0)
     assert torch.equal(out, torch.zeros_like(q)) and mass.shape == (0,)
     early = ops.row_attention(q, k, k, torch.arange(5), torch.arange(3), scale=1.0, kv_pos0=2)
     assert torch.equal(early[:2], torch.zeros(2, 2, 8)) and bool(early[2].any())
@@ -164,7 +171,7 @@ def test_a_sink_is_one_more_logit_that_is_neither_scaled_nor_capped():
     v, sinks = torch.ones(3, 1, 4), torch.tensor([float("-inf"), math.log(6.0)])
     args = (q, k, v, torch.arange(3), torch.tensor([2]))
     for cap in (0.0, 0.5):
-        out, mass = ops.row_attention_with_mass(*args, scale=0.1, logit_cap=cap, sinks=sinks)
+        out, mass, _ = ops.row_attention_with_mass(*args, scale=0.1, logit_cap=cap, sinks=sinks)
         close(out[0], torch.tensor([1.0, 1 / 3])[:, None].expand(2, 4))
         close(mass, torch.full((3,), 1 / 3 + 1 / 9))
     none = ops.row_attention(*args[:3], torch.arange(0), args[4], scale=0.1, sinks=sinks)
@@ -184,7 +191,7 @@ def test_large_logits_do_not_overflow():
     k = torch.randn(200, 1, 16) * 50
     args = [q, k, torch.randn(200, 1, 16), torch.arange(200), torch.tensor([150, 199])]
     options = dict(scale=1.0, window=-1, logit_cap=0.0, kv_pos0=0)
-    out, _ = reference.row_attention(*args, **options, **NONE, with_mass=False)
+    out, *_ = reference.row_attention(*args, **options, **NONE, with_mass=False)
     close(ops.row_attention(*args, **options), out)
 
 

@@ -95,14 +95,14 @@ def test_rows_in_blocks_are_rows(monkeypatch, block):
     }  # fmt: skip
     pos = torch.randint(0, 95, (40,), generator=gen).sort().values
     args = (q, k, v, torch.randperm(90, generator=gen)[:80], pos)
-    whole, mass = reference.row_attention(*args, **options)
+    whole, mass, _ = reference.row_attention(*args, **options)
     held = []
     softmax = reference.softmax
     monkeypatch.setattr(
         reference, "softmax", lambda x, sinks: (held.append(x.numel()), softmax(x, sinks))[1]
     )
     monkeypatch.setattr(reference, "BLOCK", block)
-    parts, parts_mass = reference.row_attention(*args, **options)
+    parts, parts_mass, _ = reference.row_attention(*args, **options)
     assert max(held) <= max(block, 3 * 87) and len(held) == 2 * -(-40 // max(1, block // 261))
     close(parts, whole)
     close(parts_mass, mass)

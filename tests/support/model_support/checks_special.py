@@ -227,6 +227,11 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
     asks.append(_ask(world, 0, "query", chunks=(83, 120)))
     asks += [_ask(world, 1, p, coverage=0.2) for p in ("query", "hkvd", "stored")]
     asks.append(_ask(world, 0, "query", coverage=0.3, chunks=(83, 120)))
+    # As by default, and the correction with the other policies.
+    default = {"correction": 0.7, "query_head_share": 0.35, "query_values": True}
+    asks += [_ask(world, 1, "query", **default, chunks=c) for c in ((), (83, 120))]
+    asks += [_ask(world, 0, p, correction=1.0, ratio=0.2) for p in ("hkvd", "leading", "stored")]
+    asks.append(_ask(world, 1, "random", correction=0.7, anchor_share=0.3, head_tokens=2))
     for ask in asks:
         world.stock()
         with watch() as chosen:
@@ -236,6 +241,7 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
         out.append(
             {
                 "policy": ask.policy,
+                "corrected": ours.report.get("correction"),
                 "risk": ours.report["risk"],
                 "logits": ours.logits.numpy(),
                 "chosen": picks,
