@@ -35,9 +35,15 @@ void mass(TensorView q, TensorView k, TensorView slots, TensorView row_pos,
   p.rows = rows, p.heads = heads, p.group = heads / kv_heads;
   p.scale_log2 = scales.score, p.cap_log2 = scales.cap;
   if (n == 0) return;
-  by_queries(q, p.k.dim, [&](auto type, auto size) {
-    attention_mass<decltype(type), decltype(size)::value>(p, place.stream());
-  });
+  if (p.k.dim > 256) {  // a latent cache's
+    expect(p.k.dim <= 576, "q: heads of at most 576 elements");
+    by_queries(q, 0,
+               [&](auto type, auto) { attention_mass<decltype(type), 576>(p, place.stream()); });
+  } else {
+    by_queries(q, p.k.dim, [&](auto type, auto size) {
+      attention_mass<decltype(type), decltype(size)::value>(p, place.stream());
+    });
+  }
   place.expect_launched();
 }
 

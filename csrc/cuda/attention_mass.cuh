@@ -41,7 +41,7 @@ struct Mass {
 // What the queries of a step need: packed rows (row r, query head of the group: r * group + head).
 template <typename T, int D>
 struct MassStage {
-  static constexpr int QUERIES = D <= 128 ? 64 : 32;
+  static constexpr int QUERIES = D <= 128 ? 64 : D <= 256 ? 32 : 16;
   T query[QUERIES * D];
   float entry[2 * QUERIES];  // log-sum-exp, weight
   int64_t pos[QUERIES];
@@ -66,8 +66,9 @@ __device__ __forceinline__ void stage_queries(const Mass& p, MassStage<T, D>& to
   const int count = p.rows * p.group;
   if (begin < count) {
     const int piece = threadIdx.x % PIECES, pass = blockDim.x / PIECES;
+    const int own = threadIdx.x / PIECES;  // threads beyond the last whole pass take none
     const T* const of_head = static_cast<const T*>(p.q) + head * p.group * p.q_head + 8 * piece;
-    for (int q = threadIdx.x / PIECES; q < QUERIES; q += pass) {
+    for (int q = own < pass ? own : QUERIES; q < QUERIES; q += pass) {
       const int row = row_of(p, begin + q), of = begin + q - row * p.group;
       const bool there = begin + q < count && 8 * piece < p.k.dim;
       copy16_async(to.query + to.place(q, piece),
@@ -169,7 +170,7 @@ __device__ __forceinline__ void load_rows(const Head& p, int64_t n,
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(MASS_THREADS, 2) attention_mass_kernel(Mass p) {
+__global__ void __launch_bounds__(MASS_THREADS, D <= 256 ? 2 : 1) attention_mass_kernel(Mass p) {
   using Stage = MassStage<T, D>;
   constexpr int TILES = D <= 128 ? 2 : 1, KEYS = 16 * TILES;  // of a warp
   BLEND_SHARED(raw);

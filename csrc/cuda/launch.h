@@ -73,6 +73,9 @@ class Place {
            t.device().device_id == device_.device_id;
   }
 
+  // Of a block, in bytes.
+  size_t most_shared() const { return blend::cuda::most_shared(device_.device_id); }
+
   void expect_launched() const {
     if (const char* what = launch_error()) TVM_FFI_THROW(RuntimeError) << what;
   }

@@ -40,6 +40,11 @@ void launch(void (*kernel)(P...), Extent grid, Extent threads, size_t shared, St
 // What went wrong with the launch; null: nothing.
 inline const char* launch_error() { return nullptr; }
 
+// Shared memory, in bytes, that a block can have: on the device, and on the architecture that is
+// compiled for; 0: on any.
+inline size_t most_shared(int) { return emulator::most_shared; }
+constexpr size_t COMPILED_SHARED = 0;
+
 #else
 
 #define BLEND_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -70,6 +75,22 @@ inline const char* launch_error() {
   const cudaError_t code = cudaGetLastError();
   return code == cudaSuccess ? nullptr : cudaGetErrorString(code);
 }
+
+inline size_t most_shared(int device) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+#if !defined(__CUDA_ARCH__)
+constexpr size_t COMPILED_SHARED = 0;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr size_t COMPILED_SHARED = 163 << 10;
+#elif __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200
+constexpr size_t COMPILED_SHARED = 99 << 10;
+#else
+constexpr size_t COMPILED_SHARED = 227 << 10;
+#endif
 
 #endif
 

@@ -36,10 +36,6 @@ using RowPlanOf = std::conditional_t<
     (D > 128), RowPlan<4, 1, 32, 2, 2, false>,
     std::conditional_t<(D > 64), RowPlan<4, 2, 64, 2, 2, false>, RowPlan<4, 2, 64, 2, 2, true>>>;
 
-__device__ __forceinline__ int clamped(int64_t x, int64_t low, int64_t high) {
-  return static_cast<int>(max(low, min(x, high)));
-}
-
 __device__ BLEND_APART float cap(float x, float scale_log2, float cap_log2) {
   return cap_log2 * tanhf(x * scale_log2);
 }

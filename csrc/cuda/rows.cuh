@@ -35,6 +35,10 @@ struct Rows {
   float cap_log2;         // cap x log2 e; 0: none
 };
 
+__device__ __forceinline__ int clamped(int64_t x, int64_t low, int64_t high) {
+  return static_cast<int>(max(low, min(x, high)));
+}
+
 // What ends a softmax whose exponentials, base 2 and with `top` taken off, add up to `total`:
 // what multiplies the weighted sum of values, and the log-sum-exp, base 2.
 struct Softmax {

@@ -38,7 +38,7 @@
 
 namespace emulator {
 
-constexpr size_t MOST_SHARED = 99 << 10;  // a block of sm_86, sm_89 or sm_120; others have more
+inline size_t most_shared = 99 << 10;  // a block of sm_86, sm_89 or sm_120; others have more
 
 template <typename... P, typename... A>
 void run_grid(void (*kernel)(P...), Size grid, Size threads, size_t shared, A&&... arguments) {
@@ -48,7 +48,7 @@ void run_grid(void (*kernel)(P...), Size grid, Size threads, size_t shared, A&&.
   if (grid.count() < 1 || grid.x < 0 || grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error("CUDA emulator: the grid is empty or too large");
   }
-  if (shared > MOST_SHARED) {
+  if (shared > most_shared) {
     throw std::runtime_error("CUDA emulator: more shared memory than a block can have");
   }
   using Call = std::pair<void (*)(P...), std::tuple<P...>>;

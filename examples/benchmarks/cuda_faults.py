@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cuda_faults_of_latents import LATENT_ATTENTION
 from cuda_faults_of_rows import ROW_ATTENTION
 from cuda_planted import of_file
 
@@ -244,4 +245,5 @@ FAULTS = {
     "deltas": DELTAS,
     "gather": GATHER,
     "row_attention": ROW_ATTENTION,
+    "latent_attention": LATENT_ATTENTION,
 }

@@ -4,9 +4,9 @@
 
 A copy of ``csrc`` gets the fault, g++ compiles it for the emulator, and the kernel's tests run
 until one fails. Writes ``results/cuda_mutants.json`` and a table of it beside this script. KERNELs:
-``rotate_scatter``, ``select``, ``attention_mass``, ``deltas``, ``gather``, ``row_attention``; all
-where none is named. What has a result is tried ``--again`` only if that is said. A quarter of a
-minute a fault.
+``rotate_scatter``, ``select``, ``attention_mass``, ``deltas``, ``gather``, ``row_attention``,
+``latent_attention``; all where none is named. What has a result is tried ``--again`` only if that
+is said. A quarter of a minute a fault.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def _noticed(kernel: str, planted: Planted | None) -> str | None:
 
 
 def _keep_only(unit: Path, kernel: str) -> None:
-    """Compile one kernel's launchers: most of the time goes there."""
+    """Compile one kernel's launchers, most of the time goes there, and what joins parts."""
     lines = unit.read_text().splitlines(keepends=True)
-    others = re.compile(r'#include "\.\./cuda/(?!' + kernel + r"\.cu)")
+    others = re.compile(r'#include "\.\./cuda/(?!(?:join_parts|' + kernel + r")\.cu)")
     unit.write_text("".join(line for line in lines if not others.match(line)))
 
 

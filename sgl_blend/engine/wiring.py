@@ -157,7 +157,7 @@ def build_tree(ctx: TreeCacheBuildContext) -> BlendRadixCache:
     )
     _keep_off_graphs()
     kv = ctx.params.token_to_kv_pool_allocator.get_kvcache()
-    serve_latents(kv, ctx.tp_rank == 0)
+    serve_latents(kv)
     prefills = Prefills(ctx, tree)
     ids = plain_ids(strong.tolist(), ctx.model_config.vocab_size)
     pool, measured = measured_pool(

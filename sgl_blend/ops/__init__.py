@@ -42,7 +42,7 @@ from sgl_blend.ops.attention import (
 )
 from sgl_blend.ops.batch import Asking, RowBatch, ScratchBatch
 from sgl_blend.ops.cuda import Chosen
-from sgl_blend.ops.cuda_rows import Attended
+from sgl_blend.ops.cuda_rows import Attended, one_buffer
 from sgl_blend.ops.deltas import At, Averaged, averages, kv_deltas, mean_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
 from sgl_blend.ops.download import Download
@@ -83,6 +83,7 @@ __all__ = [
     "kv_deltas",
     "kv_deviation",
     "mean_deltas",
+    "one_buffer",
     "outward_share",
     "page_locked",
     "put",

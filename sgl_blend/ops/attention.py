@@ -182,7 +182,7 @@ def _run(
         sinks = checks.sinks(sinks, q_heads, q.device)
     on_device = None
     if with_mass is _Mass.NONE:
-        on_device = kernels(q.device, *cuda_rows.LAUNCHERS)
+        on_device = kernels(q.device, *cuda_rows.launchers(k_cache))
     if on_device is not None and _attends(q, k_cache, v_cache, extra):
         over = [cuda_rows.one_request(q, k_cache, v_cache, slots, options.kv_pos0)]
         if extra.pos.numel():

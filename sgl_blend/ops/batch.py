@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,13 +68,17 @@ class RowBatch:
             sinks = checks.sinks(sinks, q.shape[1], self.device)
         keys = cuda_rows.Keys(k_cache, v_cache, self._slots, tiles, max(self.keys))
         return cuda_rows.row_attention(
-            kernels(q.device, *cuda_rows.LAUNCHERS), q, self._pos, [keys],
+            _kernels(q, k_cache), q, self._pos, [keys],
             scale=scale, window=window, logit_cap=logit_cap, sinks=sinks, with_lse=with_lse,
         )  # fmt: skip
 
 
+def _kernels(q: torch.Tensor, k: torch.Tensor) -> Any | None:
+    return kernels(q.device, *cuda_rows.launchers(k))
+
+
 def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    return kernels(q.device, *cuda_rows.LAUNCHERS) is not None and cuda_rows.attends(q, k, v)
+    return _kernels(q, k) is not None and cuda_rows.attends(q, k, v)
 
 
 class Asking(NamedTuple):
@@ -148,6 +152,6 @@ class ScratchBatch:
             cuda_rows.Keys(*own, None, tiles["own"], next(longest), q_pos=self._within),
         ]
         return cuda_rows.row_attention(
-            kernels(q.device, *cuda_rows.LAUNCHERS), q, self._behind, over,
+            _kernels(q, caches[0]), q, self._behind, over,
             scale=scale, window=-1, logit_cap=logit_cap, sinks=sinks, with_lse=True,
         )  # fmt: skip

@@ -263,12 +263,16 @@ def select_rows(
 
 def sums_mass(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
     """Does the kernel of ``attention_mass`` serve these queries and this pool?"""
+    return q.shape[2] <= 576 and reads(q, k_cache)
+
+
+def reads(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """Do the kernels of attention read these queries and this pool, whatever their heads' size?"""
     fp8 = k_cache.element_size() == 1
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and (fp8 or k_cache.dtype == q.dtype)
         and in_rows(k_cache)
-        and q.shape[2] <= 256
         and q.stride(0) % 8 == 0
         and q.stride(1) % 8 == 0
         and q.data_ptr() % VECTOR == 0

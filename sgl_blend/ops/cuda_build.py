@@ -39,6 +39,8 @@ SOURCES = (
     "deltas.cu",
     "gather.cu",
     "row_attention.cu",
+    "latent_attention.cu",
+    "join_parts.cu",
 )
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC")
 

@@ -16,10 +16,13 @@ from sgl_blend.ops.upload import page_locked
 TOKENS, HEADS, DIM = 70, 2, 64
 #: head sizes and types of queries that attention is compiled for, each on its own
 DIMS, TYPES = (64, 128, 256), (torch.bfloat16, torch.float16)
+#: columns of a latent cache's keys and values
+LATENT = (576, 512)
 #: what is compared; a case names those that may be the cause
 LAUNCHERS = (
     "rotate_copy", "rotate_from", "take_from", "mean_deltas", "v_deviation", "kv_deviation",
     "select_rows", "attention_mass", "gather_chunks", "row_attention", "join_parts",
+    "latent_attention",
 )  # fmt: skip
 
 
@@ -76,6 +79,14 @@ def _wrong(module: Any, device: torch.device) -> list[str]:
         found[f"attention_mass, {of}"] = _sums(module, k, src)
         found[f"row_attention, {of}"] = _attends(module, k, v, src, beside=0)
         found[f"row_attention in parts, join_parts, {of}"] = _attends(module, k, v, src, beside=9)
+    for dtype in TYPES:
+        k = torch.randn(2 * TOKENS, 1, LATENT[0], generator=gen).to(dtype).to(device)
+        v = k[..., : LATENT[1]]
+        found[f"attention_mass, heads of {LATENT[0]}, {dtype}"] = _sums(module, k, src)
+        # How parts are joined is told by row_attention's.
+        for beside in (0, 9):
+            of = f"latent_attention, {'in parts, ' if beside else ''}{dtype}"
+            found[of] = _attends(module, k, v, src, beside)
     return [name for name, right in found.items() if not right]
 
 
@@ -162,8 +173,8 @@ def _selects(module: Any, device: torch.device) -> bool:
 
 
 def _sums(module: Any, k: torch.Tensor, slots: torch.Tensor) -> bool:
-    dim = k.shape[2]
-    q = k[:24].reshape(12, 2 * HEADS, dim)
+    dim, heads = k.shape[2], 2 * k.shape[1]
+    q = k[:24].reshape(12, heads, dim)
     scores = torch.einsum("rhd,nhd->rhn", q.float(), k[slots].float().repeat_interleave(2, 1))
     scores = scores / math.sqrt(dim)
     got = cuda.attention_mass(
@@ -188,13 +199,13 @@ def _attends(
 ) -> bool:
     """Of rows in the middle and at the end; so many more keys lie outside the pool."""
     dim = k.shape[2]
-    q = k[:36].reshape(18, 2 * HEADS, dim)
+    q = k[:36].reshape(18, 2 * k.shape[1], dim)
     pos = torch.arange(TOKENS - 36, TOKENS, 2, device=k.device)
     own, at = (k[-beside:], v[-beside:]), pos[:beside]
     over = [cuda_rows.one_request(q, k, v, slots)]
     if beside:
         over.append(cuda_rows.one_request(q, *own, None, 0, at))
-    sinks = torch.linspace(-1, 1, 2 * HEADS, device=k.device)
+    sinks = torch.linspace(-1, 1, q.shape[1], device=k.device)
     scale, window, cap = 1 / math.sqrt(dim), 40, 20.0
     got = cuda_rows.row_attention(
         module, q, pos, over, scale=scale, window=window, logit_cap=cap, sinks=sinks

@@ -1,4 +1,6 @@
-"""Face of the CUDA kernels of row attention (``csrc/cuda/row_attention.cuh``)."""
+"""Face of the CUDA kernels of row attention (``csrc/cuda/row_attention.cuh``), and of those over a
+latent cache (``latent_attention.cuh``): keys of more than ``HEAD`` columns, one head of them, whose
+first columns are the values."""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ TILE = 128
 #: an H100: where there are fewer, the keys are split. The same on every device, and so are the
 #: results.
 BLOCKS = 198
-LAUNCHERS = ("row_attention", "join_parts")
+#: the same for latents, of whose half tiles a multiprocessor has room for one
+LATENT_BLOCKS = 66
+#: columns of a head at most; of a latent cache's keys and values
+HEAD, LATENT_KEY, LATENT_VALUE = 256, 576, 512
 #: keys of one step of a block, and steps that a part of split keys has at least
 STEP, LEAST_STEPS = 64, 4
 
@@ -54,17 +59,39 @@ class Keys(NamedTuple):
     def parts(self) -> int:
         """How many parts the keys are split into."""
         blocks = max(1, len(self.tiles) * self.k.shape[1])
-        return max(1, min(BLOCKS // blocks, -(-self.longest // STEP) // LEAST_STEPS))
+        most = LATENT_BLOCKS if is_latent(self.k) else BLOCKS
+        return max(1, min(most // blocks, -(-self.longest // STEP) // LEAST_STEPS))
+
+
+def is_latent(k_cache: torch.Tensor) -> bool:
+    """Is the pool [num_slots, Hk, D] left to the kernel for latents?"""
+    return k_cache.shape[2] > HEAD
+
+
+def launchers(k_cache: torch.Tensor) -> tuple[str, str]:
+    """What attention over this pool launches."""
+    return ("latent_attention" if is_latent(k_cache) else "row_attention", "join_parts")
 
 
 def attends(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Do the kernels serve these queries and this pool?"""
+    if not (cuda.reads(q, k_cache) and q.stride(2) == 1 and k_cache.dtype == v_cache.dtype):
+        return False
+    if is_latent(k_cache):
+        sizes = k_cache.shape[2] <= LATENT_KEY and v_cache.shape[2] <= LATENT_VALUE
+        return sizes and k_cache.shape[1] == 1 and one_buffer(k_cache, v_cache)
+    return cuda.in_rows(v_cache) and v_cache.shape[2] <= HEAD
+
+
+def one_buffer(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Are V [num_slots, Hk, Dv] the first columns of K [num_slots, Hk, D], as in a latent cache?"""
+    (slots, heads, dim), (k_slot, k_head, _) = k_cache.shape, k_cache.stride()
     return (
-        cuda.sums_mass(q, k_cache)
-        and q.stride(2) == 1
-        and k_cache.dtype == v_cache.dtype
-        and cuda.in_rows(v_cache)
-        and v_cache.shape[2] <= 256
+        v_cache.shape[:2] == (slots, heads)
+        and v_cache.shape[2] <= dim
+        and v_cache.data_ptr() == k_cache.data_ptr()
+        and v_cache.stride(0) == k_slot
+        and (heads == 1 or v_cache.stride(1) == k_head)
     )
 
 
@@ -132,9 +159,12 @@ def row_attention(
         to = (None, None, None, part_out, part_lse)
     for keys, n in zip(over, parts, strict=True):
         pos = q_pos if keys.q_pos is None else keys.q_pos
-        given = (q, keys.k, keys.v, keys.slots, pos, keys.key_pos, keys.tiles)
+        where = (keys.slots, pos, keys.key_pos, keys.tiles, *to)
         how = (first, n, total, keys.kv_pos0, window, scale, logit_cap)
-        launch(module.row_attention, (*given, *to), how)
+        if is_latent(keys.k):
+            launch(module.latent_attention, (q, keys.k, *where), (keys.v.shape[2], *how))
+        else:
+            launch(module.row_attention, (q, keys.k, keys.v, *where), how)
         first += n
     if total > 1:
         launch(module.join_parts, (part_out, part_lse, sinks, out, lse), ())

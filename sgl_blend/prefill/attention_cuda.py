@@ -62,7 +62,7 @@ class DeviceRows:
 
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Is there a kernel for these queries and this pool? Elsewhere rows run in plain torch, a
-        block at a time: fp32, and keys of more than 256 (latent attention)."""
+        block at a time: fp32, and latents, which FlashInfer does not attend to by position."""
         return self._batch.serves(q, k_cache, v_cache) or serves(q, k_cache, v_cache)
 
     def run(

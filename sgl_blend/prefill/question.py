@@ -118,8 +118,10 @@ class QuestionAttention:
             self.late_heads += q.shape[1]
         over_cache: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         pool = self.pool.k(spec.layer), self.pool.v(spec.layer)
-        if spec.window < 0 and self._sums and self._serves(q, pool, (k, v)):
-            return self._in_one(spec, q, pool, (k, v))
+        # Of a latent cache the kernels take V as K's first columns, where it is them.
+        own = (k, k[..., : v.shape[2]] if ops.one_buffer(*pool) else v)
+        if spec.window < 0 and self._sums and self._serves(q, pool, own):
+            return self._in_one(spec, q, pool, own)
         if spec.window < 0 and self._device_rows and self._device_rows.serves(q, *pool):
             over_cache = self._over_cache(self._device_rows, spec, q)
         parts = []

@@ -100,6 +100,8 @@ def test_every_type(module, q_dtype, k_dtype):
         (3, 130, 12, 3, 16),
         (9, 65, 10, 1, 200),
         (3, 40, 256, 256, 16),  # enough blocks for all of their warps
+        (5, 70, 12, 1, 576),  # a latent cache's
+        (3, 18, 7, 1, 288),
     ],
 )
 def test_shapes(module, rows, keys, q_heads, kv_heads, dim):
@@ -133,6 +135,10 @@ def test_a_row_that_sees_nothing_adds_nothing(module):
     [
         ({"q": torch.zeros(3, 4, 64)}, "q: expected bfloat16 or float16"),
         ({"q": torch.zeros(3, 4, 32, dtype=BF16)}, "head size"),
+        (
+            {"q": torch.zeros(3, 4, 584, dtype=BF16), "k": torch.zeros(40, 2, 584, dtype=BF16)},
+            "at most 576",
+        ),
         ({"q": torch.zeros(3, 3, 64, dtype=BF16)}, "multiple of k's heads"),
         ({"q": torch.zeros(3, 4, 65, dtype=BF16)[..., 1:]}, "q: rows of 16 bytes"),
         ({"k": torch.zeros(40, 2, 64, dtype=FP16)}, "k: of q's dtype"),

@@ -28,7 +28,8 @@ COUNTERS = {
     "launch__registers_per_thread": ("registers", 1.0),
 }
 OURS = (
-    "(rotate_scatter|deltas|deviation|select|attention_mass|row_attention|join_parts|gather|take)"
+    "(rotate_scatter|deltas|deviation|select|attention_mass|row_attention|latent_attention|"
+    "join_parts|gather|take)"
 )
 
 

@@ -25,6 +25,7 @@ QUESTION = 100
 BLOCKS = (8, 16, 64, 128)  # that read over the bus, beside what is used
 COPIES = 0.80  # share of the copy bandwidth that copies and deviations are to reach
 MASS_S, ROWS_S = 150e-6, 0.8e-3  # at 16,000 tokens
+LATENT_HEADS, LATENT, VALUE = 16, 576, 512  # of DeepSeek V3 on one of eight ranks
 
 
 class Layer:
@@ -64,6 +65,7 @@ def measure(job: Job, sizes: Sequence[int]) -> None:
         layer = Layer(n, job.device)
         for what in (
             *(_copies, _means, _from_host, _gather, _deviations, _selection, _mass, _rows),
+            _latents,
         ):
             job.trying(
                 f"{what.__name__[1:]}, {n} tokens", lambda w=what, x=layer: w(job, module, x, peak)
@@ -213,3 +215,25 @@ def _rows(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
     )
     job.note(f"causal attention of all rows, {n} tokens", took * 1e6, "us",
              share=2 * n * n * HEADS * DIM / took / peak["flops"])  # fmt: skip
+
+
+def _latents(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
+    """A latent cache's: a tenth of the rows by position, and the question's with their mass."""
+    pool = torch.randn(x.n + QUESTION, 1, LATENT, device=job.device).bfloat16()
+    both = (pool, pool[..., :VALUE])
+    few = 4 if job.rehearse else QUESTION
+    asked = torch.arange(x.n, x.n + few, device=job.device)
+    chosen = torch.sort(torch.randperm(x.n, device=job.device)[: x.n // 10]).values
+    slots, scale = torch.randperm(x.n + few, device=job.device), 192**-0.5
+    for positions in (torch.cat((chosen, asked)), asked):
+        q = torch.randn(len(positions), LATENT_HEADS, LATENT, device=job.device).bfloat16()
+        rows = ops.RowBatch([positions], [slots])
+        found = rows.attention(q, *both, scale=scale, with_lse=True)
+        took = clock.on_device(job.device, lambda r=rows, q=q: r.attention(q, *both, scale=scale))
+        work = 2 * float((positions + 1).sum()) * LATENT_HEADS * (LATENT + VALUE)
+        _share(job, f"attention of {len(positions)} rows to latents", x, took, work, peak["flops"])
+    weights, sums = torch.ones(few, device=job.device), torch.zeros(1, x.n, device=job.device)
+    given = (q, both[0], None, slots[: x.n].contiguous(), asked, found.lse, weights, sums, None)
+    took = clock.on_device(job.device, lambda: cuda.add_mass(module, *given, scale=scale))
+    work = 2 * few * LATENT_HEADS * x.n * LATENT
+    _share(job, f"attention mass of {few} rows on latents", x, took, work, peak["flops"])

@@ -16,6 +16,7 @@
 #include "cuda/deltas.cuh"
 #include "cuda/deviation.cuh"
 #include "cuda/gather.cuh"
+#include "cuda/latent_attention.cuh"
 #include "cuda/rotate_scatter.cuh"
 #include "cuda/row_attention.cuh"
 #include "cuda/select.cuh"
@@ -286,9 +287,8 @@ void rows() {
   constexpr int HEADS_Q = GROUP * HEADS, CELLS = ROWS * HEADS_Q, PARTS = 2;
   const auto keys = pool(2), values = pool(6);
   const Memory<__nv_bfloat16> k(keys), v(values), q(queries(keys)), out(size_t{CELLS * DIM});
-  const Memory<int64_t> slots(from(1, TOKENS)), at(from(TOKENS - ROWS, ROWS));
-  const Memory<int64_t> tiles(
-      std::vector<int64_t>{0, ROWS, 0, TOKENS, 0, 0, ROWS, 0, TOKENS, ROW_TILE});
+  const Memory<int64_t> slots(from(1, TOKENS)), at(from(TOKENS - ROWS, ROWS)),
+      tiles(std::vector<int64_t>{0, ROWS, 0, TOKENS, 0, 0, ROWS, 0, TOKENS, ROW_TILE});
   const Memory<float> part_out(size_t{PARTS * CELLS * DIM}), part_lse(size_t{PARTS * CELLS});
   Rows p{};
   p.q = q.at(), p.k = head_of(k, slots.at()), p.v = head_of(v, slots.at());
@@ -302,11 +302,31 @@ void rows() {
   const auto now = out.read();
   for (int i = 0; i < CELLS * DIM; ++i) {
     const int row = i / (HEADS_Q * DIM), head = i / DIM % HEADS_Q / GROUP;
-    float mean = 0;
-    for (int t = 0; t <= TOKENS - ROWS + row; ++t) {
-      mean += value(values, 1 + t, head * DIM + i % DIM) / (TOKENS - ROWS + row + 1);
-    }
-    require(std::fabs(__bfloat162float(now[i]) - mean) < 0.1f, "row_attention");
+    const int seen = TOKENS - ROWS + row + 1;
+    float off = __bfloat162float(now[i]);
+    for (int t = 0; t < seen; ++t) off -= value(values, 1 + t, head * DIM + i % DIM) / seen;
+    require(std::fabs(off) < 0.1f, "row_attention");
+  }
+}
+
+// The same of one head of latents, whose first columns are the values.
+void latents() {
+  constexpr int CELLS = ROWS * GROUP, VALUE = 48;
+  const auto keys = pool(4);
+  const Memory<__nv_bfloat16> k(keys), q(queries(keys)), out(size_t{CELLS * VALUE});
+  const Memory<int64_t> slots(from(1, TOKENS)), at(from(TOKENS - ROWS, ROWS)),
+      tiles(std::vector<int64_t>{0, ROWS, 0, TOKENS, 0});
+  Rows p{q.at(), head_of(k, slots.at())};
+  p.v.dim = VALUE, p.out = out.at(), p.tiles = tiles.at(), p.row_pos = at.at();
+  p.q_row = SLOT, p.q_head = p.dim = DIM, p.window = -1, p.scale_log2 = 1e-9f;
+  p.rows = ROWS, p.heads = p.group = GROUP, p.parts = 1;
+  latent_attention<__nv_bfloat16>(p, 1, most_shared(0), nullptr);
+  const auto now = out.read();
+  for (int i = 0; i < CELLS * VALUE; ++i) {
+    const int seen = TOKENS - ROWS + i / (GROUP * VALUE) + 1;
+    float off = __bfloat162float(now[i]);
+    for (int t = 0; t < seen; ++t) off -= value(keys, 1 + t, i % VALUE) / seen;
+    require(std::fabs(off) < 0.1f, "latent_attention");
   }
 }
 
@@ -359,7 +379,7 @@ void run(int count, char** words) {
   if (what == "out-of-bounds" || what == "not-set") return of_memory(what == "out-of-bounds");
 #endif
   if (what == "fault") return fault(std::atoi(words[2]));
-  copies(), gathers(), deviations(), means(), choices(), masses(), rows();
+  copies(), gathers(), deviations(), means(), choices(), masses(), rows(), latents();
 }
 
 }  // namespace

@@ -3,7 +3,6 @@ queries of the other. CPU only."""
 
 from __future__ import annotations
 
-import logging
 import types
 
 import pytest
@@ -52,20 +51,15 @@ def test_scores_over_latents_that_torch_does_not_multiply_are_refused():
         absorber(nn.ModuleList([layer]), 3)
 
 
-@pytest.mark.parametrize(("device", "lines"), [("cpu", 0), ("cuda", 1)])
-def test_blended_batches_run_absorbed_and_others_as_sglang_says(monkeypatch, caplog, device, lines):
+def test_blended_batches_run_absorbed_and_others_as_sglang_says(monkeypatch):
     monkeypatch.setattr(
         AttentionBackendRegistry, "_handlers", dict(AttentionBackendRegistry._handlers)
     )
     before = dict(AttentionBackendRegistry._handlers)
-    serve_latents(types.SimpleNamespace(device=device), True)  # a pool of K and V
+    serve_latents(types.SimpleNamespace())  # a pool of K and V
     assert AttentionBackendRegistry._handlers == before
-    with caplog.at_level(logging.WARNING):
-        serve_latents(types.SimpleNamespace(device=device, kv_lora_rank=512), True)
-        serve_latents(types.SimpleNamespace(device=device, kv_lora_rank=512), False)
+    serve_latents(types.SimpleNamespace(kv_lora_rank=512))
     name = BlendAttnBackend.prefill_attention_backend_str
     handler = AttentionBackendRegistry._handlers.pop(name)
     assert handler(None, None) == AttnForwardMethod.MLA
     assert AttentionBackendRegistry._handlers == before
-    said = [r.getMessage() for r in caplog.records]
-    assert len(said) == lines and all("plain torch" in line for line in said)

@@ -106,6 +106,13 @@ def launches_of(module: Any) -> Callable[[], int]:
     return since
 
 
+def most_shared(module: Any, shared: int) -> None:
+    """So much shared memory, in bytes, has a block of the emulator's from now on; a GPU's has what
+    it has."""
+    if not isinstance(module, OnGpu):
+        module.emulate_shared(shared)
+
+
 def schedules(module: Any) -> Iterator[str]:
     """Sets each schedule in turn and yields its name; the first one is set again at the end."""
     for order, early in SCHEDULES:

@@ -15,15 +15,12 @@ plain ``attn_mqa(q, k, v, batch)``.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sgl_blend.errors import UnsupportedError
-
-logger = logging.getLogger(__name__)
 
 #: what ``BlendAttnBackend`` calls itself
 ABSORBED = "blend"
@@ -56,17 +53,11 @@ def run_absorbed(backend: str) -> None:
     AttentionBackendRegistry.register(backend, lambda attn, batch: AttnForwardMethod.MLA)
 
 
-def serve_latents(pool: Any, speaks: bool) -> None:
+def serve_latents(pool: Any) -> None:
     """At launch, before anything runs under ``BlendAttnBackend``: blended batches run absorbed.
-    Nothing is done for a pool of K and V. speaks: whether this rank writes the log."""
-    if not rank_of(pool):
-        return
-    run_absorbed(ABSORBED)
-    if speaks and torch.device(pool.device).type == "cuda":
-        logger.warning(
-            "sgl-blend: FlashInfer has no kernel for latent attention of scattered rows: those of "
-            "blended requests run in plain torch, exact and slower"
-        )
+    Nothing is done for a pool of K and V."""
+    if rank_of(pool):
+        run_absorbed(ABSORBED)
 
 
 def absorber(model: torch.nn.Module, layer: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
