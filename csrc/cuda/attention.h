@@ -30,12 +30,16 @@ inline Head head_of(const TensorView& q, const TensorView& pool, const int64_t* 
   return out;
 }
 
-// What multiplies a score before, and with a cap after, it is capped.
+// What multiplies a score before, and with a cap after, it is capped. What is hidden scores minus
+// infinity, which only a number above 0 leaves as it is: scale 0 goes by way of a cap.
 struct Scale {
   float score, cap;
   Scale(double scale, double logit_cap)
       : score(logit_cap > 0 ? scale / logit_cap : scale * LOG2_OF_E),
-        cap(logit_cap > 0 ? logit_cap * LOG2_OF_E : 0) {}
+        cap(logit_cap > 0 ? logit_cap * LOG2_OF_E : 0) {
+    expect(scale >= 0, "scale: expected 0 or more");
+    if (score == 0) cap = std::max(cap, 1.0f);
+  }
 
  private:
   static constexpr double LOG2_OF_E = 1.4426950408889634;

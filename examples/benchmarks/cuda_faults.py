@@ -201,6 +201,18 @@ ATTENTION_MASS = of_file(
         "lowest < at - p.window));",
         "highest < at - p.window));",
     ),
+    listed_positions_are_not_read=(
+        "p.key_pos ? p.key_pos[key] : p.first_pos + key",
+        "p.first_pos + key",
+    ),
+    bounds_of_the_first_of_a_lane_s_keys=(
+        "lowest = min(lowest, pos), highest = max(highest, pos);",
+        "",
+    ),
+    bounds_of_half_a_warp_s_keys=(
+        "for (int by = 4; by < 32; by *= 2)",
+        "for (int by = 4; by < 16; by *= 2)",
+    ),
     no_soft_cap=("const bool capped = p.cap_log2 > 0.0f;", "const bool capped = false;"),
     a_head_that_fills_no_tile_reads_on=(
         "begin + q < count && 8 * piece < p.k.dim",

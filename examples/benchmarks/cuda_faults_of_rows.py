@@ -67,6 +67,16 @@ ROW_ATTENTION = {
         ),
         positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
         listed_positions_are_not_read=("if (listed) at =", "if (false) at ="),
+        listed_positions_of_another_request=("p.key_pos[first_key + at]", "p.key_pos[at]"),
+        listed_positions_begin_with_the_window=(
+            "listed || !windowed ? 0 :",
+            "!windowed ? 0 :",
+        ),
+        listed_positions_end_with_the_last_row=(
+            "const int last = listed ? keys :",
+            "const int last =",
+        ),
+        of_listed_positions_some_steps_are_seen_whole=("listed ? -1 : min(lowest", "min(lowest"),
         no_soft_cap=("if (p.cap_log2 > 0.0f) {", "if (false) {"),
         sums_are_not_rescaled=("total[half] * shrink[half] + (sum", "total[half] + (sum"),
         outputs_are_not_rescaled=(
@@ -120,6 +130,10 @@ ROW_ATTENTION = {
             "for (int i = 0; i < p.parts - 1; ++i) {",
         ),
         what_saw_no_key_is_read=("if (lse == NEVER) continue;", ""),
+    ),
+    **of_file(
+        "attention.h",
+        scale_zero_has_no_cap=("if (score == 0) cap = std::max(cap, 1.0f);", ""),
     ),
     **of_file(
         "tile.cuh",

@@ -40,14 +40,14 @@ from sgl_blend.ops.attention import (
     row_attention,
     row_attention_with_mass,
 )
-from sgl_blend.ops.batch import Asking, RowBatch, ScratchBatch
+from sgl_blend.ops.batch import Asking, RowBatch, ScratchBatch, near
 from sgl_blend.ops.cuda import Chosen
 from sgl_blend.ops.cuda_rows import Attended, one_buffer
 from sgl_blend.ops.deltas import At, Averaged, averages, kv_deltas, mean_deltas
 from sgl_blend.ops.deviation import kv_deviation, v_deviation
 from sgl_blend.ops.download import Download
 from sgl_blend.ops.gather import gather_chunks
-from sgl_blend.ops.mass import MassSum, attention_mass
+from sgl_blend.ops.mass import MassSum, Window, attention_mass
 from sgl_blend.ops.outward import outward_share
 from sgl_blend.ops.parts import Parts
 from sgl_blend.ops.reference import Bias, biased, cast, put, rotate
@@ -74,6 +74,7 @@ __all__ = [
     "Rotation",
     "ScratchBatch",
     "Turns",
+    "Window",
     "attention_mass",
     "averages",
     "biased",
@@ -83,6 +84,7 @@ __all__ = [
     "kv_deltas",
     "kv_deviation",
     "mean_deltas",
+    "near",
     "one_buffer",
     "outward_share",
     "page_locked",

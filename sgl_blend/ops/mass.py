@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from sgl_blend.errors import KernelError
@@ -80,16 +82,35 @@ def _sums(q: torch.Tensor, k_cache: torch.Tensor, values: torch.Tensor | None) -
     return cuda.sums_mass(q, k_cache) and (values is None or cuda.in_rows(values))
 
 
+class Window(NamedTuple):
+    """A sliding window of ``size``, and where the rows that look through it (int64 [R]) and the
+    keys (int64 [S]) stand."""
+
+    size: int
+    q_pos: torch.Tensor
+    key_pos: torch.Tensor
+
+
 class MassSum:
     """``attention_mass`` of one request's cached keys, added up over layers, in one launch a layer.
-    Every row sees every key.
 
     slots: int64 [S]. weights: fp32 [R]. by_value: ``by_value`` of ``row_attention_with_mass``.
+    window: through which all these layers look; None: every row sees every key.
     """
 
-    def __init__(self, slots: torch.Tensor, weights: torch.Tensor, by_value: bool) -> None:
+    def __init__(
+        self,
+        slots: torch.Tensor,
+        weights: torch.Tensor,
+        by_value: bool,
+        window: Window | None = None,
+    ) -> None:
         self._slots, self._weights, self._by_value = slots.contiguous(), weights, by_value
-        self._behind = torch.full_like(weights, slots.shape[0], dtype=torch.int64)
+        if window is None:
+            behind = torch.full_like(weights, slots.shape[0], dtype=torch.int64)
+            self._size, self._q_pos, self._key_pos = -1, behind, None
+        else:
+            self._size, self._q_pos, self._key_pos = window
         self._all: torch.Tensor | None = None
         self._late: torch.Tensor | None = None
 
@@ -116,17 +137,18 @@ class MassSum:
         Raises:
             KernelError: arguments that do not fit, or that no kernel serves (``serves``).
         """
-        if not self._slots.shape[0]:
-            return
         if self._all is None:
             self._all = self._zeros(k_cache)
         if late and self._late is None:
             self._late = self._zeros(k_cache)
+        if not self._slots.shape[0]:
+            return
         cuda.add_mass(
             kernels(q.device, "attention_mass"), q, k_cache,
-            v_cache if self._by_value else None, self._slots, self._behind, lse, self._weights,
+            v_cache if self._by_value else None, self._slots, self._q_pos, lse, self._weights,
             self._all, self._late if late else None,
-            scale=scale, logit_cap=logit_cap, value_unit=v_scale,
+            scale=scale, window=self._size, logit_cap=logit_cap, key_pos=self._key_pos,
+            value_unit=v_scale,
         )  # fmt: skip
 
     def _zeros(self, k_cache: torch.Tensor) -> torch.Tensor:

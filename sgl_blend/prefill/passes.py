@@ -192,7 +192,7 @@ def _question_pass(
                 torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
                 b.query_values,
                 keys_at=functools.partial(_key_positions, b, begin, head),
-                first_pos=b.asked_from,
+                rows_at=b.asked_at,
             )
         )
         ids.append(b.question_ids)

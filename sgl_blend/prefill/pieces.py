@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from sgl_blend.ops import Download
@@ -69,7 +70,7 @@ class PieceBlend:
     that row counts are known without reading the device. src_slots, src_pos: int64 [n], of those
     among them whose source lies in the pool: all, unless ``host`` is given.
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
-    piece before its first reused one, then the question's, the first of them at ``asked_from``.
+    piece before its first reused one, then the question's. asked_at: ``question_pos`` on the host.
     fixed: indices into ``reused`` chosen ahead, for ``Need.NOTHING``. chosen: how many tokens the
     pass (last) kept, None before it; kept: which, as indices into ``reused``. told: what its choice
     looked like; None: nobody asked.
@@ -92,7 +93,7 @@ class PieceBlend:
     src_pos: torch.Tensor
     question_ids: torch.Tensor | None = None
     question_pos: torch.Tensor | None = None
-    asked_from: int = 0
+    asked_at: np.ndarray | None = None
     lead: int = 0
     fixed: torch.Tensor | None = None
     chosen: int | None = None

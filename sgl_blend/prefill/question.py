@@ -4,7 +4,7 @@ They are scratch rows, whose KV never enters the pool. They see the cached keys,
 themselves; how much they attend to each reused token is summed. On CUDA a kernel attends to the
 cached keys and to the rows themselves (``ops.ScratchBatch``), and one more pass over the keys makes
 the sum (``ops.MassSum``). Where FlashInfer attends, what the rows see of themselves is joined to it
-by the log-sum-exp of both. Tensors only; no SGLang.
+by the log-sum-exp of both, and layers with a sliding window go to torch. Tensors only; no SGLang.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Scratch:
     mass. reused: slice of the keys that are reused tokens. mass: fp32, one per reused token, filled
     by the pass. by_value: attention counts in it as much as the norm of the V that it takes
     (InfoFlow KV, arXiv:2603.05353). late: as ``mass``, of layers from ``QuestionAttention.late``
-    on, and never by value. keys_at, first_pos: ``key_pos`` and the first of ``positions`` as the
-    host knows them (None: those lie in its memory).
+    on, and never by value. keys_at, rows_at: ``key_pos`` and ``positions`` as the host knows them
+    (None: those lie in its memory).
     """
 
     first: int
@@ -50,18 +50,36 @@ class Scratch:
     by_value: bool = False
     late: torch.Tensor | None = None
     keys_at: Callable[[], np.ndarray] | None = None
-    first_pos: int = -1
+    rows_at: np.ndarray | None = None
     _near: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def keys_stand(self) -> np.ndarray:
+        """int64 [S]: ``key_pos``, on the host."""
+        return self.key_pos.numpy() if self.keys_at is None else self.keys_at()
+
+    def rows_stand(self) -> np.ndarray:
+        """int64 [R]: ``positions``, on the host."""
+        return self.positions.numpy() if self.rows_at is None else self.rows_at
 
     def near(self, window: int) -> torch.Tensor:
         """int64, ascending: the keys that some row sees through a sliding window."""
         index = self._near.get(window)
         if index is None:
-            first = self.first_pos if self.keys_at else int(self.positions[0])
-            at = self.keys_at() if self.keys_at else self.key_pos.numpy()
-            device = self.key_slots.device
-            index = self._near[window] = ops.upload(np.flatnonzero(at >= first - window), device)
+            seen = ops.near(self.keys_stand(), self.rows_stand(), window)
+            index = self._near[window] = ops.upload(seen, self.key_slots.device)
         return index
+
+    def sum_of(self, window: int) -> tuple[ops.MassSum, torch.Tensor | None]:
+        """What sums the mass of layers with this window (-1: none), and of which of the reused
+        tokens (int64; None: of all): those that no question row sees are left out."""
+        if window < 0:
+            return ops.MassSum(self.key_slots[self.reused], self.weights, self.by_value), None
+        at = self.keys_stand()[self.reused]
+        seen = ops.near(at, self.rows_stand()[self.lead :], window)
+        made = ops.upload_together({"seen": seen, "at": at[seen]}, self.key_slots.device)
+        looks = ops.Window(window, self.positions[self.lead :], made["at"])
+        slots = self.key_slots[self.reused][made["seen"]]
+        return ops.MassSum(slots, self.weights, self.by_value, looks), made["seen"]
 
 
 class QuestionAttention:
@@ -86,16 +104,23 @@ class QuestionAttention:
         self.late = late
         self.late_heads = 0
         self._device_rows: attention_cuda.DeviceRows | None = None
-        self._sums: list[ops.MassSum] = []
+        #: of the layers of each window, each request's (``Scratch.sum_of``)
+        self._sums: dict[int, list[tuple[ops.MassSum, torch.Tensor | None]]] = {}
         if rows and pool.k(0).is_cuda:
             self._device_rows = attention_cuda.DeviceRows(_questions(rows), masked=False)
-            self._sums = [ops.MassSum(s.key_slots[s.reused], s.weights, s.by_value) for s in rows]
 
     @functools.cached_property
     def _batch(self) -> ops.ScratchBatch:
         return ops.ScratchBatch(
             [
-                ops.Asking(s.lead, s.last - s.first - s.lead, s.reused.start, s.key_slots)
+                ops.Asking(
+                    s.lead,
+                    s.last - s.first - s.lead,
+                    s.reused.start,
+                    s.key_slots,
+                    s.rows_stand,
+                    s.keys_stand,
+                )  # fmt: skip
                 for s in self.rows
             ]
         )
@@ -120,7 +145,7 @@ class QuestionAttention:
         pool = self.pool.k(spec.layer), self.pool.v(spec.layer)
         # Of a latent cache the kernels take V as K's first columns, where it is them.
         own = (k, k[..., : v.shape[2]] if ops.one_buffer(*pool) else v)
-        if spec.window < 0 and self._sums and self._serves(q, pool, own):
+        if self._device_rows and self._serves(spec.window, q, pool, own):
             return self._in_one(spec, q, pool, own)
         if spec.window < 0 and self._device_rows and self._device_rows.serves(q, *pool):
             over_cache = self._over_cache(self._device_rows, spec, q)
@@ -139,9 +164,15 @@ class QuestionAttention:
                 parts.append(self._question(spec, s, q[mine], k[mine], v[mine]))
         return spec.value(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _serves(self, q: torch.Tensor, *kv: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    def _serves(self, window: int, q: torch.Tensor, *kv: tuple[torch.Tensor, torch.Tensor]) -> bool:
         attends = all(self._batch.serves(q, *both) for both in kv)
-        return attends and self._sums[0].serves(q, *kv[0])
+        return attends and self._sums_of(window)[0][0].serves(q, *kv[0])
+
+    def _sums_of(self, window: int) -> list[tuple[ops.MassSum, torch.Tensor | None]]:
+        window = max(window, -1)
+        if window not in self._sums:
+            self._sums[window] = [s.sum_of(window) for s in self.rows]
+        return self._sums[window]
 
     def _in_one(
         self,
@@ -152,10 +183,12 @@ class QuestionAttention:
     ) -> torch.Tensor:
         """All rows over the cached keys and themselves, and the mass, by kernels of our own."""
         scale, cap = spec.pool_scale, spec.logit_cap
-        out, lse = self._batch.attention(q, pool, own, scale=scale, logit_cap=cap, sinks=spec.sinks)
+        out, lse = self._batch.attention(
+            q, pool, own, scale=scale, window=spec.window, logit_cap=cap, sinks=spec.sinks
+        )
         assert lse is not None
         late = spec.layer >= self.late
-        for s, mass in zip(self.rows, self._sums, strict=True):
+        for s, (mass, _) in zip(self.rows, self._sums_of(spec.window), strict=True):
             asking = slice(s.first + s.lead, s.last)
             mass.add(
                 q[asking], *pool, lse[asking],
@@ -165,12 +198,13 @@ class QuestionAttention:
 
     def finish(self) -> None:
         """Behind the last layer: all mass is where ``Scratch`` says."""
-        for s, mass in zip(self.rows, self._sums, strict=False):
-            every, late = mass.total()
-            if every is not None:
-                s.mass += every
-            if late is not None:
-                self._add_late(s, late)
+        for sums in self._sums.values():
+            for s, (mass, seen) in zip(self.rows, sums, strict=True):
+                every, late = mass.total()
+                if every is not None:
+                    s.mass += _of_all(s, every, seen)
+                if late is not None:
+                    self._add_late(s, _of_all(s, late, seen))
 
     def _leading(
         self, spec: AttentionSpec, s: Scratch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -279,8 +313,8 @@ class QuestionAttention:
     ) -> torch.Tensor:
         """All scratch rows in a sliding-window layer.
 
-        In plain torch. Between keys with holes, each row's window begins at another index, which
-        the kernel does not serve; a few rows and one window make little work.
+        In plain torch: on the CPU, whose kernel takes windows over keys without holes alone, and
+        where no CUDA kernel of our own attends. A few rows and one window make little work.
         """
         k_cache, v_cache = self.pool.k(spec.layer), self.pool.v(spec.layer)
         near = s.near(spec.window)  # what no row sees is not even read
@@ -312,6 +346,11 @@ class QuestionAttention:
         if spec.layer >= self.late:
             self._add_late(s, plain[s.reused])
         return out
+
+
+def _of_all(s: Scratch, mass: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """``mass`` of the reused tokens ``seen`` (None: of all), and none of the others."""
+    return mass if seen is None else torch.zeros_like(s.mass).index_copy_(0, seen, mass)
 
 
 def _questions(rows: list[Scratch]) -> list[RowSegment]:

@@ -114,6 +114,12 @@ def test_soft_cap(module):
     case.check(module)
 
 
+def test_scale_zero(module):
+    case = Case(20, 40, 4, 2, 64)
+    case.options["scale"] = 0.0
+    case.check(module)
+
+
 def test_rows_see_keys_by_position_and_window(module):
     case = Case(40, 90, 4, 2, 64)
     case.q_pos = torch.arange(30, 110, 2)
@@ -121,6 +127,8 @@ def test_rows_see_keys_by_position_and_window(module):
     case.options.update(window=25, kv_pos0=7)
     case.check(module, more=-1.0)
     case.options["key_pos"] = torch.arange(90) * 3  # with holes
+    case.check(module, more=-1.0)
+    case.options["key_pos"] = torch.arange(90).view(2, 45).flip(0).flatten()  # in no order
     case.check(module, more=-1.0)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from on_device import CUDA, locked, on_device, watching
 from planned_flashinfer import planning
-from small_model import Served, Small
+from small_model import LAYERS, Served, Small
 
 from sgl_blend.engine.forward.attn_backend import BlendAttnBackend
 
@@ -40,13 +40,13 @@ class Noted:
         return call
 
 
-def launched(monkeypatch, policy, hosted, **options):
+def launched(monkeypatch, policy, hosted, windows=(), **options):
     """(is it the question pass, layer, its launches as a table) in the order of layers."""
     module, layers = emulated.kernels(), []
     with watching() as watch, planning():
         noted = Noted(module, watch)
         emulated.serve(monkeypatch, lambda device: noted if device.type == "cuda" else None)
-        small = Small(torch.float16, hosted)
+        small = Small(torch.float16, hosted, windows)
         small.to(on_device, locked)
         served = Served(small, CUDA, on_device, policy=policy, recompute_ratio=0.2, **options)
         forward, put = BlendAttnBackend.forward, small.set_kv_buffer
@@ -87,10 +87,12 @@ def test_a_layer_launches_copy_correction_and_attention(monkeypatch, policy):
     )
 
 
+@pytest.mark.parametrize("windows", [(), range(LAYERS)], ids=["none", "windows"])
 @pytest.mark.parametrize("values", [False, True])
-def test_a_layer_of_the_question_pass(monkeypatch, values):
-    """Over the cached keys, over the rows themselves, both joined; the mass of each request."""
-    found = last(launched(monkeypatch, "query", False, query_values=values), True)
+def test_a_layer_of_the_question_pass(monkeypatch, values, windows):
+    """Over the cached keys, over the rows themselves, both joined; the mass of each request. Under
+    a sliding window too."""
+    found = last(launched(monkeypatch, "query", False, windows, query_values=values), True)
     assert sorted(x[0] for x in found) == [
         "attention_mass", "attention_mass", "join_parts", "rotate_copy", "row_attention",
         "row_attention",

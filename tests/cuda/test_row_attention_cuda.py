@@ -3,6 +3,8 @@ over the same values. CPU."""
 
 from __future__ import annotations
 
+import math
+
 import emulated
 import pytest
 import torch
@@ -62,6 +64,22 @@ def test_soft_cap_and_sinks(module, cap, sinks):
     Case((gapped(3, 140, 12), 150), heads=(4, 2), cap=cap, sinks=sinks).check(module)
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_scale_zero_weighs_alike_what_a_row_sees(module, cap):
+    """What is hidden scores minus infinity, of which zero times would be NaN. In parts, too."""
+    case = Case((gapped(3, 140, 12), 150), window=40, cap=cap, sinks=True, beside=[139, 20, 3])
+    case.how["scale"] = 0.0
+    case.check(module, parts=2)
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.nan])
+def test_scales_below_zero_are_refused(module, scale):
+    case = Case(([3], 9))
+    case.how["scale"] = scale
+    with pytest.raises(KernelError, match="scale: expected 0 or more"):
+        case.check(module)
+
+
 def test_several_requests_are_one_launch(module):
     """Of none and one row, of none and one key, and rows that no key precedes."""
     case = Case(
@@ -108,6 +126,13 @@ def test_keys_with_positions_of_their_own(module, window):
     beside = [250, 3, 251, 249, 252]
     case = Case((gapped(2, 260, 11), 200), window=window, key_pos=at, beside=beside, sinks=True)
     case.check(module, parts=2)
+
+
+def test_several_requests_with_positions_of_their_own(module):
+    """Each over its own list, one of which is empty; through a window, as a question looks."""
+    at = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:160] + 60
+    requests = (gapped(240, 260, 9), 90), ([300, 301], 0), (gapped(150, 299, 12), 70)
+    Case(*requests, heads=(4, 2), window=100, key_pos=at, sinks=True).check(module)
 
 
 def test_large_scores_do_not_overflow(module):

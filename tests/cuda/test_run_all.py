@@ -55,9 +55,12 @@ def test_every_phase_is_rehearsed(tmp_path):
     assert sum(what.startswith("emulator finds") for what in of_phase["sanitizer"]) == 12
     assert "copy with rotation, 48 tokens" in of_phase["rooflines"]
     assert "query 0.1, 120 tokens: device at work" in of_phase["model"]
-    assert sum("waits for nothing" in what for what in of_phase["streams"]) == 8
+    assert sum("waits for nothing" in what for what in of_phase["streams"]) == 10
+    assert sum("with windows and sinks" in what for what in of_phase["streams"]) == 2
     assert "new chunks hold what the model wrote" in of_phase["streams"]
-    assert "query of every token gives full prefill's logits" in of_phase["model"]
+    every = "query of every token gives full prefill's logits"
+    attends = "windows and sinks: the question attends as in plain torch"
+    assert {every, f"windows and sinks: {every}", attends} <= of_phase["model"]
     asked = {"every token recomputed answers as exact", "mixed batch: exact as alone"}
     asked |= {"documents come from the host's memory", "traffic: every request was answered"}
     assert {f"a made-up server: {what}" for what in asked} <= of_phase["server"]

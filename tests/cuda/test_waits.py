@@ -90,14 +90,18 @@ def test_nothing_waits_for_what_is_kept_to_be_explained(kernels, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_waits_in_layers_with_a_window(kernels, policy):
+    plans = Planned.plans
     watch = serve(policy, hosted=True, windows=(1, 3))
     assert watch.waits == [], "\n".join(watch.table())
+    assert Planned.plans == plans, "our own kernels attend"
+    assert not [line for line in watch.launches if line[0] == "_softmax"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_waits_where_torch_stands_for_the_kernels(no_kernels, policy):
+    """Of a question in layers with a window, too."""
     plans = Planned.plans
-    watch = serve(policy, hosted=True)
+    watch = serve(policy, hosted=True, windows=(1,))
     assert watch.waits == [], "\n".join(watch.table())
     assert Planned.plans > plans, "FlashInfer attends"
 

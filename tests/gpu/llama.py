@@ -28,6 +28,9 @@ ROPE_BASE = 500000.0
 
 @dataclass(frozen=True)
 class Shape:
+    """window: sliding window of every second layer, the first one too (-1: none). sinks: every
+    layer has attention sinks."""
+
     layers: int
     hidden: int
     heads: int
@@ -36,6 +39,8 @@ class Shape:
     inner: int
     vocab: int
     dtype: torch.dtype
+    window: int = -1
+    sinks: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -84,6 +89,7 @@ class Llama:
         ]
         self.up = [make(2 * s.inner, s.hidden, scale=s.hidden**-0.5) for _ in range(s.layers)]
         self.down = [make(s.hidden, s.inner, scale=s.inner**-0.5) for _ in range(s.layers)]
+        self.sinks = [make(s.heads) for _ in range(s.layers if s.sinks else 0)]
         #: K and V of a slot lie in a row, and are written at once
         self.kv = [make(slots, 2, s.kv_heads, s.dim) for _ in range(s.layers)]
         frequency = ROPE_BASE ** (-torch.arange(0, s.dim, 2, dtype=torch.float64) / s.dim)
@@ -98,7 +104,7 @@ class Llama:
 
     def to(self, move: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
         """Put all tensors elsewhere."""
-        for name in ("qkv", "out", "up", "down", "kv"):
+        for name in ("qkv", "out", "up", "down", "kv", "sinks"):
             setattr(self, name, [move(x) for x in getattr(self, name)])
         self.embed, self.head, self.table = map(move, (self.embed, self.head, self.table))
         self.device = device
@@ -119,6 +125,11 @@ class Llama:
         return self._rope
 
     # the model
+
+    def spec(self, layer: int) -> AttentionSpec:
+        window = self.shape.window if layer % 2 == 0 else -1
+        sinks = self.sinks[layer] if self.sinks else None
+        return AttentionSpec(layer, self.shape.dim**-0.5, window, sinks=sinks)
 
     def forward(
         self,
@@ -150,6 +161,9 @@ class Llama:
 
         def attend(layer: int, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             self.kv[layer][slots] = kv
+            spec = self.spec(layer)
+            if spec.window >= 0 or spec.sinks is not None:
+                return _textbook(spec, q, *kv.unbind(1))
             out = F.scaled_dot_product_attention(
                 *(y.transpose(0, 1)[None] for y in (q, *kv.unbind(1))),
                 is_causal=True, enable_gqa=True,
@@ -158,6 +172,25 @@ class Llama:
 
         positions = torch.arange(n, device=self.device)
         return self.forward(ids, positions, attend, positions[-1:])
+
+
+def _textbook(
+    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """q [n, heads, dim], k and v [n, kv heads, dim] -> [n, heads, dim]; one matrix, for few
+    tokens."""
+    k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * spec.scale
+    at = torch.arange(len(q), device=q.device)
+    hidden = at > at[:, None]
+    if spec.window >= 0:
+        hidden |= at < at[:, None] - spec.window
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if spec.sinks is not None:
+        sinks = spec.sinks.float()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat((scores, sinks), 2)
+    probs = scores.softmax(2)[..., : len(q)]
+    return torch.einsum("hqk,khd->qhd", probs, v).to(q.dtype)
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:
@@ -211,7 +244,7 @@ class Passes:
             attention.bring_in(layer)
             if layer == stop and not attention.scratch:
                 raise Left
-            out = attention(AttentionSpec(layer, llama.shape.dim**-0.5), q, *kv.unbind(1))
+            out = attention(llama.spec(layer), q, *kv.unbind(1))
             if layer == stop:
                 raise Left
             return out

@@ -2,13 +2,17 @@
 
 Weights are random: times are those of the shape, answers mean nothing. What is checked of values:
 with every token recomputed the logits are full prefill's, and layer 0's KV of a document is the
-same wherever it was computed, up to rounding.
+same wherever it was computed, up to rounding. The same of a small model with sliding windows and
+attention sinks, as gpt-oss has them, and of what its question attends to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -17,6 +21,8 @@ from gpu.llama import EIGHT_B, SMALL, Llama, Shape
 from gpu.prompts import HEAD, SETTINGS, Prompt, blended, from_host, hosted
 from gpu.record import Job
 from sgl_blend import ops
+from sgl_blend.prefill.attention_cuda import DeviceRows
+from sgl_blend.prefill.question import QuestionAttention
 from sgl_blend.tiering.streams import SideStreams
 
 #: reused tokens of each measurement: 4k, 16k, 32k
@@ -39,6 +45,7 @@ def run(job: Job) -> None:
             f"{policy} {ratio:g} runs", lambda p=policy, r=ratio: _runs(job, llama, small, p, r)
         )
     job.trying("mechanics", lambda: _mechanics(job, llama, small))
+    job.trying("windows and sinks", lambda: _windows(job, small))
     for prompt in prompts:
         job.trying(f"{prompt.reused} tokens", lambda p=prompt: _times(job, llama, p))
         gc.collect()
@@ -81,7 +88,36 @@ def _runs(job: Job, llama: Llama, prompt: Prompt, policy: str, ratio: float) -> 
     job.check(f"{policy} {ratio:g} runs", finite and logits.shape == (1, llama.shape.vocab))
 
 
-def _mechanics(job: Job, llama: Llama, prompt: Prompt) -> None:
+def _windows(job: Job, prompt: Prompt) -> None:
+    """Windows that hold half of a document."""
+    dtype = torch.float32 if job.rehearse else torch.bfloat16
+    shape = replace(SMALL, dtype=dtype, window=32, sinks=True)
+    llama = Llama(shape, prompt.pool, prompt.tokens, job.device)
+    _mechanics(job, llama, prompt, "windows and sinks: ")
+    off = _apart(_attended(llama, prompt, False), _attended(llama, prompt, True))
+    what = "windows and sinks: the question attends as in plain torch"
+    job.check(what, off < CLOSE[dtype], off)
+
+
+def _attended(llama: Llama, prompt: Prompt, plain: bool) -> torch.Tensor:
+    """How much the question attends to each reused token. plain: in torch, without kernels."""
+    ids, there = _prepared(llama, prompt)
+    found, finish = [], QuestionAttention.finish
+
+    def noted(self: QuestionAttention) -> None:
+        finish(self)
+        found.extend(s.mass for s in self.rows)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(QuestionAttention, "finish", noted))
+        for where, name in ((QuestionAttention, "_serves"), (DeviceRows, "serves")):
+            if plain:
+                stack.enter_context(mock.patch.object(where, name, lambda *_: False))
+        blended(llama, prompt, ids, there, "query", 0.2).run()
+    return torch.cat(found)
+
+
+def _mechanics(job: Job, llama: Llama, prompt: Prompt, of: str = "") -> None:
     ids, there = _prepared(llama, prompt)
     full = _full(llama, prompt, there)()
     own = prompt.slots(llama)
@@ -89,13 +125,15 @@ def _mechanics(job: Job, llama: Llama, prompt: Prompt) -> None:
     close = CLOSE[llama.shape.dtype]
     for policy in ("all", "query"):
         off = _apart(blended(llama, prompt, ids, there, policy, 1.0).run(), full)
-        job.check(f"{policy} of every token gives full prefill's logits", off < close, off)
+        job.check(f"{of}{policy} of every token gives full prefill's logits", off < close, off)
     logits = blended(llama, prompt, ids, there, "none", 0.0).run()
     for name, pool, exact in zip("KV", (llama.keys, llama.values), first, strict=True):
         off = _apart(pool[0][own].float(), exact)
-        job.check(f"layer 0's {name} of reused tokens is full prefill's", off < close, off)
+        job.check(f"{of}layer 0's {name} of reused tokens is full prefill's", off < close, off)
     off = _apart(logits, full)
-    job.check("reuse without recomputation differs (the check can tell)", off > close / 10, off)
+    job.check(
+        f"{of}reuse without recomputation differs (the check can tell)", off > close / 10, off
+    )
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:

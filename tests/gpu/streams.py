@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -43,12 +44,16 @@ LONG = 20_000_000  # about 10 ms: longer than a copy takes from there to its end
 def run(job: Job) -> None:
     job.note("rows attend by", attention.by_what(job.device))
     shape = Shape(4, 64, 4, 2, 64, 128, 500, torch.float16)
+    # The question alone is asked in other ways where layers have windows.
+    cases = [(policy, shape, "") for policy in POLICIES]
+    cases.append(("query", replace(shape, window=24, sinks=True), " with windows and sinks"))
     prompt = Prompt(3, 40, 12)
     for hosted_too in (False, True):
-        for policy in POLICIES:
-            what = f"{policy} waits for nothing" + (", with sources on the host" * hosted_too)
+        for policy, of, named in cases:
+            what = f"{policy}{named} waits for nothing"
+            what += ", with sources on the host" * hosted_too
             job.trying(
-                what, lambda w=what, p=policy, h=hosted_too: _waits(job, w, shape, prompt, p, h)
+                what, lambda w=what, s=of, p=policy, h=hosted_too: _waits(job, w, s, prompt, p, h)
             )
     job.trying("new chunks", lambda: _leaving(job))
     job.trying("loaded chunks", lambda: _coming(job))

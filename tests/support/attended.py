@@ -81,7 +81,9 @@ class Case:
         """Output and log-sum-exp, fp64, and how long a row's values are on average."""
         made, row, key = [], 0, 0
         for pos, n in zip(self.positions, self.keys, strict=True):
-            at = torch.arange(n) + self.first_pos if self.key_pos is None else self.key_pos
+            at = torch.arange(n) + self.first_pos
+            if self.key_pos is not None:
+                at = self.key_pos[key : key + n]
             at = torch.cat((at, self.beside))
             mine = self.slots[key : key + n]
             k, v = (

@@ -38,6 +38,8 @@ from sgl_blend.tiering.streams import SideStreams
 
 LAYERS, HEADS, KV_HEADS, DIM, HIDDEN, VOCAB = 4, 4, 2, 16, 32, 5000
 SLOTS, CONTEXT = 1024, 512
+#: less than from the question to the documents' begin
+WINDOW = 80
 
 
 class Small:
@@ -103,7 +105,7 @@ class Small:
                 ops.rotate(part.unflatten(1, (-1, DIM)), cos, sin, DIM, True).flatten(1)
                 for part in (q, k)
             )
-            window = 24 if layer in self.windows else None
+            window = WINDOW if layer in self.windows else None
             x = x + get_attn_backend().forward(q, k, v, _layer(layer, window), fb) @ self.out[layer]
         last = torch.cumsum(fb.extend_seq_lens, 0) - 1
         return SimpleNamespace(

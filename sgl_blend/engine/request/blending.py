@@ -98,7 +98,7 @@ def blend_of(
             ask = np.concatenate([np.arange(head, first), ask])
         blend.question_ids = torch.from_numpy(tokens[ask].copy())
         blend.question_pos = torch.from_numpy(ask)
-        blend.asked_from = head if blend.lead else state.suffix_start
+        blend.asked_at = ask
     _put_on(device, blend)
     return blend
 
