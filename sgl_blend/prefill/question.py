@@ -120,7 +120,7 @@ class QuestionAttention:
                     s.key_slots,
                     s.rows_stand,
                     s.keys_stand,
-                )  # fmt: skip
+                )
                 for s in self.rows
             ]
         )
