@@ -6,7 +6,10 @@ from cuda_planted import of_file
 
 LATENT_ATTENTION = of_file(
     "latent_attention.cuh",
-    a_step_is_not_waited_for=("copy_wait<0>();\n    __syncthreads();  // this step's", "//"),
+    a_step_is_not_waited_for=(
+        "copy_wait<0>();\n    __syncthreads();  // this step's",
+        "__syncthreads();  // this step's",
+    ),
     no_barrier_before_a_step=(
         "__syncthreads();  // this step's keys are there",
         "// this step's keys are there",

@@ -15,7 +15,7 @@ from gpu import attention, clock
 from gpu.machine import module_of
 from gpu.record import Job
 from sgl_blend import ops
-from sgl_blend.ops import cuda
+from sgl_blend.ops import cuda, cuda_rows
 from sgl_blend.prefill.attention import BatchAttention
 from sgl_blend.prefill.rows import AttentionSpec, RowSegment
 
@@ -225,15 +225,17 @@ def _latents(job: Job, module, x: Layer, peak: dict[str, float]) -> None:
     asked = torch.arange(x.n, x.n + few, device=job.device)
     chosen = torch.sort(torch.randperm(x.n, device=job.device)[: x.n // 10]).values
     slots, scale = torch.randperm(x.n + few, device=job.device), 192**-0.5
+    how = {"scale": scale, "window": -1, "logit_cap": 0.0, "with_lse": True}
     for positions in (torch.cat((chosen, asked)), asked):
         q = torch.randn(len(positions), LATENT_HEADS, LATENT, device=job.device).bfloat16()
-        rows = ops.RowBatch([positions], [slots])
-        found = rows.attention(q, *both, scale=scale, with_lse=True)
-        took = clock.on_device(job.device, lambda r=rows, q=q: r.attention(q, *both, scale=scale))
+        keys = cuda_rows.one_request(q, *both, slots)
+        given = (module, q, positions, [keys])
+        found = cuda_rows.row_attention(*given, **how)
+        took = clock.on_device(job.device, lambda g=given: cuda_rows.row_attention(*g, **how))
         work = 2 * float((positions + 1).sum()) * LATENT_HEADS * (LATENT + VALUE)
         _share(job, f"attention of {len(positions)} rows to latents", x, took, work, peak["flops"])
     weights, sums = torch.ones(few, device=job.device), torch.zeros(1, x.n, device=job.device)
-    given = (q, both[0], None, slots[: x.n].contiguous(), asked, found.lse, weights, sums, None)
-    took = clock.on_device(job.device, lambda: cuda.add_mass(module, *given, scale=scale))
+    of = (q, both[0], None, slots[: x.n].contiguous(), asked, found.lse, weights, sums, None)
+    took = clock.on_device(job.device, lambda: cuda.add_mass(module, *of, scale=scale))
     work = 2 * few * LATENT_HEADS * x.n * LATENT
     _share(job, f"attention mass of {few} rows on latents", x, took, work, peak["flops"])
