@@ -29,18 +29,15 @@ def deviations(
     pooled: list[tuple[int, _Tokens, torch.Tensor]] = []
     for i, s in enumerate(checking):
         b = s.blend
-        alive = s.alive if s.alive is not None else torch.arange(b.tokens.count, device=s.device)
-        positions = b.reused[alive] + s.piece.begin
-        fresh = s.piece.kv_slots[positions]
+        positions = b.reused[s.alive] + s.piece.begin
+        tokens = _Tokens(s.piece.kv_slots[positions], positions, b.src_pos[s.alive])
         if b.host is None:
-            pooled.append((i, _Tokens(fresh, positions, b.src_pos[alive]), b.src_slots[alive]))
+            pooled.append((i, tokens, b.src_slots[s.alive]))
         elif keys:
-            source = MixedSource.of(b.host, b.src_slots, b.tokens.count, alive)
-            src_pos = source.choose(b.host.kv.src_pos, b.src_pos)
-            out[i] = _from_host(source, _Tokens(fresh, positions, src_pos), layer, pool)
+            out[i] = _from_host(s.mixed(b.host), tokens, layer, pool)
         else:
-            cached = s.cached_v(b.host, pool, layer)[alive]
-            out[i] = _apart(pool.v(layer)[fresh], cached)
+            cached = s.cached_v(b.host, pool, layer)[s.alive]
+            out[i] = _apart(pool.v(layer)[tokens.fresh], cached)
     if pooled:
         tokens = _Tokens(*(torch.cat(x) for x in zip(*(t for _, t, _ in pooled), strict=True)))
         sources = torch.cat([source for *_, source in pooled])

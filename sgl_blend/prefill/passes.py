@@ -71,8 +71,7 @@ def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
     b = piece.blend
     if b is None:
         return piece.rows * num_layers
-    n = b.tokens.count
-    must = piece.rows - n - b.given
+    must = b.must.numel()
     total = piece.rows * num_layers if b.given_up else 0
     if b.question_ids is not None:
         total += int(b.question_ids.numel()) * query_depth(num_layers, config)
@@ -166,54 +165,59 @@ def _question_pass(
 ) -> None:
     """Run the questions over the cached KV and choose each piece's rows by attention mass."""
     depth = query_depth(model.num_layers, config)
-    scratch, ids, positions, row = [], [], [], 0
+    scratch: list[Scratch] = []
     for s in asking:
-        b, begin = s.blend, s.piece.begin
-        if b.question_ids is None or b.question_pos is None:
-            raise ConfigError(f"policy {b.policy.name!r} asks a question, and the piece has none")
-        m = b.question_ids.numel()
-        # Exact tokens at the piece's head count as prefix. The others are keys behind the reused
-        # ones: ``reused`` leaves their attention mass out.
-        head = begin + (0 if b.host is None else b.host.head)
-        positions_of = [torch.arange(head, device=s.device), b.reused + begin]
-        if b.host is not None:
-            positions_of.append(b.host.given[b.host.head :] + begin)
-        keys = torch.cat(positions_of)
-        scratch.append(
-            Scratch(
-                row,
-                row + m,
-                b.lead,
-                b.question_pos,
-                s.piece.kv_slots[keys],
-                keys,
-                question_weights(m - b.lead, s.device),
-                slice(head, head + b.tokens.count),
-                torch.zeros(b.tokens.count, dtype=torch.float32, device=s.device),
-                b.query_values,
-                keys_at=functools.partial(_key_positions, b, begin, head),
-                rows_at=b.asked_at,
-            )
-        )
-        ids.append(b.question_ids)
-        positions.append(b.question_pos)
-        row += m
+        scratch.append(_scratch(s, scratch[-1].last if scratch else 0))
     copies = Arriving.together([Arriving(c, 0) for s in asking for c in s.copy_all()])
     # How much attention comes late is asked for by who estimates the risk.
     late = depth // 2 if any(s.blend.estimates for s in asking) else depth
     attention = QuestionAttention(pool, scratch, [c.tokens for c in copies], late)
+    ids = torch.cat([s.blend.question_ids for s in asking if s.blend.question_ids is not None])
+    positions = torch.cat([q.positions for q in scratch])
     counts = {passes.index(s): q.last - q.first for s, q in zip(asking, scratch, strict=True)}
-    model.run_scratch(torch.cat(ids), torch.cat(positions), counts, attention, depth - 1)
+    model.run_scratch(ids, positions, counts, attention, depth - 1)
     attention.finish()
     if any(s.blend.estimates for s in asking):
         _share_attention(asking, scratch, attention.late_heads, ranks)
-    choosing = _of_need(asking, Need.QUERY)
+    choosing = [
+        _Choice(s, s.blend.tokens, q.mass)
+        for s, q in zip(asking, scratch, strict=True)
+        if s.blend.policy.need is Need.QUERY
+    ]
     if choosing:
-        asked = [(s, q) for s, q in zip(asking, scratch, strict=True) if s in choosing]
-        _choose([_Choice(s, s.blend.tokens, q.mass) for s, q in asked], ranks, config)
-    for s in choosing:
+        _choose(choosing, ranks, config)
+    for s, *_ in choosing:
         # What is brought in lies there as it was cached: where it is corrected, it comes again.
         s.copy_from = FIRST_LAYER if s.corrects else depth
+
+
+def _scratch(s: BlendPass, row: int) -> Scratch:
+    """The question of a piece as the scratch rows from ``row`` on."""
+    b, begin, n = s.blend, s.piece.begin, s.blend.tokens.count
+    if b.question_ids is None or b.question_pos is None:
+        raise ConfigError(f"policy {b.policy.name!r} asks a question, and the piece has none")
+    m = b.question_ids.numel()
+    # Exact tokens at the piece's head count as prefix. The others are keys behind the reused
+    # ones: ``reused`` leaves their attention mass out.
+    head = begin + (0 if b.host is None else b.host.head)
+    keys = [torch.arange(head, device=s.device), b.reused + begin]
+    if b.host is not None:
+        keys.append(b.host.given[b.host.head :] + begin)
+    positions = torch.cat(keys)
+    return Scratch(
+        row,
+        row + m,
+        b.lead,
+        b.question_pos,
+        s.piece.kv_slots[positions],
+        positions,
+        question_weights(m - b.lead, s.device),
+        slice(head, head + n),
+        torch.zeros(n, dtype=torch.float32, device=s.device),
+        b.query_values,
+        keys_at=functools.partial(_key_positions, b, begin, head),
+        rows_at=b.asked_at,
+    )
 
 
 def _key_positions(b: PieceBlend, begin: int, head: int) -> np.ndarray:
@@ -236,13 +240,12 @@ def _share_attention(
 
 
 class _Choice(NamedTuple):
-    """A piece that is to keep some of its tokens: how many ``tokens`` says, score fp32 [n] of this
-    rank. alive: int64 [n], which of all reused tokens these are; None: all of them."""
+    """A piece that is to keep some of the tokens that it computes: how many ``tokens`` says, score
+    fp32 [c] of this rank."""
 
     of: BlendPass
     tokens: ReusedTokens
     score: torch.Tensor
-    alive: torch.Tensor | None = None
 
 
 def _choose(choices: list[_Choice], ranks: Ranks, config: BlendConfig) -> None:
@@ -252,32 +255,25 @@ def _choose(choices: list[_Choice], ranks: Ranks, config: BlendConfig) -> None:
     wanted = [(c.of.blend.policy, c.tokens, x) for c, x in zip(choices, scores, strict=True)]
     chosen = _agree(ranks, [c.tokens for c in choices], select_together(wanted, config))
     for c, score, kept in zip(choices, scores, chosen, strict=True):
-        if c.alive is not None:
-            kept = c.alive[kept]
-        if c.of.blend.told is not None:
-            alive = torch.arange(c.tokens.count) if c.alive is None else c.alive
-            ranking = c.of.blend.policy.ranking(c.tokens, score, config)
-            c.of.blend.told.note(c.tokens.count, alive, ranking, kept)
+        before, b = c.of.alive, c.of.blend
         c.of.keep(kept)
+        if b.told is not None:
+            ranking = b.policy.ranking(c.tokens, score, config)
+            b.told.note(c.tokens.count, before, ranking, c.of.alive)
 
 
 def _agree(
     ranks: Ranks, tokens: list[ReusedTokens], chosen: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Rank 0's choices on every rank, also where ranks chose differently many."""
-    certain = [x for x, t in zip(chosen, tokens, strict=True) if not t.coverage]
-    agreed = iter(())
-    if certain:
-        agreed = iter(ranks.agree(torch.cat(certain)).split([x.numel() for x in certain]))
-    out = []
-    for x, t in zip(chosen, tokens, strict=True):
-        if t.coverage:
-            picked = torch.zeros(t.count, dtype=torch.uint8, device=x.device)
-            picked[x] = 1
-            out.append(torch.nonzero(ranks.agree(picked)).flatten())
-        else:
-            out.append(next(agreed))
-    return out
+    """Rank 0's choices on every rank, also where ranks chose differently many: such go as flags."""
+    sent = [
+        x.new_zeros(t.count).index_fill_(0, x, 1) if t.coverage else x
+        for x, t in zip(chosen, tokens, strict=True)
+    ]
+    agreed = ranks.agree(torch.cat(sent)).split([x.numel() for x in sent])
+    return [
+        torch.nonzero(x).flatten() if t.coverage else x for x, t in zip(agreed, tokens, strict=True)
+    ]
 
 
 def _check_passes(
@@ -300,12 +296,12 @@ def _check_passes(
         choices = []
         scores = deviations(checking, layer, pool, config.check_keys)
         for s, score, kept in zip(checking, scores, filters, strict=True):
-            tokens = s.blend.tokens
-            coverage = tokens.coverage if last else 0.0
-            tokens = replace(tokens, budget=kept[step][1], coverage=coverage)
-            if tokens.anchors is not None and s.alive is not None:
+            tokens = replace(s.blend.tokens, budget=kept[step][1])
+            if not last:
+                tokens = replace(tokens, coverage=0.0)
+            if tokens.anchors is not None:
                 tokens = replace(tokens, anchors=tokens.on(s.device, "anchors")[s.alive])
-            choices.append(_Choice(s, tokens, score, s.alive))
+            choices.append(_Choice(s, tokens, score))
             s.copy_from = layer + 1
         _choose(choices, ranks, config)
 
@@ -318,25 +314,21 @@ def _pass(
     scores: ScoreTable | None,
     stop: int | None = None,
 ) -> Any:
-    """Run the rows of ``running``, some or all of the batch's ``passes``. scores: where theirs go,
-    None: they are not measured."""
+    """Run the rows of ``running``, some or all of the batch's ``passes`` in their order. scores:
+    where theirs go, None: they are not measured."""
     segments: list[RowSegment] = []
-    counts, row = [0] * len(passes), 0
     copies: list[Arriving] = []
     recomputed: list[Recomputed] = []
-    for i, s in enumerate(passes):
-        if s not in running:
-            continue
+    row = 0
+    for s in running:
         segments.append(s.piece.segment(row, s.local_rows()))
-        counts[i] = s.count
         row += s.count
         copies += s.copy_rest(sum(r.documents for r in recomputed))
         if isinstance(s, BlendPass) and s.corrects:
             recomputed.append(s.recomputed())
-    whole = len(running) == len(passes) and all(s.rows is None for s in passes)
-    rows = None if whole else torch.cat([s.batch_rows() for s in passes if s in running])
+    counts = [s.count if s in running else 0 for s in passes]
+    whole = row == sum(s.piece.rows for s in passes)
+    rows = None if whole else torch.cat([s.batch_rows() for s in running])
     correction = Correction(recomputed) if recomputed else None
-    together = Arriving.together(copies)
-    return model.run(
-        rows, counts, BatchAttention(pool, segments, together, scores, correction), stop
-    )
+    attention = BatchAttention(pool, segments, Arriving.together(copies), scores, correction)
+    return model.run(rows, counts, attention, stop)

@@ -67,8 +67,9 @@ class PieceBlend:
     """What is blended in one piece. All tensors lie on the pool's device.
 
     reused: int64 [n], ascending local rows of the reused tokens; never the piece's last row, so
-    that row counts are known without reading the device. src_slots, src_pos: int64 [n], of those
-    among them whose source lies in the pool: all, unless ``host`` is given.
+    that row counts are known without reading the device. must: int64, ascending local rows that are
+    neither reused nor given: they always run. src_slots, src_pos: int64 [n], of the reused tokens:
+    their slots in the pool, -1 for one that ``host`` has, and where they were computed.
     question_ids, question_pos: int64 [lead + m], for ``Need.QUERY``: the ``lead`` tokens of the
     piece before its first reused one, then the question's. asked_at: ``question_pos`` on the host.
     fixed: indices into ``reused`` chosen ahead, for ``Need.NOTHING``. chosen: how many tokens the
@@ -89,6 +90,7 @@ class PieceBlend:
     policy: Policy
     tokens: ReusedTokens
     reused: torch.Tensor
+    must: torch.Tensor
     src_slots: torch.Tensor
     src_pos: torch.Tensor
     question_ids: torch.Tensor | None = None
@@ -207,3 +209,10 @@ class HostSources:
     pool_index: torch.Tensor
     host_index: torch.Tensor
     host_tokens: torch.Tensor
+
+    def split(self, of_reused: torch.Tensor, given: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values [n] for the reused tokens, as those for the pool's tokens and those [m] for the
+        host's, of which the exact ones get ``given``."""
+        of_host = torch.full_like(self.kv.src_pos, given, dtype=of_reused.dtype)
+        of_host[self.host_tokens] = of_reused[self.host_index]
+        return of_reused[self.pool_index], of_host

@@ -151,5 +151,4 @@ def test_how_many_rows_coverage_takes_is_waited_for(kernels):
     assert places == {
         ("reads a value", "sgl_blend/ops/rows.py"),
         ("nonzero", "sgl_blend/prefill/passes.py"),
-        ("a number of the host by index", "sgl_blend/prefill/passes.py"),
     }

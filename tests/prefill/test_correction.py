@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from sgl_blend.ops.reference import rotate
 from sgl_blend.prefill.attention import Arriving, BatchAttention, KvCopy
 from sgl_blend.prefill.correction import Correction, PoolSource, Recomputed
 from sgl_blend.prefill.pieces import HostSources
-from sgl_blend.prefill.running import MixedSource
+from sgl_blend.prefill.running import BlendPass
 
 SLOTS, DIM = 120, 8
 
@@ -198,8 +200,8 @@ def test_a_latent_caches_parts_are_corrected_alike():
 class _Host:
     """KV of tokens outside the pool."""
 
-    def __init__(self, k, v, src_pos) -> None:
-        self.k, self.v, self.src_pos = k, v, src_pos
+    def __init__(self, k, v) -> None:
+        self.k, self.v = k, v
 
     def take(self, pool, layer, index):
         return self.k[index], self.v[index]
@@ -212,21 +214,19 @@ def test_sources_in_the_pool_and_on_the_host_are_told_apart(inside):
     buffers, t = Buffers(torch.float32, 7), Tokens(7, [0, 1, 2, 9, 38, 39])
     pool = ModelPool(buffers, [None, None], 4096)
     outside = [i for i in range(40) if i not in inside]
-    pool_index = torch.tensor(inside, dtype=torch.int64)
     host_index, host_tokens = torch.tensor(outside), torch.arange(len(outside)) + 3
     k, v = (torch.zeros(len(outside) + 3, 2, DIM) for _ in "kv")
-    src_pos = torch.full((len(outside) + 3,), -1)
     k[3:], v[3:] = buffers.k[1][t.source[host_index]], buffers.v[1][t.source[host_index]]
-    src_pos[3:] = t.old[host_index]
     host = HostSources(
-        _Host(k, v, src_pos), torch.arange(3), 3, pool_index, host_index, host_tokens
+        _Host(k, v), torch.arange(3), 3, torch.tensor(inside).long(), host_index, host_tokens
     )
-    mixed = MixedSource.of(host, t.source[pool_index], 40, t.runs)
+    blend = SimpleNamespace(src_slots=t.source.index_fill(0, host_index, -1))
+    mixed = BlendPass.mixed(SimpleNamespace(blend=blend, alive=t.runs), host)
     got_k, got_v, index = mixed.read(pool, 1)
     assert index.tolist() == list(range(len(t.runs)))
     assert torch.equal(got_k, buffers.k[1][t.source[t.runs]])
     assert torch.equal(got_v, buffers.v[1][t.source[t.runs]])
-    assert torch.equal(mixed.choose(src_pos, t.old[pool_index]), t.old[t.runs])
+    assert [x in inside for x in t.runs.tolist()] == (mixed.pool_slots() >= 0).tolist()
 
 
 def test_whoever_watches_is_given_each_layers_deltas():

@@ -209,16 +209,17 @@ def piece_of(budget: int, host: bool) -> Piece:
     n = 8
     reused = torch.arange(2, 10)
     src = torch.arange(30, 38)
+    even, odd = torch.arange(0, n, 2), torch.arange(1, n, 2)
     blend = PieceBlend(
         BlendPlan(0, 12, 10, (), "stored", 0.25),
         STORED,
         tokens([n], budget),
         reused,
-        src[::2] if host else src,
-        torch.arange(n)[::2] if host else torch.arange(n),
+        torch.tensor([0, 1, 10, 11]),
+        src.index_fill(0, odd, -1) if host else src,
+        torch.arange(n),
     )
     if host:
-        even, odd = torch.arange(0, n, 2), torch.arange(1, n, 2)
         no = torch.zeros(0, dtype=torch.int64)
         blend.host = HostSources(None, no, 0, even, odd, torch.arange(n // 2))
     return Piece(0, 12, 0, torch.arange(12), blend)

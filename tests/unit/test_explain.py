@@ -229,6 +229,7 @@ def test_what_is_told_of_a_piece():
         POLICIES.get("query"),
         tokens,
         reused=torch.tensor([6, 7, 8]),
+        must=torch.tensor([0, 1, 2, 5, 9, 10, 11]),
         src_slots=torch.arange(3),
         src_pos=torch.arange(3),
         told=Told(),

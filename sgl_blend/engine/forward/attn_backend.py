@@ -103,15 +103,12 @@ class BlendAttnBackend:
             k = k.reshape(-1, kv_heads, layer.qk_head_dim)
             v = v.reshape(-1, kv_heads, layer.v_head_dim)
         scales = kv_scales(layer, self._base, q.dtype)
-        slots = forward_batch.out_cache_loc
-        if core.scratch:
-            core.bring_in(layer.layer_id)  # where the model writes by itself, it hits slot 0 only
-        else:
-            if save_kv_cache and k is not None and v is not None:
-                if scales.write:  # it divides in place
-                    k, v = k.clone(), v.clone()
-                pool.set_kv_buffer(layer, KVWriteLoc(slots), k, v, *scales.write)
-            core.bring_in(layer.layer_id)
+        # Of scratch rows nothing is written; a model that does so by itself hits slot 0 only.
+        if save_kv_cache and k is not None and v is not None and not core.scratch:
+            if scales.write:  # it divides in place
+                k, v = k.clone(), v.clone()
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v, *scales.write)
+        core.bring_in(layer.layer_id)
         last = layer.layer_id == self._stop
         if last and not core.scratch:
             raise StopPass
@@ -165,6 +162,15 @@ class ScoringAttnBackend:
         return out
 
 
+def replaced(
+    make: Callable[[AttentionBackend], Any], forward_batch: ForwardBatch
+) -> contextlib.AbstractContextManager[Any]:
+    """Meanwhile attention runs through what ``make`` makes of the backend in use."""
+    context = get_forward_context()
+    mine = dataclasses.replace(context, attn_backend=make(context.attn_backend))
+    return forward_context(mine, forward_batch=forward_batch)
+
+
 @contextlib.contextmanager
 def attending(
     model: torch.nn.Module, core: RowAttention, backend: type[BlendAttnBackend] = BlendAttnBackend
@@ -173,9 +179,7 @@ def attending(
     forward = model.forward
 
     def instead(input_ids: Any, positions: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
-        context = get_forward_context()
-        mine = dataclasses.replace(context, attn_backend=backend(context.attn_backend, core))
-        with forward_context(mine, forward_batch=forward_batch):
+        with replaced(lambda base: backend(base, core), forward_batch):
             return forward(input_ids, positions, forward_batch, *args, **kw)
 
     model.forward = instead  # the runner calls this and not the module
@@ -185,26 +189,22 @@ def attending(
         del model.forward
 
 
-@contextlib.contextmanager
 def scoring(
     scores: ScoreTable,
     pool: PoolView,
     pieces: list[Piece],
     forward_batch: ForwardBatch,
     absorb: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[Any]:
     """The model's own forward of ``pieces``, none of them blended, is scored meanwhile."""
     segments = [
         p.segment(p.row0, torch.arange(p.rows, device=p.kv_slots.device))
         for p in pieces
         if p.starts is not None
     ]
-    context = get_forward_context()
-    backend = ScoringAttnBackend(context.attn_backend, scores, pool, segments, absorb)
-    with forward_context(
-        dataclasses.replace(context, attn_backend=backend), forward_batch=forward_batch
-    ):
-        yield
+    return replaced(
+        lambda base: ScoringAttnBackend(base, scores, pool, segments, absorb), forward_batch
+    )
 
 
 def spec_of(

@@ -14,17 +14,15 @@ the whole batch's rows afterwards.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
-from sglang.srt.model_executor.forward_context import forward_context, get_forward_context
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from sgl_blend import ops
-from sgl_blend.engine.forward.attn_backend import BlendAttnBackend, StopPass
+from sgl_blend.engine.forward.attn_backend import BlendAttnBackend, StopPass, replaced
 from sgl_blend.errors import SeamError
 from sgl_blend.prefill.rows import RowAttention
 
@@ -58,9 +56,6 @@ class ModelPasses:
         self.lora = lora
         self.fb: Any = None
         self._forward = forward
-        #: the batch rows of the pass, None: all
-        self._rows: torch.Tensor | None = None
-        self._scratch = False
 
     def run(
         self,
@@ -70,16 +65,19 @@ class ModelPasses:
         stop: int | None = None,
     ) -> Any:
         self.fb = copy.copy(self.whole)
-        self._rows, self._scratch = rows, False
+        embeds = self.input_embeds
         if rows is not None:
             self._take(rows, counts)
+            embeds = None if embeds is None else embeds[rows]
         else:
-            # Gemma 3 of several modalities counts its positions up in place, in every pass.
+            # Models count positions up (Gemma 3 of several modalities) and scale embeddings in
+            # place, in every pass.
             self.fb.positions = self.whole.positions.clone()
-        result = self._pass(attention, stop)
+            embeds = None if embeds is None else embeds.clone()
+        result = self._pass(attention, stop, embeds)
         if rows is not None and stop is None:
-            self._spread_experts()
-            self._spread_hidden_states(result)
+            self._spread_experts(rows)
+            self._spread_hidden_states(rows, result)
         return result
 
     def run_scratch(
@@ -92,7 +90,6 @@ class ModelPasses:
     ) -> None:
         n = ids.numel()
         fb = self.fb = copy.copy(self.whole)
-        self._rows, self._scratch = None, True
         fb.input_ids = ids
         fb.positions = positions.clone()
         if self.whole.mrope_positions is not None:
@@ -111,16 +108,15 @@ class ModelPasses:
         logits: torch.Tensor = result.next_token_logits
         return logits
 
-    def _pass(self, attention: RowAttention, stop: int | None) -> Any:
+    def _pass(
+        self, attention: RowAttention, stop: int | None, embeds: torch.Tensor | None = None
+    ) -> Any:
         fb = self.fb
         self._prepare_adapters()
-        context = get_forward_context()
-        backend = BlendAttnBackend(context.attn_backend, attention, stop)
+        given = {} if embeds is None else {"input_embeds": embeds}
         try:
-            with forward_context(
-                dataclasses.replace(context, attn_backend=backend), forward_batch=fb
-            ):
-                result = self._forward(fb.input_ids, fb.positions, fb, **self._embeddings())
+            with replaced(lambda base: BlendAttnBackend(base, attention, stop), fb):
+                result = self._forward(fb.input_ids, fb.positions, fb, **given)
         except StopPass:
             return None
         finally:
@@ -129,30 +125,21 @@ class ModelPasses:
             raise SeamError(f"the model's forward ran past layer {stop}, where it was to be left")
         return result
 
-    def _embeddings(self) -> dict[str, torch.Tensor]:
-        if self._scratch or self.input_embeds is None:
-            return {}
-        # A copy in any case: models scale embeddings in place.
-        rows = self._rows
-        return {
-            "input_embeds": self.input_embeds.clone() if rows is None else self.input_embeds[rows]
-        }
-
     def _prepare_adapters(self) -> None:
         """Tell the adapters' layers whose the rows of this pass are (``ForwardBatch.init_new`` has
         told them for the whole batch)."""
         if self.lora is not None and not self.lora.attn_dp_enabled:
             self.lora.prepare_lora_batch(self.fb)
 
-    def _spread_experts(self) -> None:
+    def _spread_experts(self, rows: torch.Tensor) -> None:
         """Put the experts that the layers have noted row by row where the whole batch's rows
         are."""
         capturer = get_global_experts_capturer()
-        if capturer is not None and self._rows is not None:
+        if capturer is not None:
             noted = capturer.device_cache.buffer
-            noted[self._rows] = noted[: self._rows.numel()].clone()
+            noted[rows] = noted[: rows.numel()].clone()
 
-    def _spread_hidden_states(self, result: LogitsProcessorOutput) -> None:
+    def _spread_hidden_states(self, rows: torch.Tensor, result: LogitsProcessorOutput) -> None:
         """Where all rows' hidden states are captured they are read by the whole batch's rows; those
         of rows that did not run are zero, and no request reads them."""
         if result.hidden_states is not None and self.fb.capture_hidden_mode.is_full():
@@ -160,7 +147,7 @@ class ModelPasses:
             result.hidden_states = hidden.new_zeros(
                 (self.whole.input_ids.shape[0], hidden.shape[1])
             )
-            result.hidden_states[self._rows] = hidden
+            result.hidden_states[rows] = hidden
 
     def _take(self, rows: torch.Tensor, counts: list[int]) -> None:
         """Narrow the batch copy to ``rows`` of the whole batch, ``counts`` per request."""
@@ -170,6 +157,13 @@ class ModelPasses:
         fb.out_cache_loc = whole.out_cache_loc[rows]
         if whole.mrope_positions is not None:
             fb.mrope_positions = whole.mrope_positions[:, rows]
+        if whole.extend_logprob_start_lens_cpu is not None:
+            # Starts count from the piece's first row; what lies behind a start always runs.
+            olds = zip(whole.extend_seq_lens_cpu, whole.extend_logprob_start_lens_cpu, strict=True)
+            fb.extend_logprob_start_lens_cpu = [
+                max(0, count - (old - start))
+                for count, (old, start) in zip(counts, olds, strict=True)
+            ]
         self._set_counts(counts)
 
     def _set_counts(self, counts: list[int]) -> None:
@@ -182,17 +176,6 @@ class ModelPasses:
         )
         ends = torch.cumsum(fb.extend_seq_lens, 0, dtype=torch.int32)
         fb.extend_start_loc = ends - fb.extend_seq_lens
-        if whole.extend_logprob_start_lens_cpu is not None and not self._scratch:
-            # Starts count from the piece's first row; what lies behind a start always runs.
-            fb.extend_logprob_start_lens_cpu = [
-                max(0, count - (old - start))
-                for count, old, start in zip(
-                    counts,
-                    whole.extend_seq_lens_cpu,
-                    whole.extend_logprob_start_lens_cpu,
-                    strict=True,
-                )
-            ]
         if whole.global_num_token_non_padded_cpu is not None:
             fb.global_num_token_non_padded_cpu = n
         for name in ("global_num_token_non_padded", "num_token_non_padded"):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: what of a piece its passes read on the device
 PLACED = frozenset(
-    ("reused", "src_pos", "document", "heads", "fixed", "question_ids", "question_pos")
+    ("reused", "must", "src_pos", "document", "heads", "fixed", "question_ids", "question_pos")
 )
 
 
@@ -57,17 +57,16 @@ def blend_of(
     if state.ways.query_head_share and policy.need is Need.QUERY:
         weighed = round(state.ways.query_head_share * reused.budget)
         reused = replace(reused, weights=head_weights(lengths, headless), weighed=weighed)
-    pooled = [s for s in scored if s.slots is not None]
-    no_slots = torch.zeros(0, dtype=torch.int64, device=device)
+    nowhere = torch.full((max(lengths, default=0),), -1, dtype=torch.int64, device=device)
+    slots = [nowhere[: s.length] if s.slots is None else s.slots for s in scored]
     blend = PieceBlend(
         BlendPlan(begin, end, state.suffix_start, tuple(spans), policy.name, ratio),
         policy,
         reused,
         reused=reused.positions - begin,
-        src_slots=torch.cat([no_slots, *(s.slots for s in pooled if s.slots is not None)]).to(
-            torch.int64
-        ),
-        src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in pooled])),
+        must=_beside(spans, begin, end),
+        src_slots=torch.cat([nowhere[:0], *slots]).to(torch.int64),
+        src_pos=torch.from_numpy(ranges([(s.source_start, s.length) for s in scored])),
     )
     if state.detail is not None:
         blend.told = Told(state.detail.waits)
@@ -101,6 +100,13 @@ def blend_of(
         blend.asked_at = ask
     _put_on(device, blend)
     return blend
+
+
+def _beside(spans: list[ReuseSpan], begin: int, end: int) -> torch.Tensor:
+    """int64: the rows of the piece [begin, end) that are of none of ``spans``."""
+    beside = np.ones(end - begin, dtype=bool)
+    beside[ranges([(s.start - begin, s.length) for s in spans])] = False
+    return torch.from_numpy(np.flatnonzero(beside))
 
 
 def _put_on(device: torch.device, blend: PieceBlend) -> None:

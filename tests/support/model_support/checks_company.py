@@ -105,7 +105,8 @@ def embeddings(models: str, arch: str, page_size: int) -> dict[str, Any]:
     [replaced] = engine.exact(one)
     assert apart(replaced.logits, world.full(one.tokens).logits) > 1e-2, "nothing is replaced"
     cases = _company(world, neighbour, _fell_back("input embeddings"))
-    with mock.patch.object(ModelPasses, "_embeddings", lambda self: {}):
+    none = property(lambda self: None, lambda self, embeds: None)
+    with mock.patch.object(ModelPasses, "input_embeds", none, create=True):
         must_fail("embeddings are dropped", lambda: _company(world, neighbour, _nothing))
     return {"cases": cases}
 
@@ -139,7 +140,7 @@ def hidden_states(models: str, arch: str, page_size: int) -> dict[str, Any]:
 
         cases += _company(world, neighbour, same)
         if wish is True:
-            with mock.patch.object(ModelPasses, "_spread_hidden_states", lambda self, result: None):
+            with mock.patch.object(ModelPasses, "_spread_hidden_states", lambda *a: None):
                 must_fail("rows are the pruned ones", lambda n=neighbour: _company(world, n, same))
     return {"cases": cases}
 

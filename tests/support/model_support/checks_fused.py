@@ -111,7 +111,7 @@ def half_from_the_host(world: World) -> Iterator[None]:
             )
             none = torch.zeros(0, dtype=torch.int64)
             b.host = HostSources(kv, none, 0, even, odd, torch.arange(odd.numel()))
-            b.src_slots, b.src_pos = b.src_slots[even], b.src_pos[even]
+            b.src_slots = b.src_slots.index_fill(0, odd, -1)
         return run(pieces, layers, pool, *rest)
 
     with mock.patch.object(passes, "run", blended):
