@@ -31,10 +31,6 @@ VARYING_ROPES = {
 }
 
 
-def _any(value: Any) -> bool:
-    return True
-
-
 def _none(value: Any) -> bool:
     return value is None
 
@@ -43,36 +39,23 @@ def _off(value: Any) -> bool:
     return not value
 
 
-#: attribute of ``RadixAttention`` (0.5.23) -> the values that ``AttentionSpec`` and the KV pool say
-#: all of
+#: attributes of ``RadixAttention`` (0.5.23) all of whose values ``AttentionSpec`` and the KV pool
+#: say, and one of transformers
+ANY = frozenset(
+    """
+    tp_q_head_num tp_k_head_num tp_v_head_num head_dim qk_head_dim v_head_dim scaling layer_id
+    sliding_window_size use_prefill_attention_wrapper logit_cap k_scale v_scale k_scale_float
+    v_scale_float quant_method _is_hf_initialized
+    """.split()
+)
+#: others that are served where the value is; one that is not named may be None
 KNOWN: Mapping[str, Callable[[Any], bool]] = {
-    "tp_q_head_num": _any,
-    "tp_k_head_num": _any,
-    "tp_v_head_num": _any,
-    "head_dim": _any,
-    "qk_head_dim": _any,
-    "v_head_dim": _any,
-    "scaling": _any,
-    "layer_id": _any,
-    "sliding_window_size": _any,
-    "use_prefill_attention_wrapper": _any,
-    "logit_cap": _any,
     "logit_capping_method": lambda value: value == "tanh",
     "is_cross_attention": _off,
     "use_irope": _off,
     "attn_type": lambda value: getattr(value, "value", value) == "decoder",
     "pos_encoding_mode": lambda value: value == "NONE",
     "xai_temperature_len": lambda value: value is None or value <= 0,
-    "k_scale": _any,
-    "v_scale": _any,
-    "k_scale_float": _any,
-    "v_scale_float": _any,
-    "q_scale_float": _none,
-    "idx_q_scale_float": _none,
-    "idx_k_scale_float": _none,
-    "idx_v_scale_float": _none,
-    "quant_method": _any,
-    "_is_hf_initialized": _any,  # of transformers
 }
 
 _OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
@@ -85,7 +68,7 @@ def check_attributes(attn: RadixAttention) -> None:
     for held in (attn._parameters, attn._buffers, attn._modules):
         values.update(held)
     for name, value in values.items():
-        if not KNOWN.get(name, _none)(value):
+        if name not in ANY and not KNOWN.get(name, _none)(value):
             shown = "" if isinstance(value, torch.nn.Module | torch.Tensor) else f" = {value}"
             raise UnsupportedError(
                 f"layer {attn.layer_id}: its attention has {name}{shown}, which blending does not "
