@@ -73,3 +73,11 @@ def test_a_checkpoints_kv_scales_under_auto(jobs, models):
     loaded, and applied as the backend applies them."""
     names = ("gate_passes", "exact_alone", "exact_in_a_batch", "exact_in_pieces", *COPIES)
     print(jobs.run(QUANTISED + "kv_scales_of_a_checkpoint", str(models), "llama", names))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "w8a8_int8", "fp8"])
+def test_quantised_weights(jobs, models, kind: str):
+    """Through SGLang's loader, parameters and layers of that kind: all recomputed equals full
+    prefill, and blending touches neither the weights nor a layer."""
+    names = ("exact_alone", "exact_in_a_batch", "exact_behind_a_prefix")
+    print(jobs.run("model_support.quantised_kinds:run", str(models), "qwen3", kind, names))

@@ -46,7 +46,7 @@ def awq_dequantize(
     return (q - zero).to(scale.dtype) * scale
 
 
-def _copy(model: Path, to: Path, tensors: dict[str, torch.Tensor], quantization: Any) -> Path:
+def copy_with(model: Path, to: Path, tensors: dict[str, torch.Tensor], quantization: Any) -> Path:
     shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((to / "config.json").read_text())
@@ -78,17 +78,17 @@ def make_awq(model: Path) -> tuple[Path, Path]:
     stated |= {"version": "gemm", "modules_to_not_convert": None}
     beside = model.parent
     return (
-        _copy(model, beside / f"{model.name}-awq", packed, stated),
-        _copy(model, beside / f"{model.name}-awq-plain", plain, None),
+        copy_with(model, beside / f"{model.name}-awq", packed, stated),
+        copy_with(model, beside / f"{model.name}-awq-plain", plain, None),
     )
 
 
-def _fp32(config: Any) -> list[torch.dtype]:
+def fp32_alone(config: Any) -> list[torch.dtype]:
     """In place of the half precisions that the GPU kernels take: exactness is measured in fp32."""
     return [torch.float32]
 
 
-def _checks(world: World, names: tuple[str, ...]) -> dict[str, Any]:
+def checks_of(world: World, names: tuple[str, ...]) -> dict[str, Any]:
     from model_support import checks_blend, checks_exact, checks_fp8, checks_gate  # noqa: F401
 
     return {name: CHECKS[name](world) for name in names}
@@ -104,7 +104,7 @@ def awq(models: str, arch: str, names: tuple[str, ...]) -> dict[str, Any]:
     folder, plain = make_awq(model_for(Path(models), arch))
     with (
         mock.patch.object(awq_kernels, "awq_dequantize", awq_dequantize),
-        mock.patch.object(AWQConfig, "get_supported_act_dtypes", _fp32),
+        mock.patch.object(AWQConfig, "get_supported_act_dtypes", fp32_alone),
         mock.patch.object(AWQMarlinConfig, "is_awq_marlin_compatible", lambda *a, **kw: False),
     ):
         engine = Engine(folder, args=("--quantization", "awq"))
@@ -115,7 +115,7 @@ def awq(models: str, arch: str, names: tuple[str, ...]) -> dict[str, Any]:
         word.data[0, 0] ^= 1
         assert weights_digest(engine.runner.model) != digest, "one bit of a packed weight"
         word.data[0, 0] ^= 1
-        return _checks(World(engine, plain), names) | {"parameters": sorted(kinds)}
+        return checks_of(World(engine, plain), names) | {"parameters": sorted(kinds)}
 
 
 def kv_scales_of_a_checkpoint(models: str, arch: str, names: tuple[str, ...]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def kv_scales_of_a_checkpoint(models: str, arch: str, names: tuple[str, ...]) ->
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
     stated = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
     stated |= {"ignore": ["lm_head"], "kv_cache_scheme": scheme | {"dynamic": False}}
-    folder = _copy(model, model.parent / f"{model.name}-kv-scales", tensors, stated)
+    folder = copy_with(model, model.parent / f"{model.name}-kv-scales", tensors, stated)
     loaded: list[tuple[float, float]] = []
 
     def applied(runner: Any) -> None:
@@ -145,9 +145,9 @@ def kv_scales_of_a_checkpoint(models: str, arch: str, names: tuple[str, ...]) ->
     from sglang.srt.layers.quantization.compressed_tensors import compressed_tensors
 
     kind = compressed_tensors.CompressedTensorsConfig
-    with mock.patch.object(kind, "get_supported_act_dtypes", _fp32):
+    with mock.patch.object(kind, "get_supported_act_dtypes", fp32_alone):
         engine = Engine(folder, change_runner=applied)
     assert engine.pool.dtype == torch.float8_e4m3fn, engine.pool.dtype
     want = [(0.02 * (i + 1), 0.5 * (i + 1)) for i in sorted(layers)]
     torch.testing.assert_close(torch.tensor(loaded), torch.tensor(want))
-    return _checks(World(engine, model), names)
+    return checks_of(World(engine, model), names)
