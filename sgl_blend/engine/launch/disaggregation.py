@@ -4,7 +4,9 @@ KV is sent from a request's own slots after its forward (``disaggregation/prefil
 0.5.23), copied and recomputed tokens alike. A decode node computes no prompt: it runs plain SGLang,
 with ``--enable-blend`` too. Whatever it keeps of a prompt it would keep as exact, and leave out of
 what it asks of the prefill node for a later request. It is therefore refused where it keeps any;
-a prefill node notices one that was launched without ``--enable-blend`` by what it leaves out.
+a prefill node notices one that was launched without ``--enable-blend`` by what it leaves out. Until
+its first hit it leaves nothing out: its messages (``TransferInfo``, ``KVArgsRegisterInfo`` in
+``disaggregation/mooncake/conn.py``) are then those of one that keeps nothing.
 """
 
 from __future__ import annotations
