@@ -38,7 +38,8 @@ TESTED_MODELS = frozenset(
     Afmoe Apertus Arcee Cohere Cohere2 DeepseekV2 DeepseekV3 Ernie4_5_ Ernie4_5_Moe Exaone4 GPTJ
     Gemma Gemma2 Gemma3 Glm4 Glm4Moe Glm4MoeLite GptOss Granite GraniteMoe GraniteMoeShared
     InternLM3 Laguna Llama Mellum MiMo MiniCPM MiniMaxM2 Ministral3 Mistral Mixtral Olmo Olmo2 Olmoe
-    Orion Persimmon Phi Phi3 PhiMoE Qwen2 Qwen2Moe Qwen3 Qwen3Moe StableLm Starcoder2 Xverse
+    Orion Persimmon Phi Phi3 PhiMoE Qwen2 Qwen2Moe Qwen3 Qwen3Moe StableLm Starcoder2 TeleFLM
+    Xverse
     """.split()
 )
 

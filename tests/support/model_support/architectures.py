@@ -52,6 +52,7 @@ WIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", _GQA),
     "stablelm": ("StableLmConfig", {"_kv_heads": 4, "partial_rotary_factor": 0.5}),
     "starcoder2": ("Starcoder2Config", {**_GQA, "sliding_window": None}),
+    "tele-flm": ("LlamaConfig", _GQA),
     "xverse": ("LlamaConfig", {}),
     # -- mixtures of experts
     "afmoe": (
@@ -132,6 +133,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "olmo3": {"rope_parameters": None, "rope_theta": 5e5},
     "orion": {"architectures": ["OrionForCausalLM"]},
     "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+    "tele-flm": {
+        "architectures": ["TeleFLMForCausalLM"],
+        "use_mup": True,
+        "input_mult": 2.0,
+        "output_mult": 3.0,
+        "mup_scale_factor": 2.0,
+    },
     "xverse": {"architectures": ["XverseForCausalLM"]},
 }
 #: Exact checks alone, and why no reference says what copies must be.
@@ -142,6 +150,7 @@ NO_REFERENCE = {
     "gptj": "transformers' attention cannot be replaced",
     "minicpm": "transformers has no such model",
     "orion": "transformers has no such model",
+    "tele-flm": "transformers has no such model",
     "phi": "SGLang leaves the bias of the language model's head out",
 }
 #: What the reference reads instead of the configuration's. Cohere 2: SGLang's rows see as many
