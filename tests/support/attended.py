@@ -55,8 +55,9 @@ class Case:
         (q_heads, kv_heads), value_dim = heads, value_dim or dim
         self.rows, self.keys = [len(p) for p, _ in requests], [n for _, n in requests]
         self.positions = [torch.as_tensor(p, dtype=torch.int64) for p, _ in requests]
-        # Rows of a projection to queries, keys and values together.
+        # Rows of a projection to queries, keys and values together; what is beside them is poison.
         wide = torch.randn(sum(self.rows), 3 * q_heads * dim, generator=gen).to(dtype)
+        wide[:, q_heads * dim :] = torch.nan
         self.q = wide[:, : q_heads * dim].unflatten(1, (q_heads, dim))
         total = sum(self.keys)
         # One slot before the first and one behind the last are poison.
