@@ -128,11 +128,13 @@ def test_keys_with_positions_of_their_own(module, window):
     case.check(module, parts=2)
 
 
-def test_several_requests_with_positions_of_their_own(module):
-    """Each over its own list, one of which is empty; through a window, as a question looks."""
-    at = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:160] + 60
-    requests = (gapped(240, 260, 9), 90), ([300, 301], 0), (gapped(150, 299, 12), 70)
-    Case(*requests, heads=(4, 2), window=100, key_pos=at, sinks=True).check(module)
+@pytest.mark.parametrize("window", [-1, 100])
+def test_several_requests_with_positions_of_their_own(module, window):
+    """Each over its own list, one of which is empty. Rows of the first one see not all keys of any
+    step; those of the last one keys behind the place in the list that is their position."""
+    at = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:250]
+    requests = (gapped(240, 260, 9), 90), ([300, 301], 0), (gapped(20, 60, 7), 160)
+    Case(*requests, heads=(4, 2), window=window, key_pos=at, sinks=True).check(module)
 
 
 def test_large_scores_do_not_overflow(module):
