@@ -231,7 +231,7 @@ class BlendConfig:
         choices=RISKS,
     )
     max_risk: float = option(
-        0.0, "a prompt of a higher risk is computed exactly instead; 0: no bound", least=0.0
+        0.0, "of a prompt of a higher risk more is recomputed, or all; 0: no bound", least=0.0
     )
     report: bool = option(
         True, "put blend counts into each response: meta_info, usage and the header x-blend"

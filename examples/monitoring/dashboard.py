@@ -133,8 +133,11 @@ GRAPHS: list[tuple[str, str, str, list[Query], bool]] = [
     (
         "Fall-backs by reason",
         "reqps",
-        "docs/compatibility.md explains each.",
-        [(rate("sgl_blend:fallback_total", "reason"), "{{reason}}")],
+        "docs/compatibility.md explains each. Beside them what max_risk had recomputed more of.",
+        [
+            (rate("sgl_blend:fallback_total", "reason"), "{{reason}}"),
+            (rate("sgl_blend:raised_total", "outcome"), "more recomputed: {{outcome}} max_risk"),
+        ],
         True,
     ),
     (

@@ -109,6 +109,7 @@ class Frame:
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     recent: Mapping[str, Any] = field(default_factory=dict)
     fallbacks: Mapping[str, float] = field(default_factory=dict)
+    raised: Mapping[str, float] = field(default_factory=dict)
     loads: Mapping[str, float] = field(default_factory=dict)
     late_tokens: float = 0.0
     chunks: Mapping[str, float] = field(default_factory=dict)
@@ -221,6 +222,7 @@ class Observer:
             "measured": _means(s, "sgl_blend:measured_ttft_seconds", "way"),
             "recent": self._recent(_Totals(self._clock(), tokens, requests, (seconds, count))),
             "fallbacks": s.by("sgl_blend:fallback_total", "reason"),
+            "raised": s.by("sgl_blend:raised_total", "outcome"),
             "loads": s.by("sgl_blend:store_loads_total", "outcome"),
             "late_tokens": s.total("sgl_blend:store_tokens_total", kind="late") or 0.0,
             "chunks": s.by("sgl_blend:store_chunks_total", "outcome"),

@@ -110,6 +110,7 @@ def picture(frame: Frame, problem: str = "") -> RenderableType:
     counts = (
         ("reused from", frame.sources),
         ("fell back to full prefill", frame.fallbacks),
+        ("recomputed more for max_risk", frame.raised),
         ("asked the store", frame.loads),
         ("new chunks", frame.chunks),
         ("store errors", frame.errors),

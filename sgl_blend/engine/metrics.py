@@ -43,6 +43,12 @@ _COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "computes them; computed, as they were.",
         ("kind",),
     ),
+    "raised": (
+        "sgl_blend:raised_total",
+        "Prefill pieces whose risk was over its bound and of which more was recomputed, by what "
+        "came of it: under, over (then they were computed exactly).",
+        ("outcome",),
+    ),
     "store": (
         "sgl_blend:store_tokens_total",
         "Prompt tokens that the chunk store holds, by what became of them: loaded, late.",
@@ -193,6 +199,11 @@ class Metrics:
         """Of one prompt that was blended, or was about to be."""
         if self._risk is not None:
             self._risk.observe(estimate)
+
+    def raised(self, outcome: str) -> None:
+        """More of a piece was recomputed for its bound of risk, which it is now ``under`` or still
+        ``over``."""
+        self._count("raised", outcome=outcome)
 
     def store(self, kind: str, tokens: int) -> None:
         """``tokens`` of a request were ``loaded`` from the store, or came too ``late``."""

@@ -36,6 +36,7 @@ from sgl_blend.prefill.deviations import deviations
 from sgl_blend.prefill.model import Model, Ranks
 from sgl_blend.prefill.pieces import Piece, PieceBlend
 from sgl_blend.prefill.question import QuestionAttention, Scratch
+from sgl_blend.prefill.raising import raised
 from sgl_blend.prefill.risk import estimate
 from sgl_blend.prefill.rows import PoolView, RowSegment
 from sgl_blend.prefill.running import BlendPass, PiecePass
@@ -73,6 +74,8 @@ def token_layers(piece: Piece, num_layers: int, config: BlendConfig) -> int:
         return piece.rows * num_layers
     must = b.must.numel()
     total = piece.rows * num_layers if b.given_up else 0
+    if b.first is not None:
+        total += (must + b.first) * num_layers
     if b.question_ids is not None:
         total += int(b.question_ids.numel()) * query_depth(num_layers, config)
     if b.policy.need is not Need.DEVIATION:
@@ -121,10 +124,13 @@ def run(
         _check_passes(checking, passes, model, pool, ranks, config)
     result = _last_pass(passes, model, pool, scores, most)
     depth = query_depth(model.num_layers, config)
-    over = estimate(passes, result, depth, model, pool, ranks)
-    if over:
+    wanted = [s for s in passes if isinstance(s, BlendPass) and s.blend.estimates]
+    while over := estimate(wanted, passes, result, depth, model, pool, ranks) if wanted else []:
+        # Once with more rows, where that may do; then in full.
+        wanted = raised(over, passes, ranks, config, most)
         # The whole batch once more: all that SGLang reads of it by rows then comes of one pass.
-        passes = [PiecePass(s.piece) if s in over else s for s in passes]
+        exact = [s for s in over if s not in wanted]
+        passes = [PiecePass(s.piece) if s in exact else s for s in passes]
         result = _last_pass(passes, model, pool, scores, most)
     return result
 
@@ -185,7 +191,8 @@ def _question_pass(
         if s.blend.policy.need is Need.QUERY
     ]
     if choosing:
-        _choose(choosing, ranks, config)
+        for choice, score in zip(choosing, _choose(choosing, ranks, config), strict=True):
+            choice.of.score = score
     for s, *_ in choosing:
         # What is brought in lies there as it was cached: where it is corrected, it comes again.
         s.copy_from = FIRST_LAYER if s.corrects else depth
@@ -248,10 +255,11 @@ class _Choice(NamedTuple):
     score: torch.Tensor
 
 
-def _choose(choices: list[_Choice], ranks: Ranks, config: BlendConfig) -> None:
-    """Each piece keeps the tokens that its policy selects by the scores, summed over ranks."""
+def _choose(choices: list[_Choice], ranks: Ranks, config: BlendConfig) -> list[torch.Tensor]:
+    """Each piece keeps the tokens that its policy selects by the scores, summed over ranks, which
+    are returned."""
     total = ranks.sum(torch.cat([c.score for c in choices]))
-    scores = total.split([c.score.numel() for c in choices])
+    scores: list[torch.Tensor] = list(total.split([c.score.numel() for c in choices]))
     wanted = [(c.of.blend.policy, c.tokens, x) for c, x in zip(choices, scores, strict=True)]
     chosen = _agree(ranks, [c.tokens for c in choices], select_together(wanted, config))
     for c, score, kept in zip(choices, scores, chosen, strict=True):
@@ -260,6 +268,7 @@ def _choose(choices: list[_Choice], ranks: Ranks, config: BlendConfig) -> None:
         if b.told is not None:
             ranking = b.policy.ranking(c.tokens, score, config)
             b.told.note(c.tokens.count, before, ranking, c.of.alive)
+    return scores
 
 
 def _agree(

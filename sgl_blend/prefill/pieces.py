@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,8 +83,10 @@ class PieceBlend:
 
     estimates: the risk is estimated (``risk.py``), and the question is given whatever the policy
     needs. answers: the piece ends with the prompt, so that its logits are the first token's.
-    max_risk: what the estimate may come to; risk: what it came to. given_up: it came to more, and
-    the piece was computed.
+    max_risk: what the estimate may come to; wider: where it is finite, what there is to choose from
+    with another budget, on the CPU. risk: what it came to. first: how many tokens were kept
+    at first, where it came to more and ``chosen`` ran in another pass (``raising.py``); None: there
+    was none. given_up: it came to more at last, and the piece was computed.
     """
 
     plan: BlendPlan
@@ -110,7 +113,9 @@ class PieceBlend:
     estimates: bool = False
     answers: bool = False
     max_risk: float = math.inf
+    wider: Callable[[int], ReusedTokens] | None = None
     risk: float | None = None
+    first: int | None = None
     given_up: bool = False
 
     @property
@@ -121,9 +126,14 @@ class PieceBlend:
     def recomputed(self) -> int:
         """How many of the reused tokens are recomputed through all layers, in a piece that is not
         given up. With coverage this is the upper bound until the pass is over."""
-        if self.fixed is not None:
-            return int(self.fixed.numel())
-        return self.tokens.budget if self.chosen is None else self.chosen
+        if self.chosen is not None:
+            return self.chosen
+        return self.tokens.budget if self.fixed is None else int(self.fixed.numel())
+
+    @property
+    def raised(self) -> int:
+        """How many tokens the bound of risk has had recomputed beyond the policy's choice."""
+        return 0 if self.first is None else self.recomputed() - self.first
 
 
 @dataclass
@@ -149,6 +159,10 @@ class Told:
         if self.waits or not scores.is_cuda:
             _ = self.scores
         self.chosen_at = time.perf_counter()
+
+    def raised(self, kept: torch.Tensor) -> None:
+        """In the end ``kept`` stay."""
+        self._chosen = Download(kept)
 
     @property
     def scores(self) -> torch.Tensor | None:

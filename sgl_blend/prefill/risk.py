@@ -35,12 +35,17 @@ NATS, CORRECTED = 9.0, 5.0
 
 
 def estimate(
-    passes: Sequence[PiecePass], result: Any, depth: int, model: Model, pool: PoolView, ranks: Ranks
+    wanted: Sequence[BlendPass],
+    passes: Sequence[PiecePass],
+    result: Any,
+    depth: int,
+    model: Model,
+    pool: PoolView,
+    ranks: Ranks,
 ) -> list[BlendPass]:
-    """Estimate the risk of the pieces that want it, after the last pass, of which ``result`` is
-    what the model returned; returns those over their bound. depth: layers of the question pass.
-    Waits for the device."""
-    wanted = [s for s in passes if isinstance(s, BlendPass) and s.blend.estimates]
+    """Estimate the risk of the pieces ``wanted``, after the last pass of the batch's ``passes``, of
+    which ``result`` is what the model returned; returns those over their bound. depth: layers of
+    the question pass. Waits for the device."""
     for s in wanted:
         # Where nothing was recomputed nothing can be said.
         s.blend.risk, s.blend.given_up = None, math.isfinite(s.blend.max_risk)

@@ -52,6 +52,8 @@ class BlendPass(PiecePass):
         self.blend = blend
         #: int64, ascending: indices into ``reused`` that are (still) computed
         self.alive = torch.arange(blend.tokens.count, device=self.device)
+        #: fp32 [n], the question's attention mass; None: the policy does not select by it
+        self.score: torch.Tensor | None = None
         #: fp32 [n], share of the question's late attention on each reused token; None: not asked
         self.attended: torch.Tensor | None = None
         if blend.fixed is not None:
@@ -61,12 +63,23 @@ class BlendPass(PiecePass):
 
     def keep(self, chosen: torch.Tensor) -> None:
         """From now on only ``chosen`` (ascending indices into ``alive``) and ``must`` run."""
-        self.alive = self.alive[chosen]
-        self.blend.chosen, self.blend.kept = chosen.numel(), self.alive
+        self._compute(self.alive[chosen])
+
+    def _compute(self, alive: torch.Tensor) -> None:
+        self.alive = alive
+        self.blend.chosen, self.blend.kept = alive.numel(), alive
         self.rows = self._with_must(self.blend.reused[self.alive])
 
     def _with_must(self, reused: torch.Tensor) -> torch.Tensor:
         return torch.sort(torch.cat([self.blend.must, reused])).values
+
+    def raise_to(self, chosen: torch.Tensor) -> None:
+        """The pass is over, and runs again with ``chosen``, more indices into ``reused``.
+        The others are brought in again: their correction is another one."""
+        self.blend.first, self.blend.given_up = self.blend.chosen, False
+        self._compute(chosen)
+        if self.blend.told is not None:
+            self.blend.told.raised(chosen)
 
     @property
     def corrects(self) -> bool:

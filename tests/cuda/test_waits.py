@@ -14,6 +14,7 @@ from planned_flashinfer import Planned, planning
 from small_model import Served, Small
 
 from sgl_blend.ops import cuda
+from sgl_blend.prefill import raising
 
 POLICIES = ["query", "hkvd", "leading", "stored"]
 CPU = torch.device("cpu")
@@ -152,3 +153,19 @@ def test_how_many_rows_coverage_takes_is_waited_for(kernels):
         ("reads a value", "sgl_blend/ops/rows.py"),
         ("nonzero", "sgl_blend/prefill/passes.py"),
     }
+
+
+def test_a_bound_of_risk_on_the_device(kernels, monkeypatch):
+    """The risk is waited for. How many more tokens are recomputed is what it is on the CPU."""
+    monkeypatch.setattr(raising, "MOST", 0.9)
+    free = serve_both("query", risk="always")[2]
+    risk = free.reqs[0].customized_info["blend"][-1]["risk"]
+    watch, there, here = serve_both("query", max_risk=0.6 * risk)
+    reports = [[r.customized_info["blend"][-1] for r in s.reqs] for s in (there, here)]
+    for ours, theirs in zip(*reports, strict=True):
+        assert ours["risk"] == pytest.approx(theirs.pop("risk"), rel=0.05)
+        assert {k: v for k, v in ours.items() if k != "risk"} == theirs
+    first, second = reports[0]
+    assert first["raised"] > 0 and first["fallback"] is None
+    assert second["raised"] == 0 and second["fallback"] == "risk above max_risk"
+    assert watch.waits

@@ -38,7 +38,7 @@ CORRECTED = (
     "corrected_bites",
 )
 BRIEF = ("exact_briefly", "reference_is_sound", "layer0_right", "as_reference", "report_is_true")
-RISK = ("risk_as_defined", "risk_bounds", "risk_bites")
+RISK = ("risk_as_defined", "risk_bounds", "risk_raises", "risk_bites")
 REUSE = ("new_text_is_found_again", "an_agent_computes_its_new_tokens_only")
 GATE = ("rotations_are_measured", "gate_passes")
 STORED = ("stored_scores_right", "stored_scores_of_nobody", "stored_as_reference")

@@ -29,6 +29,7 @@ def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> N
         assert first["chosen"] == single["chosen"], f"{what}: other tokens than with one rank"
         assert first["risk"] == second["risk"], f"{what}: the ranks estimate different risks"
         assert (single["risk"] is None) == (single["policy"] in ("all", "none"))
+        assert first["kept"] == second["kept"] == single["kept"], f"{what}: other tokens in the end"
         assert first["risk"] == pytest.approx(single["risk"], abs=1e-3), what
         for rank in (first, second):
             assert _apart(rank["logits"], single["logits"]) <= 1e-4, what
@@ -36,6 +37,7 @@ def test_ranks_agree_and_equal_one_rank(jobs, models, arch: str, page: int) -> N
             both = np.concatenate([first["kv"][layer], second["kv"][layer]], axis=2)
             assert both.shape == whole.shape
             assert _apart(both, whole) <= 5e-5, f"{what}: KV of layer {layer}"
+    assert all(request["raised"] > 0 for request in one[-2:]), "none was over its bound"
 
 
 def test_without_a_sum_over_ranks_they_disagree(jobs, models) -> None:

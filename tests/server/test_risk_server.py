@@ -33,7 +33,7 @@ def test_a_prompt_above_its_bound_is_answered_exactly(blend, documents):
     risk = free.blend["risk"]
     assert risk > 0 and free.blend["fallback"] is None and free.blend["reused"] > 0
     show()
-    over = ask(blend, prompt, custom={"blend_max_risk": risk / 2})
+    over = ask(blend, prompt, custom={"blend_max_risk": risk / 1000})
     check_same(over, exact)
     found = free.blend["reused"] + free.blend["recomputed"]
     assert over.blend["fallback"] == REASON and over.blend["cost"] > 1
@@ -44,6 +44,30 @@ def test_a_prompt_above_its_bound_is_answered_exactly(blend, documents):
     again = ask(blend, prompt, custom={"blend": False})
     check_same(again, exact)
     assert again.blend["prefix"] >= len(prompt) - 1
+
+
+def test_more_is_recomputed_of_a_prompt_above_its_bound(blend, documents):
+    prompt, show = documents
+    exact = ask(blend, prompt, custom={"blend": False})
+    show()
+    free = ask(blend, prompt)
+    found = free.blend["reused"] + free.blend["recomputed"]
+    show()
+    bound = {"blend_max_risk": 0.9 * free.blend["risk"]}
+    raised = ask(blend, prompt, custom=bound)
+    check_report(raised)
+    report = raised.blend
+    assert report["fallback"] is None and 0 < report["risk"] <= bound["blend_max_risk"]
+    assert report["raised"] == report["recomputed"] - free.blend["recomputed"] > 0
+    assert report["reused"] + report["recomputed"] == found and report["reused"] > 0
+    assert report["exact"] < raised.meta["prompt_tokens"]
+    # Both tries count: the second runs more rows than the first.
+    assert 2 * free.blend["cost"] - 0.2 < report["cost"] < free.blend["cost"] + 1
+    # It is filed as blended under this bound: the same request finds it, an exact one does not.
+    again = ask(blend, prompt, custom=bound)
+    check_same(again, raised)
+    assert again.blend["prefix"] >= len(prompt) - 1 and again.blend["exact"] == report["exact"]
+    check_same(ask(blend, prompt, custom={"blend": False}), exact)
 
 
 def test_a_prompt_under_its_bound_is_blended_as_without_one(blend, documents):

@@ -9,9 +9,10 @@ from sgl_blend.engine.launch.answers import with_report, with_report_at_the_end
 from sgl_blend.engine.request.exchange import Exchange, token_details, total
 
 
-def report(prefix=0, reused=0, recomputed=0, computed=10, exact=0, **more):
+def report(prefix=0, reused=0, recomputed=0, computed=10, exact=0, raised=0, **more):
     counts = {"prefix": prefix, "reused": reused, "recomputed": recomputed, "computed": computed}
     rest = {"policy": "query", "ratio": 0.1, "coverage": None, "cost": 0.5, "fallback": None}
+    rest |= {"raised": raised}
     return {**counts, "exact": exact, "sources": {"device": reused + recomputed}, **rest, **more}
 
 
@@ -25,13 +26,14 @@ def test_one_report_is_its_own_total():
 def test_a_total_has_the_shape_of_one_report_and_sums_its_counts():
     second = report(0, 0, 0, 300, exact=300, policy=None, ratio=None, cost=1.0, fallback="session")
     second["sources"] = {}
-    third = report(0, 90, 10, 0, policy="hkvd", ratio=0.2, cost=0.25)
+    third = report(0, 90, 10, 0, raised=4, policy="hkvd", ratio=0.2, cost=0.25)
     third["sources"] = {"store": 100}
     both = total([ONE, second])
     assert both.keys() == ONE.keys()
     assert both == report(30, 50, 10, 310, exact=320, cost=0.875, fallback="session")
     several = total([ONE, second, third])
     assert (several["policy"], several["ratio"]) == ("hkvd, query", None)
+    assert several["raised"] == 4
     assert several["sources"] == {"device": 60, "store": 100}
 
 

@@ -29,6 +29,7 @@ def piece(spans, kept=None, fixed=None, budget=0, given_up=False):
         tokens=SimpleNamespace(count=sum(n for n, _, exact in spans if not exact)),
         given=sum(n for n, _, exact in spans if exact),
         given_up=given_up,
+        raised=0,
         kept=None if kept is None else torch.tensor(kept),
         fixed=None if fixed is None else torch.tensor(fixed),
         recomputed=lambda: budget if chosen is None else len(chosen),

@@ -192,6 +192,15 @@ def test_a_page_of_a_request_that_fell_back():
     assert {t.kind for t in page.tokens} == {"computed"} and page.spans == ()
     text = Checked(html(page)).text
     assert "full prefill: images" in text and "Scores of the reused" not in text
+    assert "max_risk" not in text
+
+
+def test_a_page_of_a_request_that_its_bound_had_recomputed_more_of():
+    for fallback, end in ((None, "were recomputed."), ("risk above max_risk", "in vain.")):
+        report = {**REPORT, "raised": 4, "fallback": fallback}
+        told = Answer("x", (1,), {**BLENDED.meta, "blend": report}, ttft=0.5)
+        text = Checked(html(page_of(Asked("m", ASKED.ids, TEXTS, told, EXACT)))).text
+        assert "above max_risk, and 4 more of its tokens" in text and end in text
 
 
 def _luminance(colour: str) -> float:

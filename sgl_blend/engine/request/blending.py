@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Hashable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from sgl_blend.selection import (
 
 if TYPE_CHECKING:
     from sgl_blend.engine.request.state import RequestState
+    from sgl_blend.engine.request.ways import Ways
 
 #: what of a piece its passes read on the device
 PLACED = frozenset(
@@ -82,6 +84,8 @@ def blend_of(
         blend.fixed = policy.select(reused, None, config)
     if scored:
         _bound_risk(blend, state, config, device)
+        if state.max_risk:
+            blend.wider = functools.partial(_with_budget, reused, lengths, state.ways, heads)
     if policy.need is Need.QUERY or blend.estimates:
         # The question may lie in a later piece; its rows are scratch rows, so every piece
         # asks the same question. Output that a retraction put behind it does not belong to
@@ -163,6 +167,16 @@ def _to_choose_from(
         floor=floor,
         anchors=ahead,
     )
+
+
+def _with_budget(
+    reused: ReusedTokens, lengths: list[int], ways: Ways, heads: torch.Tensor, budget: int
+) -> ReusedTokens:
+    """``reused`` as it would be for ``budget`` tokens; without coverage."""
+    share = ways.anchor_share
+    ahead = anchors(lengths, budget, share, heads) if share or heads.any() else None
+    weighed = 0 if reused.weights is None else round(ways.query_head_share * budget)
+    return replace(reused, budget=budget, coverage=0.0, anchors=ahead, weighed=weighed)
 
 
 def _reused_before(state: RequestState, begin: int) -> bool:

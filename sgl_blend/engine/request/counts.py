@@ -48,13 +48,15 @@ class Split:
 class Counts:
     """Prompt tokens by how their KV came to be. ``prefix + reused + recomputed + computed`` is
     the prompt's length; ``reused`` are those not recomputed. layers: of the model. sources: tokens
-    found in each tier, ``reused`` and ``recomputed`` ones."""
+    found in each tier, ``reused`` and ``recomputed`` ones. raised: tokens that were recomputed, or
+    in vain, because the estimated risk was over its bound."""
 
     layers: int = 0
     prefix: int = 0
     reused: int = 0
     recomputed: int = 0
     computed: int = 0
+    raised: int = 0
     token_layers: int = 0
     full_token_layers: int = 0
     sources: Counter[str] = field(default_factory=Counter)
@@ -70,6 +72,7 @@ class Counts:
         again = n if b.given_up else b.recomputed()
         self.reused += n - again
         self.recomputed += again
+        self.raised += b.raised
         self.computed += rows - n
         for s in b.plan.spans:
             self.sources[s.tier] += s.length

@@ -60,7 +60,8 @@ class Detail:
 
         begin, rows: its tokens. spans: what of them was reused (``ReuseSpan``). scores: of the
         tokens of the spans that are not exact, in their order; None where the policy goes by place
-        alone. recomputed: positions. planned, chosen, done: seconds since the request arrived. On a
+        alone. recomputed: positions. raised: how many of them the bound of risk has added, where it
+        has. planned, chosen, done: seconds since the request arrived. On a
         GPU, ``done`` is when the work was handed over, not when it was over.
         """
         b = piece.blend
@@ -76,7 +77,9 @@ class Detail:
         if b.told is not None:
             plain["planned"] = self._since(b.told.planned)
             plain["chosen"] = self._since(b.told.chosen_at or b.told.planned)
-        fixed = None if b.fixed is None else Download(b.fixed)
+        if b.raised:
+            plain["raised"] = b.raised
+        fixed = None if b.fixed is None else Download(b.fixed if b.kept is None else b.kept)
         self._pieces.append(_Told(plain, b.told, b.tokens.positions, fixed, b.given_up))
 
     def _since(self, at: float) -> float:

@@ -84,7 +84,7 @@ def total(reports: list[dict[str, Any]]) -> dict[str, Any]:
         for tier, n in r["sources"].items():
             sources[tier] = sources.get(tier, 0) + n
     told: dict[str, Any] = {"cost": round(cost, 4), "sources": sources}
-    for key in (*COUNTS, "exact"):
+    for key in (*COUNTS, "exact", "raised"):
         told[key] = sum(r[key] for r in reports)
     for key in ("policy", "fallback"):
         told[key] = ", ".join(sorted({r[key] for r in reports if r[key]})) or None

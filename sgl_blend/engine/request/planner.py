@@ -185,6 +185,8 @@ class Planner:
         if blend.risk is not None:
             state.risk = (state.risk or 0.0) + blend.risk
             self.c.metrics.risk(blend.risk)
+        if blend.raised:
+            self.c.metrics.raised("over" if blend.given_up else "under")
         if blend.given_up:
             state.reset_to(p.before, p.req)
             self._label(p.req, state, p.piece.begin, p.piece.begin + p.piece.rows, [])

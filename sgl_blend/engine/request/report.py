@@ -43,6 +43,7 @@ def report_of(state: RequestState) -> dict[str, Any]:
         "correction": (state.ways.correction or None) if c.reused and c.recomputed else None,
         "cost": round(c.token_layers / c.full_token_layers, 4) if c.full_token_layers else 0.0,
         "risk": None if state.risk is None else round(state.risk, 4),
+        "raised": c.raised,
         "fallback": state.fallback,
     }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -12,10 +15,14 @@ from model_support.asks import Ask, Outcome
 from model_support.compare import require_equal
 from model_support.world import World, check, must_fail, watch
 from sgl_blend.engine.request.planner import Planner
+from sgl_blend.prefill import raising
 from sgl_blend.prefill.risk import risk_of
+from sgl_blend.selection import POLICIES
 
 HIGH, LOW = 1e6, 1e-9
 REASON = "risk above max_risk"
+#: A random model looks at all tokens alike: nothing but many more brings the risk down.
+ROOMY = mock.patch.object(raising, "MOST", 0.9)
 
 
 def _ask(world: World, order: tuple[int, ...], head: int = 0, **kw: Any) -> Ask:
@@ -149,12 +156,72 @@ def _in_pieces(world: World) -> None:
     # Between the first piece's risk and the whole: what was blended before stays so, and is so
     # labelled.
     world.stock()
-    [late] = world.engine.run(replace(ask, max_risk=(over.report["risk"] + risk) / 2))
+    between = replace(ask, max_risk=(over.report["risk"] + risk) / 2)
+    with mock.patch.object(raising, "MOST", 0.0):
+        [late] = world.engine.run(between)
     r = late.report
     assert r["fallback"] == REASON and r["reused"] > 0 and r["exact"] < len(ask.tokens), r
     total = r["prefix"] + r["reused"] + r["recomputed"] + r["computed"]
     assert total == len(ask.tokens), r
+    world.stock()
+    with ROOMY:
+        [raised] = world.engine.run(between)
+    r = raised.report
+    assert r["raised"] > 0 and (r["risk"] <= between.max_risk) == (r["fallback"] is None), r
+    assert r["reused"] > 0 and r["exact"] < len(ask.tokens), "the first piece stays blended"
     world.engine.check()
+
+
+@check
+def risk_raises(world: World) -> dict[str, Any]:
+    """Over the bound more tokens are recomputed: what comes of it is what comes of their choice at
+    once. Beside it a request with no bound, as alone. It is filed under its bound's name."""
+    engine = world.engine
+    raised = {}
+    for policy in ("query", "hkvd", "random"):
+        ask = _ask(world, (2, 0, 1), head=9, policy=policy)
+        beside = _ask(world, (0, 3, 1), policy=policy)
+        world.stock()
+        [alone] = engine.run(beside)
+        world.stock()
+        [first] = engine.run(replace(ask, max_risk=HIGH))
+        bounded = replace(ask, max_risk=0.8 * first.report["risk"])
+        world.stock()
+        with ROOMY:
+            ours, mate = engine.run(bounded, beside)
+        r = ours.report
+        assert r["fallback"] is None and 0 < r["risk"] <= bounded.max_risk, (policy, r)
+        assert r["raised"] == r["recomputed"] - first.report["recomputed"] > 0, (policy, r)
+        require_equal(mate, alone, f"{policy}, beside it")
+        assert mate.report == alone.report
+        kept = ours.pieces[0].blend.kept
+        world.stock()
+        with _chosen(kept):
+            [once] = engine.run(replace(ask, max_risk=HIGH))
+        require_equal(ours, once, f"{policy}, chosen at once")
+        assert (ours.labels == once.labels).all() and ours.labels is not None
+        world.stock()
+        with ROOMY:
+            engine.run(bounded)
+        [again], [other] = engine.run(bounded), engine.run(replace(ask, max_risk=HIGH))
+        assert again.prefix >= len(ask.tokens) - 1 and again.report["exact"] < len(ask.tokens)
+        assert other.prefix < len(ask.tokens) - 1, "found under another bound's name"
+        raised[policy] = r["raised"]
+    engine.check()
+    return raised
+
+
+@contextmanager
+def _chosen(kept: torch.Tensor) -> Iterator[None]:
+    """Whatever the policy, these are the tokens that it selects."""
+    with contextlib.ExitStack() as patched:
+        for policy in ("query", "hkvd", "random"):
+            kind = type(POLICIES.get(policy))
+            patched.enter_context(mock.patch.object(kind, "select", lambda *args: kept))
+            if "select_all" in vars(kind):
+                every = mock.patch.object(kind, "select_all", lambda *args: [kept])
+                patched.enter_context(every)
+        yield
 
 
 @check

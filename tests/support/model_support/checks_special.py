@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +20,7 @@ from model_support.compare import LOGITS_FP32, apart
 from model_support.engine import Engine
 from model_support.world import World, check, model_for, must_fail, watch
 from sgl_blend.ops import Rope, reference
+from sgl_blend.prefill import raising
 from sgl_blend.prefill.attention import BatchAttention
 from sgl_blend.prefill.question import QuestionAttention
 
@@ -232,9 +235,17 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
     asks += [_ask(world, 1, "query", **default, chunks=c) for c in ((), (83, 120))]
     asks += [_ask(world, 0, p, correction=1.0, ratio=0.2) for p in ("hkvd", "leading", "stored")]
     asks.append(_ask(world, 1, "random", correction=0.7, anchor_share=0.3, head_tokens=2))
-    for ask in asks:
+
+    def all_of_them() -> Iterator[Ask]:
+        yield from asks
+        for policy in ("query", "leading"):
+            # Over their bound: of as many tokens more as rank 0 says.
+            i = next(i for i, ask in enumerate(asks) if ask.policy == policy)
+            yield replace(asks[i], max_risk=float(f"{0.8 * out[i]['risk']:.1g}"))
+
+    for ask in all_of_them():
         world.stock()
-        with watch() as chosen:
+        with watch() as chosen, mock.patch.object(raising, "MOST", 0.9):
             [ours] = engine.run(ask)
         _blended(Ask(ask.tokens, "none" if ask.policy == "none" else None, chunks=(1,)), ours)
         picks = [chosen.of(p)[-1].tolist() for p in ours.pieces if p and p.blend]
@@ -243,6 +254,8 @@ def trace(models: str, arch: str, page_size: int, rank: int, size: int, port: in
                 "policy": ask.policy,
                 "corrected": ours.report.get("correction"),
                 "risk": ours.report["risk"],
+                "raised": ours.report["raised"],
+                "kept": [p.blend.kept.tolist() for p in ours.pieces if p and p.blend],
                 "logits": ours.logits.numpy(),
                 "chosen": picks,
                 "kv": [torch.stack([k, v]).numpy() for k, v in zip(ours.k, ours.v, strict=True)],
