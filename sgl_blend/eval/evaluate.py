@@ -118,6 +118,11 @@ class EvalOptions:
             raise ConfigError("give either --model, to start a server, or --url, of a running one")
         if self.url is not None and self.server_args:
             raise ConfigError("--server-args are for a server of our own, not for --url")
+        if self.run.isolate == "probe" and configured(self.server_args).max_risk:
+            raise ConfigError(
+                "the server has a max_risk: what it computes exactly would be found by other rows; "
+                "state it for a row (default;max_risk=0.1), or --isolate salt"
+            )
         if not self.data and (self.chat or self.split != "all"):
             raise ConfigError(
                 "--chat and --split are for data files; the synthetic task has its own prompts"

@@ -65,8 +65,11 @@ class Setting:
         return self.role in (Role.FULL, Role.PREFIX)
 
     def leaves_all_exact(self, ratio: float | None) -> bool:
-        """At ``ratio`` its KV is exact, so that nobody else may find it."""
-        return self.policy == "all" or (ratio is not None and ratio >= 1.0)
+        """At ``ratio`` its KV is exact, or may be, so that nobody else may find it: prompts over a
+        bound of risk are computed."""
+        if self.policy == "all" or (ratio is not None and ratio >= 1.0):
+            return True
+        return float((dict(self.options) | dict(self.stated)).get("max_risk") or 0) > 0
 
     def custom(self, ratio: float | None = None) -> dict[str, Any]:
         """``custom_params``; ``ratio`` in place of the setting's own."""

@@ -12,6 +12,7 @@ from sgl_blend.errors import ConfigError
 from sgl_blend.eval.client import Client, Reply, Wanted
 from sgl_blend.eval.cost import NoReportError, Tokens
 from sgl_blend.eval.encoding import Encoder
+from sgl_blend.eval.evaluate import EvalOptions
 from sgl_blend.eval.fidelity import Output
 from sgl_blend.eval.probes import Probe, Prompt, Reference, Step, Suite, ways
 from sgl_blend.eval.runner import Runner, RunOptions
@@ -159,6 +160,7 @@ def shared(
     elsewhere=None,
     probes=1,
     memory=None,
+    others=None,
     **options,
 ):
     prompt = Prompt("H", ("one", "two", "three"), "Q?")
@@ -167,7 +169,8 @@ def shared(
     rows = plan(settings, (), prefix=False)
     kept = None if elsewhere is None else [s for s in rows if s.name in elsewhere]
     how = RunOptions("probe", at_once=at_once, top_logprobs=4, **options)
-    runner = Runner(client, Encoder(tokenizer), rows, how, elsewhere=kept, memory=memory)
+    encoder, more = Encoder(tokenizer), {"elsewhere": kept, "memory": memory, "others": others}
+    runner = Runner(client, encoder, rows, how, **more)
     suite = Suite("s", "accuracy", (probe,) * probes)
     before = runner.knows(suite)
     samples = runner.run(suite)
@@ -198,6 +201,27 @@ def test_documents_are_warmed_once_for_all_settings(tokenizer, at_once):
     assert state[0] == {"blend_policy": "none"}
     names = ["full prefill", "prefix cache only", "full reuse", "random = query:0.1"]
     assert [s.setting for s in samples] == [*names, "query:0.1", "query:0.2"]
+
+
+def test_what_may_be_computed_exactly_has_a_state_of_its_own(tokenizer):
+    """Over a bound of risk a prompt is: the other rows must not find it."""
+    client = Remembering()
+    rows = ["query:0.1", "query:0.1;max_risk=0.1", "query:0.1+max_risk=0.1", "query:0.1;max_risk=0"]
+    others = {(("max_risk", "0.1"),): client}
+    samples = shared(tokenizer, client, rows, 8, others=others)
+    assert {s.setting for s in samples} == {"full prefill", "full reuse", *rows}
+    salts = [e[2] for e in client.log if e[0].get("blend_max_risk") == 0.1]
+    common = [e[2] for e in client.log if e[0].get("blend_policy") == "none"]
+    assert len(salts) == len(common) == 1 and salts != common
+    # The server with a bound of its own has warmed one state for nobody, and one for its row.
+    assert len({salt for salt, _ in client.warmed}) == 4
+
+
+def test_a_bound_for_all_rows_is_refused():
+    bound = {"model": "some", "server_args": ("--blend-max-risk", "0.1")}
+    with pytest.raises(ConfigError, match="max_risk: what it computes exactly would be found"):
+        EvalOptions(**bound, run=RunOptions(isolate="probe", at_once=8))
+    EvalOptions(**bound, run=RunOptions(isolate="salt"))
 
 
 def test_several_probes_are_under_way_at_a_time(tokenizer):
