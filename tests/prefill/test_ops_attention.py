@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernels import DTYPES, POOL_DTYPES, attention_args, close
 
@@ -16,6 +16,14 @@ from sgl_blend.ops import reference
 
 #: what the reference is given where an option is left out
 NONE = {"k_extra": None, "v_extra": None, "extra_pos": None, "sinks": None}
+
+
+#: one output of 343 values that nearly cancel each other
+CANCELS = {
+    "rows": 1, "keys": 203, "extras": 140, "kv_heads": 1, "group": 1, "dim": 64, "value_dim": 1,
+    "window": -1, "logit_cap": 3.0, "kv_pos0": 17, "scale": 0.1, "sinks": None,
+    "dtype": torch.float32, "q_dtype": None, "threads": 1, "seed": 387,
+}  # fmt: skip
 
 
 def mass_of(q: torch.Tensor, k: torch.Tensor, *args, **options) -> torch.Tensor:
@@ -74,7 +82,17 @@ def make_attention(case: dict) -> tuple[list[torch.Tensor], dict]:
     return [q, k, v, kv_slots, q_pos], options
 
 
+def _of_absolute_values(args: list[torch.Tensor], options: dict) -> torch.Tensor:
+    q, k, v, *where = args
+    with_extra = {**NONE, **options}
+    if with_extra["v_extra"] is not None:
+        with_extra["v_extra"] = with_extra["v_extra"].float().abs()
+    absolute = (q, k, v.float().abs(), *where)
+    return reference.row_attention(*absolute, **with_extra, with_mass=False)[0].float()
+
+
 @settings(deadline=None, max_examples=250)
+@example(case=CANCELS)
 @given(case=attention_cases())
 def test_row_attention_and_mass_match_reference(case):
     args, options = make_attention(case)
@@ -87,8 +105,9 @@ def test_row_attention_and_mass_match_reference(case):
         both = ops.row_attention_with_mass(*args, **options)
     finally:
         torch.set_num_threads(before)
-    close(got, out, args[0].dtype)
-    close(both.out, out, args[0].dtype)
+    size = _of_absolute_values(args, options)
+    close(got, out, args[0].dtype, size)
+    close(both.out, out, args[0].dtype, size)
     close(both.mass, mass)
     assert torch.equal(both.plain, both.mass)
     _, by_value, plain = reference.row_attention(

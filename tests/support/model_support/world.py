@@ -302,13 +302,13 @@ class Chosen:
 def watch():
     """Yields a :class:`Chosen` that the prefills inside fill."""
     chosen = Chosen()
-    keep = prefill.BlendPass.keep
+    compute = prefill.BlendPass._compute
 
-    def watched(self, index):
-        chosen.add(self.blend, index)
-        return keep(self, index)
+    def watched(self, alive):
+        chosen.add(self.blend, alive)
+        return compute(self, alive)
 
-    with mock.patch.object(prefill.BlendPass, "keep", watched):
+    with mock.patch.object(prefill.BlendPass, "_compute", watched):
         yield chosen
 
 
