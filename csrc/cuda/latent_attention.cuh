@@ -126,22 +126,8 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
   if (first >= count) return;
   const int64_t first_row = tile.first_row, first_key = tile.first_key;
 
-  // Positions as indices of keys, where these are one: what the block's rows see, and this part.
-  const int64_t origin = p.key_pos ? 0 : p.first_pos;
   const int64_t* const pos = p.row_pos + first_row;
-  const int lowest = clamped(pos[first / p.heads] - origin, -1, LAST - 1);
-  const int highest = clamped(pos[(min(first + ROWS, count) - 1) / p.heads] - origin, -1, LAST - 1);
-  const bool windowed = p.window >= 0, listed = p.key_pos != nullptr;
-  const int last = listed ? keys : min(highest + 1, keys);
-  const int begin_all = listed || !windowed ? 0 : clamped(lowest - p.window, 0, keys) / KEYS * KEYS;
-  const int steps_all = max(0, (last - begin_all + KEYS - 1) / KEYS);
-  const int each = (steps_all + p.parts - 1) / p.parts, part = blockIdx.z;
-  const int begin = begin_all + min(part * each, steps_all) * KEYS;
-  const int end = min(last, begin_all + min((part + 1) * each, steps_all) * KEYS);
-  const int steps = max(0, (end - begin + KEYS - 1) / KEYS);
-  // Of steps that begin at these keys and between them every row sees all.
-  const int inside_from = windowed ? clamped(highest - p.window, 0, LAST) : 0;
-  const int inside_to = listed ? -1 : min(lowest, end - 1) - (KEYS - 1);
+  const Seen<ROWS, KEYS> view(p, tile, first, count, p.heads);
 
   for (int row = threadIdx.x / 8; row < ROWS; row += Plan::THREADS / 8) {
     const int r = first + row, piece = threadIdx.x % 8;
@@ -158,7 +144,7 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
   copy_commit();
   LatentStager<T, Plan> stager;
   const auto look_up = [&](int step) {
-    stager.look_up(p.k, first_key + begin + int64_t(step) * KEYS, first_key + end);
+    stager.look_up(p.k, first_key + view.begin + int64_t(step) * KEYS, first_key + view.end);
   };
   look_up(0);
 
@@ -169,9 +155,9 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = first + mine + g + 8 * half;
-    const int64_t at = r < count ? pos[r / p.heads] - origin : 0;
-    low[half] = windowed ? clamped(at - p.window, 0, LAST) : 0;
-    high[half] = clamped(at, -1, listed ? LAST - 1 : keys - 1);
+    const int64_t at = r < count ? pos[r / p.heads] - view.origin : 0;
+    low[half] = view.windowed ? clamped(at - p.window, 0, LAST) : 0;
+    high[half] = clamped(at, -1, view.listed ? LAST - 1 : keys - 1);
   }
   // Where this lane's rows of matrices lie: of sixteen rows, at columns 16 d. Queries and values go
   // by lane % 16, keys by eights.
@@ -184,14 +170,14 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
   float o[HIGH][COLUMNS / 8][4] = {}, top[2] = {NEVER, NEVER}, total[2] = {};
   const auto stage_of = [&](int step) { return stages + step % STAGES * KEYS * KEY; };
   const auto stage = [&](int step) {  // its slots are looked up; those of the next one come
-    if (step < steps) {
+    if (step < view.steps) {
       stager.copy(p.k, stage_of(step));
-      if (step + 1 < steps) look_up(step + 1);
+      if (step + 1 < view.steps) look_up(step + 1);
     }
     copy_commit();  // an empty one too: as many groups in flight
   };
   if constexpr (STAGES > 1) stage(0);
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < view.steps; ++step) {
     if constexpr (STAGES == 1) {
       __syncthreads();  // all are done with the keys of the step before
       stage(step);
@@ -199,7 +185,7 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
     copy_wait<0>();
     __syncthreads();  // this step's keys are there, and all are done with those of the one before
     if constexpr (STAGES > 1) stage(step + 1);
-    const int from = begin + step * KEYS;
+    const int from = view.begin + step * KEYS;
     const T* const k = stage_of(step);
     float s[OWN / 8][4] = {};
 #pragma unroll
@@ -221,13 +207,13 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
         for (float& x : s[n]) x = p.cap_log2 * tanhf(x * p.scale_log2);
       }
     }
-    if (from < inside_from || from > inside_to) {
+    if (from < view.inside_from || from > view.inside_to) {
 #pragma unroll
       for (int n = 0; n < OWN / 8; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           int at = from + share * OWN + n * 8 + 2 * t + c;
-          if (listed) at = at < end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
+          if (view.listed) at = at < view.end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const bool seen = at <= high[half] && at >= low[half];
@@ -329,11 +315,11 @@ __device__ __forceinline__ void attend_to_latents(const Rows& p) {
     const float* sink = whole && p.sinks ? p.sinks + cell % p.heads : nullptr;
     const Softmax done(shrinks[row], all, sink);
     const int64_t cells = int64_t(p.rows) * p.heads;
-    const int64_t at = whole ? cell : (p.first_part + part) * cells + cell;
+    const int64_t at = whole ? cell : (p.first_part + view.part) * cells + cell;
     const bool once = warp == 0 && t == 0;
     if (once && !whole) p.part_lse[at] = done.lse;
     if (once && whole && p.lse) p.lse[at] = done.lse * LN_2;
-    if (!whole && steps == 0) continue;  // nobody reads it
+    if (!whole && view.steps == 0) continue;  // nobody reads it
 #pragma unroll
     for (int d = 0; d < COLUMNS / 8; ++d) {
       const int column = warp * COLUMNS + 8 * d + 2 * t;

@@ -57,22 +57,8 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
   if (first >= count) return;
   const int64_t first_row = tile.first_row, first_key = tile.first_key;
 
-  // Positions as indices of keys, where these are one: what the tile's rows see, and this part.
-  const int64_t origin = p.key_pos ? 0 : p.first_pos;
   const int64_t* const pos = p.row_pos + first_row;
-  const int lowest = clamped(pos[first / p.group] - origin, -1, LAST - 1);
-  const int highest = clamped(pos[(min(first + ROWS, count) - 1) / p.group] - origin, -1, LAST - 1);
-  const bool windowed = p.window >= 0, listed = p.key_pos != nullptr;
-  const int last = listed ? keys : min(highest + 1, keys);
-  const int begin_all = listed || !windowed ? 0 : clamped(lowest - p.window, 0, keys) / KEYS * KEYS;
-  const int steps_all = max(0, (last - begin_all + KEYS - 1) / KEYS);
-  const int each = (steps_all + p.parts - 1) / p.parts, part = blockIdx.z;
-  const int begin = begin_all + min(part * each, steps_all) * KEYS;
-  const int end = min(last, begin_all + min((part + 1) * each, steps_all) * KEYS);
-  const int steps = max(0, (end - begin + KEYS - 1) / KEYS);
-  // Of steps that begin at these keys and between them every row sees all.
-  const int inside_from = windowed ? clamped(highest - p.window, 0, LAST) : 0;
-  const int inside_to = listed ? -1 : min(lowest, end - 1) - (KEYS - 1);
+  const Seen<ROWS, KEYS> view(p, tile, first, count, p.group);
 
   for (int u = threadIdx.x; u < ROWS * (D / 8); u += Plan::THREADS) {
     const int row = u / (D / 8), piece = u % (D / 8), r = first + row;
@@ -85,7 +71,7 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
   copy_commit();
   Stager<T, D, KEYS, Plan::THREADS> stager;
   const auto look_up = [&](int step) {
-    stager.look_up(p.k, first_key + begin + int64_t(step) * KEYS, first_key + end);
+    stager.look_up(p.k, first_key + view.begin + int64_t(step) * KEYS, first_key + view.end);
   };
   look_up(0);
   copy_wait<0>();
@@ -114,9 +100,9 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
 #pragma unroll
   for (int half = 0; half < 2 * HIGH; ++half) {
     const int r = first + warp_row + g + 8 * half;
-    const int64_t at = r < count ? pos[r / p.group] - origin : 0;
-    low[half] = windowed ? clamped(at - p.window, 0, LAST) : 0;
-    high[half] = clamped(at, -1, listed ? LAST - 1 : keys - 1);
+    const int64_t at = r < count ? pos[r / p.group] - view.origin : 0;
+    low[half] = view.windowed ? clamped(at - p.window, 0, LAST) : 0;
+    high[half] = clamped(at, -1, view.listed ? LAST - 1 : keys - 1);
   }
 
   // What multiplies a score in the exponent: with a cap it is done already.
@@ -126,22 +112,22 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
   for (float& x : top) x = NEVER;
   const auto stage_of = [&](int step) { return stages + step % STAGES * 2 * KEYS * D; };
   const auto stage = [&](int step) {  // its slots are looked up; those of the next one come
-    if (step < steps) {
+    if (step < view.steps) {
       T* const to = stage_of(step);
       stager.copy(p.k, to, head);
       stager.copy(p.v, to + KEYS * D, head);
-      if (step + 1 < steps) look_up(step + 1);
+      if (step + 1 < view.steps) look_up(step + 1);
     }
     copy_commit();  // an empty one too: as many groups in flight
   };
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) stage(step);
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < view.steps; ++step) {
     copy_wait<STAGES - 2>();
     __syncthreads();  // this step's keys are there, and all are done with those of the one before
     stage(step + STAGES - 1);
     if (idle) continue;
-    const int from = begin + step * KEYS;
+    const int from = view.begin + step * KEYS;
     const T *k = stage_of(step), *v = k + KEYS * D;
     float s[HIGH][KEYS / 8][4] = {};
 #pragma unroll
@@ -168,13 +154,13 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
         for (float& x : s[n / (KEYS / 8)][n % (KEYS / 8)]) x = cap(x, p.scale_log2, p.cap_log2);
       }
     }
-    if (from < inside_from || from > inside_to) {
+    if (from < view.inside_from || from > view.inside_to) {
 #pragma unroll
       for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           int at = from + n * 8 + 2 * t + c;
-          if (listed) at = at < end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
+          if (view.listed) at = at < view.end ? clamped(p.key_pos[first_key + at], 0, LAST) : LAST;
 #pragma unroll
           for (int half = 0; half < 2 * HIGH; ++half) {
             const bool seen = at <= high[half] && at >= low[half];
@@ -274,10 +260,10 @@ __global__ void __launch_bounds__(Plan::THREADS, Plan::BLOCKS) row_attention_ker
     const float* sink = whole && p.sinks ? p.sinks + cell % p.heads : nullptr;
     const Softmax done(top[half], total[half], sink);
     const int64_t cells = int64_t(p.rows) * p.heads;
-    const int64_t at = whole ? cell : (p.first_part + part) * cells + cell;
+    const int64_t at = whole ? cell : (p.first_part + view.part) * cells + cell;
     if (t == 0 && !whole) p.part_lse[at] = done.lse;
     if (t == 0 && whole && p.lse) p.lse[at] = done.lse * LN_2;
-    if (!whole && steps == 0) continue;  // nobody reads it
+    if (!whole && view.steps == 0) continue;  // nobody reads it
 #pragma unroll
     for (int d = 0; d < D / 8; ++d) {
       const int column = 8 * d + 2 * t;

@@ -39,6 +39,40 @@ __device__ __forceinline__ int clamped(int64_t x, int64_t low, int64_t high) {
   return static_cast<int>(max(low, min(x, high)));
 }
 
+// What a block's packed rows see, those of a tile's `count` from `first` on, and its part of that,
+// in steps of KEYS; `group` packed rows are one row. Positions are indices of keys where these are
+// one run.
+template <int ROWS, int KEYS>
+struct Seen {
+  int64_t origin;
+  bool windowed, listed;
+  int highest;           // position of the last row
+  int part, begin, end;  // keys of the tile
+  int steps;
+  int inside_from, inside_to;  // of steps that begin between these every row sees all
+
+  __device__ __forceinline__ Seen(const Rows& p, const Tile& tile, int first, int count,
+                                  int group) {
+    const int64_t* const pos = p.row_pos + tile.first_row;
+    const int keys = tile.keys;
+    origin = p.key_pos ? 0 : p.first_pos;
+    windowed = p.window >= 0, listed = p.key_pos != nullptr;
+    const int lowest = clamped(pos[first / group] - origin, -1, LAST - 1);
+    highest = clamped(pos[(min(first + ROWS, count) - 1) / group] - origin, -1, LAST - 1);
+    const int last = listed ? keys : min(highest + 1, keys);
+    const int begin_all =
+        listed || !windowed ? 0 : clamped(lowest - p.window, 0, keys) / KEYS * KEYS;
+    const int steps_all = max(0, (last - begin_all + KEYS - 1) / KEYS);
+    const int each = (steps_all + p.parts - 1) / p.parts;
+    part = blockIdx.z;
+    begin = begin_all + min(part * each, steps_all) * KEYS;
+    end = min(last, begin_all + min((part + 1) * each, steps_all) * KEYS);
+    steps = max(0, (end - begin + KEYS - 1) / KEYS);
+    inside_from = windowed ? clamped(highest - p.window, 0, LAST) : 0;
+    inside_to = listed ? -1 : min(lowest, end - 1) - (KEYS - 1);
+  }
+};
+
 // What ends a softmax whose exponentials, base 2 and with `top` taken off, add up to `total`:
 // what multiplies the weighted sum of values, and the log-sum-exp, base 2.
 struct Softmax {

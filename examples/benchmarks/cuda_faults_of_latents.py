@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from cuda_faults_of_rows import SEEN
 from cuda_planted import of_file
 
-LATENT_ATTENTION = of_file(
+LATENT_ATTENTION = SEEN | of_file(
     "latent_attention.cuh",
     a_step_is_not_waited_for=(
         "copy_wait<0>();\n    __syncthreads();  // this step's",
@@ -22,7 +23,7 @@ LATENT_ATTENTION = of_file(
     ),
     no_barrier_behind_weights=("__syncthreads();  // all weights are there", "//"),
     no_barrier_before_sums_take_the_place_of_peaks=("__syncthreads();  // all have read", "//"),
-    slots_of_the_step_before=("if (step + 1 < steps) look_up(step + 1);", "look_up(step);"),
+    slots_of_the_step_before=("if (step + 1 < view.steps) look_up(step + 1);", "look_up(step);"),
     no_bound_on_keys=("slot[i] = token < end ?", "slot[i] = true ?"),
     no_bound_on_columns=(
         "const int dim = slot[i] < 0 ? 0 : p.dim;",
@@ -64,35 +65,20 @@ LATENT_ATTENTION = of_file(
     ),
     no_bound_on_rows=("if (r >= count) continue;", ""),
     rows_see_what_the_last_of_their_block_sees=(
-        "r < count ? pos[r / p.heads] - origin : 0",
-        "highest",
+        "r < count ? pos[r / p.heads] - view.origin : 0",
+        "view.highest",
     ),
     a_row_does_not_see_its_own_place=("at <= high[half]", "at < high[half]"),
     the_window_is_one_too_short=("clamped(at - p.window,", "clamped(at - p.window + 1,"),
-    a_step_inside_has_a_key_of_the_future=(
-        "min(lowest, end - 1) - (KEYS - 1)",
-        "min(lowest, end - 1) - (KEYS - 2)",
-    ),
-    a_step_inside_begins_before_the_window=(
-        "clamped(highest - p.window, 0, LAST)",
-        "clamped(highest - p.window - 1, 0, LAST)",
-    ),
-    blocks_begin_with_the_window_of_their_last_row=(
-        "clamped(lowest - p.window",
-        "clamped(highest - p.window",
-    ),
-    blocks_end_before_their_last_row=("min(highest + 1, keys)", "min(highest, keys)"),
-    positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
-    listed_positions_are_not_read=("if (listed) at =", "if (false) at ="),
+    listed_positions_are_not_read=("if (view.listed) at =", "if (false) at ="),
     no_soft_cap=("if (p.cap_log2 > 0.0f) {", "if (false) {"),
     queries_of_another_request=("(first_row + r / p.heads) * p.q_row", "r / p.heads * p.q_row"),
     queries_of_another_head=("r % p.heads * p.q_head;", "first % p.heads * p.q_head;"),
     keys_of_another_request=(
-        "first_key + begin + int64_t(step) * KEYS, first_key + end",
-        "begin + int64_t(step) * KEYS, end",
+        "first_key + view.begin + int64_t(step) * KEYS, first_key + view.end",
+        "view.begin + int64_t(step) * KEYS, view.end",
     ),
     the_first_rows_of_a_tile_again=("tile.begin + blockIdx.x * ROWS", "tile.begin"),
-    parts_overlap=("min(part * each, steps_all)", "min(part * (each - 1), steps_all)"),
     sinks_of_the_first_head=("p.sinks + cell % p.heads : nullptr;", "p.sinks : nullptr;"),
     log_sum_exp_in_base_two=("p.lse[at] = done.lse * LN_2", "p.lse[at] = done.lse"),
     columns_beyond_the_values=("if (column >= p.v.dim) continue;", ""),

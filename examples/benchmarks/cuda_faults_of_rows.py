@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from cuda_planted import of_file
 
+#: what a block's rows see, in whatever kernel of rows
+SEEN = of_file(
+    "rows.cuh",
+    a_step_inside_has_a_key_of_the_future=(
+        "min(lowest, end - 1) - (KEYS - 1)",
+        "min(lowest, end - 1) - (KEYS - 2)",
+    ),
+    a_step_inside_begins_before_the_window=(
+        "clamped(highest - p.window, 0, LAST)",
+        "clamped(highest - p.window - 1, 0, LAST)",
+    ),
+    blocks_begin_with_the_window_of_their_last_row=(
+        "clamped(lowest - p.window",
+        "clamped(highest - p.window",
+    ),
+    blocks_end_before_their_last_row=("min(highest + 1, keys)", "min(highest, keys)"),
+    positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
+    parts_overlap=("min(part * each, steps_all)", "min(part * (each - 1), steps_all)"),
+)
 ROW_ATTENTION = {
+    **SEEN,
     **of_file(
         "row_attention.cuh",
         queries_are_not_waited_for=(
@@ -44,39 +64,13 @@ ROW_ATTENTION = {
         no_bound_on_rows=("if (r >= count) continue;", ""),
         a_warp_without_rows_ends=("if (idle) continue;", "if (idle) return;"),
         rows_see_what_the_last_of_their_tile_sees=(
-            "r < count ? pos[r / p.group] - origin : 0",
-            "highest",
+            "r < count ? pos[r / p.group] - view.origin : 0",
+            "view.highest",
         ),
         a_row_does_not_see_its_own_place=("at <= high[half]", "at < high[half]"),
         the_window_is_one_too_short=("clamped(at - p.window,", "clamped(at - p.window + 1,"),
-        a_step_inside_has_a_key_of_the_future=(
-            "min(lowest, end - 1) - (KEYS - 1)",
-            "min(lowest, end - 1) - (KEYS - 2)",
-        ),
-        a_step_inside_begins_before_the_window=(
-            "clamped(highest - p.window, 0, LAST)",
-            "clamped(highest - p.window - 1, 0, LAST)",
-        ),
-        tiles_begin_with_the_window_of_their_last_row=(
-            "clamped(lowest - p.window",
-            "clamped(highest - p.window",
-        ),
-        tiles_end_before_their_last_row=(
-            "min(highest + 1, keys)",
-            "min(highest, keys)",
-        ),
-        positions_begin_at_zero=("p.key_pos ? 0 : p.first_pos", "0"),
-        listed_positions_are_not_read=("if (listed) at =", "if (false) at ="),
+        listed_positions_are_not_read=("if (view.listed) at =", "if (false) at ="),
         listed_positions_of_another_request=("p.key_pos[first_key + at]", "p.key_pos[at]"),
-        listed_positions_begin_with_the_window=(
-            "listed || !windowed ? 0 :",
-            "!windowed ? 0 :",
-        ),
-        listed_positions_end_with_the_last_row=(
-            "const int last = listed ? keys :",
-            "const int last =",
-        ),
-        of_listed_positions_some_steps_are_seen_whole=("listed ? -1 : min(lowest", "min(lowest"),
         no_soft_cap=("if (p.cap_log2 > 0.0f) {", "if (false) {"),
         sums_are_not_rescaled=("total[half] * shrink[half] + (sum", "total[half] + (sum"),
         outputs_are_not_rescaled=(
@@ -106,8 +100,8 @@ ROW_ATTENTION = {
         ),
         queries_of_another_request=("(first_row + r / p.group) * p.q_row", "r / p.group * p.q_row"),
         keys_of_another_request=(
-            "first_key + begin + int64_t(step) * KEYS, first_key + end",
-            "begin + int64_t(step) * KEYS, end",
+            "first_key + view.begin + int64_t(step) * KEYS, first_key + view.end",
+            "view.begin + int64_t(step) * KEYS, view.end",
         ),
         a_shrink_of_one_row_is_missed=(
             "shrinks |= shrink[half] != 1.0f",
@@ -118,11 +112,19 @@ ROW_ATTENTION = {
             "p.sinks + cell % p.heads : nullptr;",
             "p.sinks + cell % p.group : nullptr;",
         ),
-        parts_overlap=("min(part * each, steps_all)", "min(part * (each - 1), steps_all)"),
         log_sum_exp_in_base_two=("p.lse[at] = done.lse * LN_2", "p.lse[at] = done.lse"),
     ),
     **of_file(
         "rows.cuh",
+        listed_positions_begin_with_the_window=("listed || !windowed ? 0 :", "!windowed ? 0 :"),
+        listed_positions_end_with_the_last_row=(
+            "const int last = listed ? keys :",
+            "const int last =",
+        ),
+        of_listed_positions_some_steps_are_seen_whole=(
+            "listed ? -1 : min(lowest",
+            "min(lowest",
+        ),
         sinks_are_scaled=("*sink * LOG2_E", "*sink"),
         parts_weigh_alike=("const float weight = power2(lse - top)", "const float weight = 1.0f"),
         the_last_part_is_left_out=(
