@@ -82,8 +82,9 @@ class Parts:
         """Copy one layer from the host into k [n, Hk, D] and v [n, Hk, Dv] on a GPU, dense; only
         V where k is None, only the tokens ``index`` (int64 [c], on the GPU) where it is given.
 
-        In one launch where the GPU reads the parts where they lie (``places``); else in a copy for
-        each part. Waits for nothing where they are page-locked.
+        In one launch where the GPU reads the parts where they lie (``places``). Else the layer is
+        joined in page-locked memory, by the caller's thread, and sent in one copy for each of K and
+        V. Nobody waits for the device.
 
         Raises:
             KernelError: arguments that do not fit.
@@ -114,15 +115,11 @@ class Parts:
         for out, parts in ((k, self.k), (v, self.v)):
             if out is None:
                 continue
-            whole = out
-            if index is not None:
-                whole = out.new_empty((self.tokens, *out.shape[1:]))
-            at = 0
-            for part in parts:
-                whole[at : at + part.shape[1]].copy_(part[layer], non_blocking=True)
-                at += part.shape[1]
-            if index is not None:
-                out.copy_(whole[index])
+            joined = _joined(parts, layer, v.device)
+            if index is None:
+                out.copy_(joined, non_blocking=True)
+            else:
+                torch.index_select(joined.to(v.device, non_blocking=True), 0, index, out=out)
 
     def require_layer(self, layer: int) -> None:
         require(0 <= layer < self.layers, f"layer {layer} of parts that have {self.layers}")
@@ -153,6 +150,15 @@ class Parts:
     def blocks(self, device: torch.device) -> int:
         """At most how many blocks of a kernel read them on ``device``; 0: any number."""
         return 0 if self.device == device else cuda.BUS_BLOCKS
+
+
+def _joined(parts: Sequence[torch.Tensor], layer: int, device: torch.device) -> torch.Tensor:
+    """One layer of ``parts``, in memory that is page-locked for ``device``. PyTorch keeps it until
+    copies out of it are done, and then gives it out again."""
+    like = parts[0][layer]
+    shape = (sum(x.shape[1] for x in parts), *like.shape[1:])
+    out = torch.empty(shape, dtype=like.dtype, pin_memory=device.type == "cuda")
+    return torch.cat([x[layer] for x in parts], out=out)
 
 
 def _kind(part: torch.Tensor) -> tuple[object, ...]:

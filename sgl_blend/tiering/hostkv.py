@@ -41,6 +41,8 @@ class HostKV:
         self._turns = ops.Turns(src_pos, dst_pos)
         self._lane = None if stream is None else Lane(stream, dst_slots.device)
         self._rooms: dict[int, ops.Parts] = {}
+        #: the last layer that came whole, and its K and V
+        self._came: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def run(
         self,
@@ -91,6 +93,9 @@ class HostKV:
         parts, at = self._parts(layer)
         if self._lane is None:
             return parts.take(at, index)
+        if self._comes_whole(parts):
+            k, v = self._whole(parts, at, layer)
+            return k.index_select(0, index), v.index_select(0, index)
         k, v = self._ahead("take", parts, at, layer, (parts.k[0], parts.v[0]), index)
         return k, v
 
@@ -100,15 +105,24 @@ class HostKV:
         parts, at = self._parts(layer)
         if self._lane is None:
             return parts.layer(at)[1]
+        if self._comes_whole(parts):
+            return self._whole(parts, at, layer)[1]
         (v,) = self._ahead("values", parts, at, layer, (parts.v[0],))
         return v
 
+    def _comes_whole(self, parts: ops.Parts) -> bool:
+        """The GPU does not read it, and so the host joins it first: all of a layer, or none."""
+        return parts.places(self.dst_slots.device) is None
+
     def _whole(self, parts: ops.Parts, at: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K [n, Hk, D] and V [n, Hk, Dv] of ``layer`` on the pool's device."""
+        """K [n, Hk, D] and V [n, Hk, Dv] of ``layer`` on the pool's device, until another layer is
+        asked for. They come once, whoever asks again in the meantime."""
         if self._lane is None:
             return parts.layer(at)
-        k, v = self._ahead("whole", parts, at, layer, (parts.k[0], parts.v[0]))
-        return k, v
+        if self._came is None or self._came[0] != layer:
+            k, v = self._ahead("whole", parts, at, layer, (parts.k[0], parts.v[0]))
+            self._came = layer, (k, v)
+        return self._came[1]
 
     def _landed(self, k: torch.Tensor, v: torch.Tensor) -> ops.Parts:
         """One layer on the device as parts: of each room once, since addresses have to be sent."""

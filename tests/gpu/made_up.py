@@ -48,4 +48,5 @@ class MadeUp:
             [(-math.log(2 + i) - wrong * (i % 2), (sum(ids) + i) % 97, None) for i in range(20)]
         ]
         new = body["sampling_params"]["max_new_tokens"]
-        return answer_of({"output_ids": [sum(ids) % 97] * new, "meta_info": meta}, 0.5, 0.6)
+        first = 0.1 if found else 0.5
+        return answer_of({"output_ids": [sum(ids) % 97] * new, "meta_info": meta}, first, 0.6)

@@ -155,11 +155,12 @@ def _times(job: Job, llama: Llama, prompt: Prompt) -> None:
             profiled.note(job, f"{policy} {ratio:g}, {n} tokens", one.run)
     _prepared(llama, prompt)
     streams = SideStreams(torch.cuda.current_stream() if device.type == "cuda" else None)
-    chunks = from_host(llama, prompt)
-    one = blended(llama, prompt, ids, there, "query", 0.10)
-    give = hosted(one, prompt, chunks, streams)
-    took = clock.waited(device, lambda: one.run(give))
-    _compare(job, prompt, full, took, "query", 0.10, "page-locked host memory")
+    for locked in (True, False):
+        one = blended(llama, prompt, ids, there, "query", 0.10)
+        give = hosted(one, prompt, from_host(llama, prompt, locked), streams)
+        took = clock.waited(device, lambda run=one.run, give=give: run(give))
+        where = f"{'page-locked' if locked else 'ordinary'} host memory"
+        _compare(job, prompt, full, took, "query", 0.10, where)
 
 
 def _compare(

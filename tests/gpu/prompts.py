@@ -96,13 +96,14 @@ class Loaded:
         return 0, self.k, self.v
 
 
-def from_host(llama: Llama, prompt: Prompt) -> list[Loaded]:
-    """The cached documents, copied into (page-locked) host memory."""
+def from_host(llama: Llama, prompt: Prompt, locked: bool = True) -> list[Loaded]:
+    """The cached documents, copied into host memory. locked: which is page-locked."""
     out = []
     for i in range(prompt.documents):
         at = slice(prompt.source(i), prompt.source(i) + prompt.each)
         parts = [torch.stack([x[at] for x in pool]).cpu() for pool in (llama.keys, llama.values)]
-        out.append(Loaded(*(ops.page_locked(x, llama.device) for x in parts)))
+        kept = [ops.page_locked(x, llama.device) for x in parts] if locked else parts
+        out.append(Loaded(*kept))
     return out
 
 

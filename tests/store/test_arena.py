@@ -14,6 +14,8 @@ from sgl_blend.store.errors import ArenaExhausted, StoreError
 from sgl_blend.store.placement.alloc import GRANULE, PAGE, Allocator
 from sgl_blend.store.placement.memory import MemoryTier
 from sgl_blend.store.placement.sketch import FrequencySketch
+from sgl_blend.store.wire import shm
+from sgl_blend.store.wire.region import advise
 from sgl_blend.store.wire.shm import Arena, ArenaMapping, SideSocket
 
 
@@ -52,6 +54,30 @@ def test_allocator_finds_a_block_of_exactly_the_size():
     alloc.alloc(63 * GRANULE)
     alloc.free(at)
     assert alloc.alloc(37 * GRANULE) == at
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pages_are_zeroed_by_several_threads(monkeypatch, threads):
+    """Each of them its part, and all that was asked for: nothing is left to the first copy."""
+    zeroed = []
+
+    def noted(array, advice):
+        zeroed.append((array.ctypes.data, array.nbytes, threading.get_ident()))
+        return advise(array, advice)
+
+    monkeypatch.setattr(shm, "ZEROING", threads)
+    monkeypatch.setattr(shm, "advise", noted)
+    arena = Arena(5 << 26)
+    first, size = arena.view(0, 1).ctypes.data, (9 << 25) + 5
+    arena.ensure(size)
+    assert os.fstat(arena.fd).st_size == arena.backed == size
+    ends = [first]
+    for at, nbytes, _ in sorted(zeroed):
+        assert at == ends[-1]
+        ends.append(at + nbytes)
+    assert ends[-1] == first + size and len(zeroed) == 5
+    assert (threads == 1) == ({who for _, _, who in zeroed} == {threading.get_ident()})
+    arena.close()
 
 
 def test_memory_takes_a_chunk_out_of_place_rather_than_not_at_all():

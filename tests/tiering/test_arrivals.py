@@ -193,7 +193,26 @@ def test_all_ways_bring_the_same(watch, monkeypatch, launches, keep, turned, ser
         values = there.kv.values(there, layer)
         assert torch.equal(on_host(values), plain.kv.values(plain, layer))
     assert bool(launches()) == (served and (turned or keep is locked))
-    assert bool(watch.waits) == (keep is not locked), "ordinary memory is waited for"
+    assert watch.waits == []
+
+
+def test_a_layer_of_ordinary_memory_crosses_the_bus_once(watch, launches):
+    """Joined on the host: not a copy for each chunk, nor another for whoever asks for the layer."""
+    plain, there = worlds(lambda x: x)
+    index = torch.tensor([4, 0, 21])
+    for layer in (0, 1, 0):
+        watch.copies.clear()
+        took = there.kv.take(there, layer, on_device(index.clone()))
+        values = there.kv.values(there, layer)
+        for world in (plain, there):
+            world.run(layer, shifted=True)
+        whole = TOKENS * HEADS * DIM * 2
+        assert [size for size in watch.copies if size >= whole] == [whole, whole]
+        same_pools(plain, there, layer)
+        for ours, theirs in zip(took, plain.kv.take(plain, layer, index), strict=True):
+            assert torch.equal(on_host(ours), theirs)
+        assert torch.equal(on_host(values), plain.kv.values(plain, layer))
+    assert watch.waits == []
 
 
 def test_only_what_is_asked_for_crosses_the_bus(watch, launches):

@@ -249,8 +249,11 @@ def runtime(monkeypatch):
 MEMORY = 192 << 20
 
 
-def test_the_stores_memory_is_page_locked_once_as_a_whole_on_the_ranks_device(runtime, monkeypatch):
+def test_the_stores_memory_is_page_locked_once_as_a_whole_on_the_ranks_device(
+    runtime, monkeypatch, caplog
+):
     """By one thread for all of the process's clients; every thread works on the rank's device."""
+    caplog.set_level("INFO")
     devices: dict[str, list[str]] = {}
     monkeypatch.setattr(
         torch.cuda, "set_device",
@@ -270,6 +273,8 @@ def test_the_stores_memory_is_page_locked_once_as_a_whole_on_the_ranks_device(ru
                 assert step[1] == first.ctypes.data, "all clients see the same memory"
             names = [thread.name for thread in service._threads]
             assert eventually(lambda: len(devices) == len(names))
+            said = "the store's 192MiB are page-locked"
+            assert eventually(lambda: said in caplog.text) and caplog.text.count(said) == 1
             assert devices == {name: ["cuda:1"] for name in names}
         finally:
             service.close()

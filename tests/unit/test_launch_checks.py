@@ -7,6 +7,7 @@ import socket
 import types
 
 import pytest
+from sglang.srt.server_args import ServerArgs
 
 from sgl_blend import attach
 from sgl_blend.config import BlendConfig
@@ -71,6 +72,27 @@ def test_a_disk_that_another_server_holds_is_named_with_what_to_do(tmp_path, cap
         assert part in str(e.value)
     # What a server that is just ending looks like: said once, and waited for.
     assert sum("waiting up to 4 s" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved", "there"),
+    [(None, "cuda", True), ("cuda", "cuda", True), (None, "cpu", False), ("cuda", "cpu", False)],
+)
+def test_a_store_of_a_server_on_gpus_is_there_from_the_start(monkeypatch, given, resolved, there):
+    """SGLang's resolution leaves arguments as they were given, and most servers are given no
+    device. Memory that is not all there is not page-locked, and sources come from it slowly."""
+    args = ServerArgs(model_path="dummy", device=given)
+    args._resolved_overrides = [("platform", {"device": resolved})]
+    attach.CONFIG.set(args, BlendConfig(store_memory="64MiB"))
+    asked = []
+
+    def started(options, keep):
+        asked.append(options)
+        return types.SimpleNamespace(endpoint="ipc:///nowhere")
+
+    monkeypatch.setattr("sgl_blend.store.embedded.EmbeddedStore", started)
+    start_store(args)
+    assert [options.preallocate for options in asked] == [there]
 
 
 def test_a_store_that_cannot_start_says_why_at_once(tmp_path):

@@ -68,6 +68,7 @@ def lives_with_server(config: BlendConfig) -> bool:
 
 def start_store(server_args: ServerArgs) -> None:
     """Start the server's own chunk store, unless it has one, is told of another, or wants none.
+    Call after SGLang's resolution.
 
     Raises :class:`StoreError` when it does not start, :class:`ConfigError` for its options.
     """
@@ -76,10 +77,13 @@ def start_store(server_args: ServerArgs) -> None:
         return
     if attach.STORE.get(server_args) is not None:
         return
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     from sgl_blend.store.embedded import EmbeddedStore
     from sgl_blend.store.tiers.disk import HELD
 
-    options = store_options(config, on_gpu=server_args.device == "cuda")
+    # The arguments themselves stay as they were given: most servers are given no device.
+    options = store_options(config, on_gpu=resolving_view(server_args).device == "cuda")
     # A server that was ended a moment ago may still be writing to the same disk.
     patience = time.monotonic() + (options.drain_s if options.disk_path else 0.0)
     waited = False

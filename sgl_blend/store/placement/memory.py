@@ -13,7 +13,7 @@ from sgl_blend.store.placement.eviction import make_policy
 from sgl_blend.store.placement.index import MEMORY, Entry
 from sgl_blend.store.placement.jobs import Jobs
 from sgl_blend.store.placement.sketch import FrequencySketch
-from sgl_blend.store.wire.shm import GROW_STEP, Arena
+from sgl_blend.store.wire.shm import GROW_STEP, ZEROING, Arena
 
 _RETRY_GROWTH_S = 10.0
 
@@ -109,7 +109,8 @@ class MemoryTier:
         """Back the next step in a worker thread before it is needed, or all steps where the arena
         is backed from the start: zeroing pages takes a while."""
         have = self._alloc.capacity
-        step = min(GROW_STEP, self.arena.capacity - have)
+        step = GROW_STEP * (ZEROING if self._preallocate else 1)
+        step = min(step, self.arena.capacity - have)
         roomy = have - self._alloc.used > GROW_STEP // 2 and not self._preallocate
         if self._growing or step <= 0 or roomy or time.monotonic() < self._no_growth_until:
             return

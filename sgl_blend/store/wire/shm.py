@@ -24,6 +24,7 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -35,6 +36,8 @@ _F_ADD_SEALS, _F_SEAL_SHRINK = 1033, 0x0002
 _GREETING = struct.Struct("<8s16sQQ")
 _GREETING_MAGIC = b"SGLBSHM1"
 GROW_STEP = 64 << 20
+#: threads that zero the pages of one step: each does half a GB to 3 GB a second
+ZEROING = max(1, min(8, (os.cpu_count() or 1) // 2))
 #: How long a client looks for its answer before it sleeps. The store answers in tens of
 #: microseconds, and a thread that sleeps takes as long to wake: gets of single 1 MiB chunks went
 #: from 50 to 61 % of memcpy's speed, of 4 MiB from 85 to 96 %.
@@ -84,11 +87,19 @@ class Arena:
             )
         try:
             os.ftruncate(self.fd, target)
-            if not advise(self._array[self.backed : target], MADV_POPULATE_WRITE):
+            if not self._populate(self.backed, target):
                 os.posix_fallocate(self.fd, self.backed, step)
         except OSError as e:
             raise ArenaExhausted(f"shared memory of {target} bytes: {e}") from e
         self.backed = target
+
+    def _populate(self, begin: int, end: int) -> bool:
+        """False where this kernel cannot. Raises OSError."""
+        parts = [self._array[at : min(at + GROW_STEP, end)] for at in range(begin, end, GROW_STEP)]
+        if len(parts) == 1 or ZEROING == 1:
+            return all(advise(part, MADV_POPULATE_WRITE) for part in parts)
+        with ThreadPoolExecutor(ZEROING, "zeroing") as pool:
+            return all(pool.map(advise, parts, [MADV_POPULATE_WRITE] * len(parts)))
 
     def view(self, offset: int, nbytes: int) -> np.ndarray:
         """uint8 [nbytes], writable, no copy."""
