@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from sgl_blend.errors import StoreError
-from sgl_blend.option_kinds import size_text
 from sgl_blend.store.wire.client import StoreClient
 from sgl_blend.tiering.loader import Load
 from sgl_blend.tiering.offload import Job, Offloader, PoolKV
+from sgl_blend.tiering.page_lock import PageLock
 from sgl_blend.tiering.rules import Allowance, Rules
 from sgl_blend.tiering.speeds import Speeds
 from sgl_blend.tiering.streams import SideStreams
@@ -25,8 +23,6 @@ from sgl_blend.tiering.wish import Wish
 if TYPE_CHECKING:
     from sgl_blend.store.chunk import Layout
     from sgl_blend.store.wire.security import CurveClient
-
-logger = logging.getLogger(__name__)
 
 #: loads and offload jobs that may wait for a thread; beyond, requests do without
 BACKLOG = 256
@@ -219,18 +215,13 @@ class StoreService:
         """Page-lock the store's memory, for all clients of this process, once all of it is there:
         now, later, or again when the store has been started anew."""
         self._set_device()
-        said: bytes | None = None  # of which store
+        lock = PageLock()
         with self._client("page lock") as client:
             while True:
                 try:
                     client.connect()
-                    found, begun = client.mapping, time.monotonic()
-                    if found is not None and found.page_lock() and found.server != said:
-                        said, took = found.server, time.monotonic() - begun
-                        size = size_text(found.capacity)
-                        logger.info(
-                            "sgl-blend: the store's %s are page-locked (%.1f s)", size, took
-                        )
+                    if client.mapping is not None:
+                        lock.look(client.mapping)
                 except Exception as e:
                     self.tally.error("page lock", e)
                 if self._closed.wait(EMPTY_S):

@@ -3,6 +3,7 @@ the CUDA runtime are pretended: they note what they are asked for)."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -23,6 +24,7 @@ from sgl_blend.errors import StoreError
 from sgl_blend.store.config import StoreConfig
 from sgl_blend.tiering import offload
 from sgl_blend.tiering.offload import FreshChunk, Job, Offloader
+from sgl_blend.tiering.page_lock import WHOLE_S, PageLock
 from sgl_blend.tiering.streams import SideStreams
 from sgl_blend.tiering.tally import Tally
 
@@ -296,6 +298,46 @@ def test_memory_that_grows_is_page_locked_when_all_of_it_is_there(runtime):
         os.ftruncate(client.mapping._fd, MEMORY)
         assert client.mapping.page_lock() and more.mapping.page_lock()
         assert [step[0] for step in runtime.log] == ["register"]
+
+
+class Memory:
+    """A store's, mapped: what ``page_lock`` is to return, or to raise, from look to look."""
+
+    capacity = MEMORY
+
+    def __init__(self, server: bytes, *found: bool | StoreError) -> None:
+        self.server, self.found = server, iter(found)
+
+    def page_lock(self) -> bool:
+        one = next(self.found)
+        if isinstance(one, StoreError):
+            raise one
+        return one
+
+
+def test_the_log_says_whether_a_stores_memory_is_page_locked(monkeypatch, caplog):
+    """Once: when it is, and, a while after the store was met, that it is not. Of each store."""
+    caplog.set_level("INFO")
+    now = 100.0
+    monkeypatch.setattr("sgl_blend.tiering.page_lock.time.monotonic", lambda: now)
+    lock = PageLock()
+
+    def said(memory: Memory, later: float) -> str:
+        nonlocal now
+        now += later
+        caplog.clear()
+        with contextlib.suppress(StoreError):
+            lock.look(memory)
+        return caplog.text
+
+    grows = Memory(b"grows", False, False, False, True, True)
+    assert said(grows, 0) == said(grows, WHOLE_S - 1) == ""
+    assert "the store's 192MiB are not all there yet" in said(grows, 2)
+    assert "the store's 192MiB are page-locked (0.0 s)" in said(grows, 100)
+    assert said(grows, 100) == ""
+    refused = Memory(b"refused", StoreError("by CUDA"), False, False)
+    assert [said(refused, 100) for _ in range(3)] == ["", "", ""], "the caller says why"
+    assert "are page-locked" in said(Memory(b"another", True), 100)
 
 
 def test_what_cuda_refuses_is_said_and_not_asked_again(runtime):
