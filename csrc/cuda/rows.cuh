@@ -46,7 +46,6 @@ template <int ROWS, int KEYS>
 struct Seen {
   int64_t origin;
   bool windowed, listed;
-  int highest;           // position of the last row
   int part, begin, end;  // keys of the tile
   int steps;
   int inside_from, inside_to;  // of steps that begin between these every row sees all
@@ -58,7 +57,7 @@ struct Seen {
     origin = p.key_pos ? 0 : p.first_pos;
     windowed = p.window >= 0, listed = p.key_pos != nullptr;
     const int lowest = clamped(pos[first / group] - origin, -1, LAST - 1);
-    highest = clamped(pos[(min(first + ROWS, count) - 1) / group] - origin, -1, LAST - 1);
+    const int highest = clamped(pos[(min(first + ROWS, count) - 1) / group] - origin, -1, LAST - 1);
     const int last = listed ? keys : min(highest + 1, keys);
     const int begin_all =
         listed || !windowed ? 0 : clamped(lowest - p.window, 0, keys) / KEYS * KEYS;

@@ -42,7 +42,10 @@ ROW_ATTENTION = {
             "// this step's keys are there",
         ),
         one_stage_for_all_steps=("step % STAGES * 2", "step % (STAGES - 1) * 2"),
-        slots_of_the_step_before=("if (step + 1 < steps) look_up(step + 1);", "look_up(step);"),
+        slots_of_the_step_before=(
+            "if (step + 1 < view.steps) look_up(step + 1);",
+            "look_up(step);",
+        ),
         values_in_the_place_of_keys=(
             "stager.copy(p.v, to + KEYS * D, head);",
             "stager.copy(p.v, to, head);",
