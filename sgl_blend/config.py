@@ -76,8 +76,9 @@ class BlendConfig:
         False, "hkvd: K, turned to its new position, counts in the deviation beside V"
     )
     query_layers: float = option(
-        0.75,
-        "query: share of the layers whose attention is averaged, counted from the first, 0 to 1",
+        1.0,
+        "query: share of the layers that the question runs through and whose attention is averaged, "
+        "counted from the first, 0 to 1; the model's last one never is among them",
         above=0.0,
         most=1.0,
     )

@@ -38,7 +38,7 @@ from sgl_blend.eval.telling import rank, risks
 SECRET = "zanzibar"
 #: a server that adds nothing to its policies, whatever the defaults are
 NOTHING = dict(correction=0.0, anchor_share=0.0, head_tokens=0, query_values=False)
-NOTHING |= dict(query_head_share=0.0)
+NOTHING |= dict(query_head_share=0.0, query_layers=0.75)
 BARE = BlendConfig(**NOTHING)
 BARE_FLAGS = [f"--blend-{name.replace('_', '-')}={value}" for name, value in NOTHING.items()]
 
