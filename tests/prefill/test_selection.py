@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgl_blend.config import BlendConfig
+from sgl_blend.prefill.passes import query_depth
 from sgl_blend.selection import POLICIES, Need, ReusedTokens, anchors, head_weights
 from sgl_blend.selection.query import spread
 
@@ -31,6 +32,14 @@ def test_attention_is_spread_over_what_is_near(positions, radius, seed):
                     break
                 total += (wide - d) * at[p + step * d]
         assert abs(value - total / wide**2) < 1e-5
+
+
+def test_the_question_is_asked_through_all_layers_but_the_last():
+    """On real weights what it needs is told in the last quarter, too."""
+    default, fewer = BlendConfig(), BlendConfig(query_layers=0.75)
+    depths = {1: (1, 1), 2: (1, 1), 4: (3, 3), 24: (23, 18), 30: (29, 23)}
+    for layers, want in depths.items():
+        assert (query_depth(layers, default), query_depth(layers, fewer)) == want
 
 
 def test_query_keeps_the_neighbours_of_a_peak():
