@@ -77,8 +77,8 @@ class BlendConfig:
     )
     query_layers: float = option(
         1.0,
-        "query: share of the layers that the question runs through and whose attention is averaged, "
-        "counted from the first, 0 to 1; the model's last one never is among them",
+        "query: share of the layers that the question runs through and whose attention is "
+        "averaged, counted from the first, 0 to 1; never the model's last one",
         above=0.0,
         most=1.0,
     )

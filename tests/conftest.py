@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from _pytest.nodeid import coerce_node_id
 from groups import group_of, rank_of
+from hypothesis import settings
 from polling import eventually
 
 from sgl_blend.harness.process import Child, free_port
@@ -21,6 +22,10 @@ from sgl_blend.harness.process import Child, free_port
 # Set before torch is imported; every process that a test starts inherits it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Hypothesis fails an example that takes 200 ms, which any does on a busy machine.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 TESTS = Path(__file__).parent
 #: folder -> the marker of all its tests

@@ -276,6 +276,5 @@ TestScheduler = Scheduler.TestCase
 TestScheduler.settings = settings(
     max_examples=80,
     stateful_step_count=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

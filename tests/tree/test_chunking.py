@@ -61,7 +61,7 @@ def naive_cuts(tokens, config, strong=(), stated=()):
 
 
 @given(tokens_of, st.sets(st.integers(0, 40), max_size=3), st.sets(st.integers(0, 400), max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_cuts_are_the_definition(tokens, strong, stated):
     stated = sorted(b for b in stated if b <= len(tokens))
     got = cut_points(tokens, CONFIG, strong_table(sorted(strong)), np.array(stated, dtype=np.int64))
@@ -69,7 +69,7 @@ def test_cuts_are_the_definition(tokens, strong, stated):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 300), st.integers(0, 300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_cuts_do_not_depend_on_what_stands_around(seed, before, after):
     rng = np.random.default_rng(seed)
     document = rng.integers(0, 50000, 300)
@@ -84,7 +84,7 @@ def test_cuts_do_not_depend_on_what_stands_around(seed, before, after):
 
 
 @given(tokens_of, st.sets(st.integers(0, 40), max_size=3), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_cutting_the_rest_alone_gives_the_same_cuts(tokens, strong, data):
     table = strong_table(sorted(strong))
     whole = cut_points(tokens, CONFIG, table).tolist()
@@ -94,7 +94,7 @@ def test_cutting_the_rest_alone_gives_the_same_cuts(tokens, strong, data):
 
 
 @given(tokens_of, tokens_of)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_cuts_before_the_lookahead_stay_when_the_sequence_grows(tokens, more):
     short = cut_points(tokens, CONFIG, NONE).tolist()
     long = cut_points(tokens + more, CONFIG, NONE).tolist()
