@@ -3,6 +3,8 @@ those of a plain torch implementation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -10,6 +12,7 @@ import torch
 
 from model_support.asks import Ask, Outcome
 from model_support.compare import apart, kv_apart, require_layer0
+from model_support.routing import RoutingTie
 from model_support.world import LIBRARY, Chosen, World, budget, check, must_fail, watch
 from sgl_blend import ops
 from sgl_blend.ops import Rope
@@ -116,12 +119,25 @@ def _against_reference(
         assert ours.prefix >= prefix - 16, f"prefix of {ours.prefix} tokens"
     _blended(ask, ours)
     theirs = world.blended_reference(ask, ours, chosen)
-    _same_choice(ours, theirs.chosen, chosen)
     logits = apart(ours.logits, theirs.logits)
     kv = max(kv_apart(ours, theirs))
-    assert logits <= LOGITS, f"{ask.policy}: logits are {logits:.2e} of their scale apart"
-    assert kv <= KV, f"{ask.policy}: KV per layer is {kv_apart(ours, theirs)} apart"
+    try:
+        _same_choice(ours, theirs.chosen, chosen)
+        assert logits <= LOGITS, f"{ask.policy}: logits are {logits:.2e} of their scale apart"
+        assert kv <= KV, f"{ask.policy}: KV per layer is {kv_apart(ours, theirs)} apart"
+    except AssertionError as e:
+        if world.routers.tied:
+            raise RoutingTie(f"{e}; two experts are {world.routers.closest:.1e} apart") from e
+        raise
     return {"logits": logits, "kv": kv}
+
+
+def drawn(world: World, draw: Callable[[], Ask], **how: Any) -> dict[str, float]:
+    """What ``draw`` makes, against the reference; once more, with fresh text, where experts tie."""
+    try:
+        return _against_reference(world, draw(), **how)
+    except RoutingTie:
+        return _against_reference(world, draw(), **how)
 
 
 @check
@@ -203,7 +219,8 @@ def as_reference(world: World) -> dict[str, Any]:
     out = {}
     for order in range(len(ORDERS)):
         for policy in POLICIES:
-            got = _against_reference(world, _ask(world, order, policy, 0.15 + 0.2 * order))
+            ratio = 0.15 + 0.2 * order
+            got = drawn(world, partial(_ask, world, order, policy, ratio))
             for k, v in got.items():
                 out[f"{policy} {k}"] = max(out.get(f"{policy} {k}", 0.0), v)
     world.engine.check()
@@ -216,10 +233,10 @@ def as_reference_in_pieces(world: World) -> dict[str, Any]:
     out = {}
     for policy in POLICIES:
         parts = [
-            _against_reference(world, _ask(world, 0, policy, chunks=(83, 1, 120))),
-            _against_reference(world, _ask(world, 2, policy, chunks=(190,))),
-            _against_reference(world, _ask(world, 0, policy), prefix=130),
-            _against_reference(world, _ask(world, 0, policy, chunks=(61,)), prefix=100),
+            drawn(world, partial(_ask, world, 0, policy, chunks=(83, 1, 120))),
+            drawn(world, partial(_ask, world, 2, policy, chunks=(190,))),
+            drawn(world, partial(_ask, world, 0, policy), prefix=130),
+            drawn(world, partial(_ask, world, 0, policy, chunks=(61,)), prefix=100),
         ]
         for k in parts[0]:
             out[f"{policy} {k}"] = max(p[k] for p in parts)

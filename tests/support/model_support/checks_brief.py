@@ -3,11 +3,12 @@ architecture: every way through the passes once, and several in one batch."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
 from model_support.asks import Ask
-from model_support.checks_blend import _against_reference, _ask
+from model_support.checks_blend import _against_reference, _ask, drawn
 from model_support.checks_exact import ORDERS, _blended
 from model_support.compare import require_equal
 from model_support.world import World, check, must_fail
@@ -73,8 +74,8 @@ def as_reference_briefly(world: World) -> dict[str, Any]:
     by every policy, whole, in pieces, behind a warm prefix."""
     parts = []
     for order, policy, ratio, chunks, prefix in COPIES:
-        ask = _ask(world, order, policy, ratio, chunks=chunks)
-        parts.append(_against_reference(world, ask, prefix=prefix))
+        ask = partial(_ask, world, order, policy, ratio, chunks=chunks)
+        parts.append(drawn(world, ask, prefix=prefix))
     world.engine.check()
     return {k: max(p[k] for p in parts) for k in parts[0]}
 

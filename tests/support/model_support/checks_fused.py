@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from sglang.srt.models import gpt_oss, qwen3_moe
 
-from model_support.checks_blend import ORDERS, POLICIES, _against_reference, _ask
+from model_support.checks_blend import ORDERS, POLICIES, _against_reference, _ask, drawn
 from model_support.checks_exact import _asks, _compare, _worst
 from model_support.world import World, check, must_fail
 from sgl_blend import ops
@@ -145,8 +146,7 @@ def fused_as_reference(world: World) -> dict[str, Any]:
     with fused_write(world) as written, half_from_the_host(world):
         for order in range(len(ORDERS)):
             for policy in POLICIES:
-                ask = _ask(world, order, policy)
-                got = _against_reference(world, ask)
+                got = drawn(world, partial(_ask, world, order, policy))
                 scratch = [w for w in written if not bool(w.any())]
                 assert (len(scratch) > 0) == (policy == "query"), f"{policy}: {len(scratch)}"
                 written.clear()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 
 from model_support.asks import Ask
-from model_support.checks_blend import ORDERS, _against_reference, _ask
+from model_support.checks_blend import ORDERS, _ask, drawn
 from model_support.world import World, check, must_fail
 from sgl_blend import ops
 from sgl_blend.tree.integrity import tree_nodes
@@ -105,10 +106,10 @@ def stored_as_reference(world: World) -> dict[str, Any]:
     of the reference; chunked, behind a prefix, and as many as cover a share of the score."""
     parts = []
     for order in range(len(ORDERS)):
-        parts.append(_against_reference(world, _ask(world, order, "stored", 0.15 + 0.2 * order)))
-    parts.append(_against_reference(world, _ask(world, 0, "stored", chunks=(83, 1, 120))))
-    parts.append(_against_reference(world, _ask(world, 0, "stored", chunks=(61,)), prefix=100))
-    parts.append(_against_reference(world, _ask(world, 1, "stored", 0.5, coverage=0.4)))
+        parts.append(drawn(world, partial(_ask, world, order, "stored", 0.15 + 0.2 * order)))
+    parts.append(drawn(world, partial(_ask, world, 0, "stored", chunks=(83, 1, 120))))
+    parts.append(drawn(world, partial(_ask, world, 0, "stored", chunks=(61,)), prefix=100))
+    parts.append(drawn(world, partial(_ask, world, 1, "stored", 0.5, coverage=0.4)))
     world.engine.check()
     return {k: max(p[k] for p in parts) for k in parts[0]}
 

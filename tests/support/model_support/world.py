@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from model_support.asks import Ask, Outcome
 from model_support.engine import Engine
 from model_support.prompts import Desk
 from model_support.reference import Blended, Kv, Reference, RefPiece, highest
+from model_support.routing import Routers
 from model_support.whole_reference import WholeReference
 from sgl_blend.harness.models import ARCHITECTURES, make_model
 from sgl_blend.prefill import passes as prefill
@@ -106,6 +108,11 @@ class World:
                 self._reference = kind(self.model)
         return self._reference
 
+    @functools.cached_property
+    def routers(self) -> Routers:
+        """Of the reference, in what it has computed for the last ``blended_reference``."""
+        return Routers(self.reference.hf)
+
     def stock(self) -> None:
         """Empty the tree, then prefill the library."""
         self.engine.flush()
@@ -129,6 +136,7 @@ class World:
     def blended_reference(self, ask: Ask, ours: Outcome, chosen: Chosen) -> Blended:
         """What the reference makes of the plan that ``ours`` ran by. The sources are looked up
         by their tokens in the library; choices are the reference's own (``random``: ours)."""
+        self.routers.closest = math.inf
         plans = []
         at = ours.prefix
         self._reused: set[int] = set()
